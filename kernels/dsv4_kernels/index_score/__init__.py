@@ -1,0 +1,5 @@
+"""Score CSA entries for each query token and choose the best."""
+
+from dsv4_kernels.index_score.naive import naive_index_query, naive_index_scores, naive_topk_entries
+
+__all__ = ["naive_index_query", "naive_index_scores", "naive_topk_entries"]

@@ -1,0 +1,83 @@
+"""What one step will do: built on the host, spent once."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from dsv4_kernels.step import StepTensors
+
+from sglang_dsv4.cache.pages import PageGrant
+from sglang_dsv4.cache.request import Request
+
+
+@dataclass(frozen=True)
+class PlannedRequest:
+    """One request's share of a plan."""
+
+    request: Request
+    num_new_tokens: int
+    grant: PageGrant
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """One step of a batch.
+
+    Attributes:
+        step (StepTensors): what kernels see.
+        window (int): raw rows a query attends to.
+        items (tuple[PlannedRequest, ...]): requests and their page grants; empty when pages are owned elsewhere.
+        epoch (int): the cache's epoch when the plan was made.
+        appended (set[tuple[int, str]]): (layer, part) pairs that were appended so far.
+    """
+
+    step: StepTensors
+    window: int
+    items: tuple[PlannedRequest, ...] = ()
+    epoch: int = 0
+    appended: set[tuple[int, str]] = field(default_factory=set)
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of the step."""
+        return len(self.step.positions)
+
+    @cached_property
+    def window_indices(self) -> torch.Tensor:
+        """Pool rows of each token's window, its own row included: ``[T, window]`` int64, -1 at the end."""
+        positions = self.step.positions.unsqueeze(1)  # [T, 1]
+        first = (positions - self.window + 1).clamp_min(0)
+        reached = first + torch.arange(self.window, device=positions.device)
+        slots = self.step.window_slots(self.step.token_rows.unsqueeze(1), reached.minimum(positions))
+        return slots.masked_fill(reached > positions, -1)
+
+    def num_visible(self, ratio: int) -> torch.Tensor:
+        """Entries each token may attend to: ``(position + 1) // ratio``, ``[T]`` int64.
+
+        The token that completes a block sees that block's entry.
+        """
+        return (self.step.positions + 1) // ratio
+
+    def entry_indices(self, entries: torch.Tensor, ratio: int) -> torch.Tensor:
+        """Pool rows of chosen entries: ``[T, K]`` entry numbers, -1 for none, to ``[T, K]`` rows, -1 for none."""
+        if entries.shape[1] == 0:
+            return entries
+        slots = self.step.entry_slots(self.step.token_rows.unsqueeze(1), entries.clamp_min(0), ratio)
+        return slots.masked_fill(entries < 0, -1)
+
+    def visible_entries(self, ratio: int) -> torch.Tensor:
+        """Every entry each token may attend to: ``[T, most]`` int64 entry numbers, -1 at the end."""
+        visible = self.num_visible(ratio).unsqueeze(1)
+        most = int(visible.max()) if len(visible) else 0
+        entries = torch.arange(most, device=visible.device).expand(len(visible), most)
+        return entries.masked_fill(entries >= visible, -1)
+
+    @cached_property
+    def _every_entry(self) -> dict[int, torch.Tensor]:
+        return {}
+
+    def every_entry_indices(self, ratio: int) -> torch.Tensor:
+        """Pool rows of `visible_entries`, computed once per step and ratio."""
+        if ratio not in self._every_entry:
+            self._every_entry[ratio] = self.entry_indices(self.visible_entries(ratio), ratio)
+        return self._every_entry[ratio]

@@ -1,0 +1,116 @@
+"""Put our pool, backend and portable ops in their places."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.plugin import contract, options, refusals
+from sglang_dsv4.plugin.startup import active_line, describe
+from sglang_dsv4.spec import CacheSpec
+
+logger = logging.getLogger(__name__)
+
+_installed_ops: list[str] = []
+
+
+def prepare(args: Any) -> None:
+    """Check what a user asked for, before SGLang resolves it.
+
+    Args:
+        args (Any): parsed flags or a ServerArgs.
+
+    Raises:
+        UnsupportedError: an argument, the device or the checkpoint is not supported.
+    """
+    refusals.check_arguments(args)
+    refusals.check_device(args.device, has_cuda=torch.cuda.is_available())
+    refusals.check_checkpoint(args.model_path, asdict(options.read()))
+
+
+def activate() -> None:
+    """Register every hook; needs the flag or variable to be set.
+
+    Raises:
+        UnsupportedError: SGLang lacks a name that we touch.
+    """
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_dsv4.plugin.portable.capabilities import Capabilities
+    from sglang_dsv4.plugin.portable.install import install
+
+    contract.check_names()
+    _installed_ops[:] = [op.name for op in install(Capabilities.detect("cuda" if torch.cuda.is_available() else "cpu"))]
+    HookRegistry.register(contract.BUILD_POOL, _build_pool, HookType.AROUND)
+    HookRegistry.register(contract.POOL_SIZES, _size_pools, HookType.AFTER)
+    HookRegistry.register(contract.STATE_BYTES, _state_bytes, HookType.AROUND)
+    HookRegistry.register(contract.INTERNAL_STATE, _internal_state, HookType.AFTER)
+    register_attention_backend("dsv4")(_create_backend)
+
+
+def _spec_of(model_config: Any) -> CacheSpec:
+    return CacheSpec.from_hf(
+        model_config.hf_config, page_tokens=refusals.PAGE_TOKENS, **asdict(options.read())
+    )
+
+
+def _build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
+    from sglang.srt.mem_cache import kv_cache_configurator
+
+    from sglang_dsv4.plugin.pool import pool_factory
+
+    if configurator.is_draft_worker:
+        raise UnsupportedError("speculative decoding: not supported with --enable-dsv4-compressed-kv")
+    max_seq_len = configurator.model_config.context_len + refusals.PAGE_TOKENS
+    native = kv_cache_configurator.DeepSeekV4TokenToKVPool
+    kv_cache_configurator.DeepSeekV4TokenToKVPool = pool_factory(_spec_of(configurator.model_config), max_seq_len)
+    try:
+        return original(configurator, **kwargs)
+    finally:
+        kv_cache_configurator.DeepSeekV4TokenToKVPool = native
+
+
+def _size_pools(result: None, sizes: Any, configurator: Any) -> None:
+    from sglang_dsv4.cache.report import window_page_bytes
+
+    spec = _spec_of(configurator.model_config)
+    sizes.sglang_dsv4_spec = spec
+    window = sizes.swa_ratio * window_page_bytes(spec) / spec.page_tokens
+    sizes.bytes_per_full_token = spec.history_bytes_per_token() + window
+
+
+def _state_bytes(original: Callable[..., Any], sizes: Any, max_running_requests: int) -> int:
+    from sglang_dsv4.cache.report import stream_bytes_per_request
+
+    del original
+    return sizes._get_num_req_slots(max_running_requests) * stream_bytes_per_request(sizes.sglang_dsv4_spec)
+
+
+def _create_backend(runner: Any) -> Any:
+    from sglang_dsv4.attention import EagerAttention
+    from sglang_dsv4.plugin import model_fixes
+    from sglang_dsv4.plugin.backend import CompressedKVBackend
+    from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
+
+    pool = runner.token_to_kv_pool
+    if not isinstance(pool, CompressedTokenToKVPool):
+        raise SystemExit(f"sglang_dsv4: not active, the KV pool is {type(pool).__module__}.{type(pool).__name__}")
+    unscaled = model_fixes.unscale_window_rope(runner.model, pool.cache)
+    model_fixes.check_rope(runner.model, pool.cache)
+    ops = list(_installed_ops)
+    if unscaled:
+        ops.append(f"unscaled RoPE of window-only layers {unscaled}")
+    facts = describe(pool.cache, EagerAttention.name, ops)
+    pool.facts = facts
+    logger.info(active_line(facts))
+    return CompressedKVBackend(pool, runner.req_to_token_pool.req_to_token, EagerAttention(pool.cache))
+
+
+def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    result.internal_state["sglang_dsv4"] = pool.facts
+    return result

@@ -1,0 +1,77 @@
+"""What a user chose on the command line, carried to the scheduler process by environment variables."""
+
+import argparse
+from dataclasses import dataclass
+
+from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
+
+from sglang_dsv4 import env
+from sglang_dsv4.errors import UnsupportedError
+
+_INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Formats of the cache."""
+
+    row_format: str = "bf16"
+    index_format: str = "bf16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add our flags to SGLang's parser."""
+    group = parser.add_argument_group("sglang-dsv4")
+    group.add_argument(
+        "--enable-dsv4-compressed-kv",
+        action="store_true",
+        help="Serve DeepSeek-V4 with CompressedKVCache of sglang-dsv4.",
+    )
+    group.add_argument(
+        "--dsv4-kv-format",
+        choices=sorted(ROW_FORMATS),
+        default=None,
+        help="Row format of window rows and entries (default: bf16).",
+    )
+    group.add_argument(
+        "--dsv4-index-format",
+        choices=sorted(INDEX_FORMATS),
+        default=None,
+        help="Format of index keys (default: bf16 with bf16 rows, fp8 with fp8_584 rows).",
+    )
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Hand parsed flags to this process and to those it starts.
+
+    Raises:
+        UnsupportedError: a format was chosen without the flag that enables the cache.
+    """
+    chosen = {env.KV_FORMAT: args.dsv4_kv_format, env.INDEX_FORMAT: args.dsv4_index_format}
+    if args.enable_dsv4_compressed_kv:
+        env.set_value(env.COMPRESSED_KV, "1")
+    elif any(chosen.values()) and not is_enabled():
+        raise UnsupportedError("--dsv4-kv-format, --dsv4-index-format: expected together with --enable-dsv4-compressed-kv")
+    for name, value in chosen.items():
+        if value is not None:
+            env.set_value(name, value)
+
+
+def is_enabled() -> bool:
+    """Whether the compressed cache was asked for, by flag or by ``SGLANG_DSV4_COMPRESSED_KV=1``."""
+    return env.is_enabled(env.COMPRESSED_KV)
+
+
+def read() -> Options:
+    """The formats in force.
+
+    Raises:
+        UnsupportedError: a variable names a format that does not exist.
+    """
+    row_format = env.get(env.KV_FORMAT) or "bf16"
+    if row_format not in ROW_FORMATS:
+        raise UnsupportedError(f"{env.KV_FORMAT}: expected one of {sorted(ROW_FORMATS)}, got {row_format!r}")
+    index_format = env.get(env.INDEX_FORMAT) or _INDEX_FORMAT_OF_ROWS[row_format]
+    if index_format not in INDEX_FORMATS:
+        raise UnsupportedError(f"{env.INDEX_FORMAT}: expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}")
+    return Options(row_format, index_format)

@@ -1,0 +1,158 @@
+"""What the plug-in does not serve, each with its reason. Nothing falls back to SGLang's own cache."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.spec import CacheSpec
+
+ARCHITECTURE = "DeepseekV4ForCausalLM"
+PAGE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One feature of SGLang that is refused.
+
+    Attributes:
+        option (str): what the user set, as on the command line.
+        reason (str): why it cannot be served.
+        is_set (Callable[[Any], bool]): whether these arguments ask for it.
+    """
+
+    option: str
+    reason: str
+    is_set: Callable[[Any], bool]
+
+
+def _above_one(name: str) -> Callable[[Any], bool]:
+    return lambda args: (getattr(args, name, None) or 1) > 1
+
+
+def _flag(name: str) -> Callable[[Any], bool]:
+    return lambda args: bool(getattr(args, name, False))
+
+
+REFUSALS = (
+    Refusal(
+        "--page-size",
+        f"pages of DeepSeek-V4 hold {PAGE_TOKENS} tokens in SGLang",
+        lambda args: args.page_size not in (None, PAGE_TOKENS),
+    ),
+    Refusal(
+        "--disaggregation-mode",
+        "stream and boundary state are not sent from prefill to decode servers yet",
+        lambda args: args.disaggregation_mode not in (None, "null"),
+    ),
+    Refusal("--enable-hisparse", "entries stay in one pool; they are not offloaded", _flag("enable_hisparse")),
+    Refusal(
+        "--enable-hierarchical-cache", "boundary state is not copied to the host tier yet", _flag("enable_hierarchical_cache")
+    ),
+    Refusal("--pp-size", "the cache holds all layers of the model", _above_one("pp_size")),
+    Refusal("--enable-prefill-cp", "the cache needs a request's tokens in one process", _flag("enable_prefill_cp")),
+    Refusal("--dcp-size", "the cache needs a request's tokens in one process", _above_one("dcp_size")),
+    Refusal(
+        "--speculative-algorithm",
+        "rejected draft tokens cannot be rolled back yet",
+        lambda args: args.speculative_algorithm is not None,
+    ),
+    Refusal("--enable-two-batch-overlap", "a step has one plan", _flag("enable_two_batch_overlap")),
+    Refusal(
+        "--enable-deepseek-v4-fp4-indexer",
+        "index keys are stored as bf16 or fp8 (--dsv4-index-format)",
+        _flag("enable_deepseek_v4_fp4_indexer"),
+    ),
+    Refusal(
+        "--kv-cache-dtype",
+        "row formats are chosen by --dsv4-kv-format",
+        lambda args: args.kv_cache_dtype not in (None, "auto", "fp8_e4m3"),
+    ),
+    Refusal("--dllm-algorithm", "the model is autoregressive", lambda args: bool(getattr(args, "dllm_algorithm", None))),
+)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse server arguments that ask for a feature this plug-in does not serve.
+
+    Args:
+        args (Any): parsed flags or a ServerArgs.
+
+    Raises:
+        UnsupportedError: names the option, its value and the reason.
+    """
+    for refusal in REFUSALS:
+        if refusal.is_set(args):
+            name = refusal.option.removeprefix("--").replace("-", "_")
+            raise UnsupportedError(
+                f"{refusal.option} {getattr(args, name, None)}: not supported with --enable-dsv4-compressed-kv: {refusal.reason}"
+            )
+
+
+def check_device(device: str | None, *, has_cuda: bool) -> None:
+    """Refuse devices on which the plug-in was never run.
+
+    Raises:
+        UnsupportedError: names the device and what works.
+    """
+    wanted = device or ("cuda" if has_cuda else "cpu")
+    if wanted != "cpu":
+        raise UnsupportedError(
+            f"--device {wanted}: expected cpu; with --enable-dsv4-compressed-kv other devices are not supported yet "
+            "(the backend has no CUDA graphs, and HIP, NPU and XPU were never run)"
+        )
+
+
+def check_checkpoint(model_path: str, options: dict[str, Any]) -> CacheSpec:
+    """Refuse a checkpoint that is missing, or not of DeepSeek-V4.
+
+    Args:
+        model_path (str): a folder with a ``config.json``.
+        options (dict[str, Any]): row and index format.
+
+    Returns:
+        CacheSpec: what the cache will hold.
+
+    Raises:
+        UnsupportedError: names the path and what was found there.
+    """
+    config_file = Path(model_path) / "config.json"
+    if not config_file.is_file():
+        raise UnsupportedError(f"--model-path {model_path}: expected a folder with a config.json, found none")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise UnsupportedError(f"--model-path {model_path}: config.json is not JSON: {error}") from error
+    found = config.get("architectures") or ["none"]
+    if ARCHITECTURE not in found:
+        raise UnsupportedError(f"--model-path {model_path}: expected the architecture {ARCHITECTURE}, got {', '.join(found)}")
+    return CacheSpec.from_hf(config, page_tokens=PAGE_TOKENS, **options)
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that another server holds, before the model is loaded.
+
+    Raises:
+        UnsupportedError: names the address and the system's reason.
+    """
+    reasons = list(_bind_failures(host, port))
+    if reasons:
+        raise UnsupportedError(f"--port {port}: expected a free port on {host}, but it is taken: {reasons[0]}")
+
+
+def _bind_failures(host: str, port: int) -> Iterator[str]:
+    # An unusable host name is SGLang's to report; here only the port matters.
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        return
+    with socket.socket(family, kind, proto) as probe:
+        # A server killed a moment ago leaves connections in TIME_WAIT; they must not count as taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            yield str(error)
