@@ -1,0 +1,67 @@
+"""What every test gets: its own seed, one thread, poisoned allocations, and no way to be skipped except for a missing GPU."""
+
+import random
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from dsv4_kernels import memory
+
+torch.set_num_threads(1)
+
+# The same examples on every run and machine: a failure is never a matter of luck.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Fail a test that skips itself: what is not run is not known to work."""
+    report = yield
+    if report.skipped and "gpu" not in item.keywords:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid}: skipped or xfailed; only tests marked gpu may be ({report.longrepr})"
+        )
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """Fail a module that skips itself, as `pytest.importorskip` would."""
+    report = yield
+    if report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid}: a module may not be skipped ({report.longrepr})"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed every generator from the test's name, so that order and selection do not change its numbers."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill what the cache and the kernels allocate with NaN: a test that passes has read nothing unwritten."""
+    memory.set_poison(True)
+    yield
+    memory.set_poison(False)

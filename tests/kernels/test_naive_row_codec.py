@@ -1,0 +1,113 @@
+"""Row formats: bytes where layout.py says, values as an independent quantiser gives them."""
+
+import math
+
+import pytest
+import torch
+from dsv4_kernels.layout import BF16_INDEX, BF16_ROW, FP8_584_ROW, FP8_INDEX
+from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
+
+ALL = [BF16_ROW, FP8_584_ROW, BF16_INDEX, FP8_INDEX]
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def make_pool(fmt, rows=150):
+    """A pool of 0xFF bytes: NaN in every format."""
+    shape = fmt.pool_shape(rows)
+    pool = torch.full((shape[0], shape[1] * fmt.storage_dtype.itemsize), 0xFF, dtype=torch.uint8)
+    return pool.view(fmt.storage_dtype)
+
+
+def rows_like(fmt, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.exp(4 * torch.randn(count, 1, generator=generator))
+    return torch.randn(count, fmt.dim, generator=generator) * scale
+
+
+def nearest_e4m3(x):
+    """e4m3 byte of x by search over all 256 values; ties to the even byte, and the sign of zero kept."""
+    distance = (E4M3 - x).abs().nan_to_num(nan=math.inf)
+    best = distance.min()
+    candidates = torch.nonzero(distance == best).flatten().tolist()
+    candidates = [b for b in candidates if (b >= 0x80) == (math.copysign(1, x) < 0)]
+    even = [b for b in candidates if b % 2 == 0]
+    return (even or candidates)[0]
+
+
+def test_byte_numbers():
+    assert (FP8_584_ROW.row_bytes, FP8_584_ROW.group_bytes) == (584, 37440)
+    assert (FP8_INDEX.row_bytes, FP8_INDEX.group_bytes) == (132, 8448)
+    assert (BF16_ROW.row_bytes, BF16_INDEX.row_bytes) == (1024, 256)
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: f"{fmt.name}-{fmt.dim}")
+def test_what_was_read_is_stored_again_unchanged_and_nothing_else_is_touched(fmt):
+    pool, slots = make_pool(fmt), torch.tensor([149, 0, 63, 64, 3])
+    naive_store_rows(pool, slots, rows_like(fmt, 5), fmt)
+    read = naive_load_rows(pool, slots, fmt)
+    assert torch.isfinite(read).all()
+    again = make_pool(fmt)
+    naive_store_rows(again, slots, read, fmt)
+    assert torch.equal(naive_load_rows(again, slots, fmt), read)
+    others = torch.tensor([i for i in range(150) if i not in slots.tolist()])
+    assert naive_load_rows(pool, others, fmt).isnan().all()
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: f"{fmt.name}-{fmt.dim}")
+def test_no_rows(fmt):
+    pool = make_pool(fmt)
+    naive_store_rows(pool, torch.zeros(0, dtype=torch.int64), torch.zeros(0, fmt.dim), fmt)
+    assert naive_load_rows(pool, torch.zeros(0, dtype=torch.int64), fmt).shape == (0, fmt.dim)
+
+
+def expected_scale(tile):
+    return 2.0 ** math.ceil(math.log2(max(tile.abs().max().item(), 1e-4) / 448))
+
+
+@pytest.mark.parametrize("slot", [0, 63, 64, 130])
+def test_bytes_of_an_fp8_584_row(slot):
+    row = rows_like(FP8_584_ROW, 1, seed=slot)[0]
+    row[64:128] = 0.0  # amax at its floor
+    row[128] = 448.0 * 4  # a scale that is an exact power of two
+    row[129:192] = row[129:192].clamp(-1, 1)
+    pool = make_pool(FP8_584_ROW)
+    naive_store_rows(pool, torch.tensor([slot]), row.unsqueeze(0), FP8_584_ROW)
+    group, index = divmod(slot, 64)
+    data = pool[group, index * 576 : index * 576 + 576]
+    scales = pool[group, 64 * 576 + index * 8 : 64 * 576 + index * 8 + 8]
+    for tile in range(7):
+        values = row[64 * tile : 64 * tile + 64]
+        scale = expected_scale(values)
+        assert scales[tile] == math.log2(scale) + 127
+        assert data[64 * tile : 64 * tile + 64].tolist() == [nearest_e4m3(v) for v in (values / scale).tolist()]
+    assert scales[7] == 0
+    assert data[448:].tolist() == row[448:].to(torch.bfloat16).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("slot", [0, 63, 64])
+def test_bytes_of_an_fp8_index_key(slot):
+    key = rows_like(FP8_INDEX, 1, seed=slot)[0]
+    pool = make_pool(FP8_INDEX)
+    naive_store_rows(pool, torch.tensor([slot]), key.unsqueeze(0), FP8_INDEX)
+    group, index = divmod(slot, 64)
+    scale = expected_scale(key)
+    assert pool[group, 64 * 128 + index * 4 : 64 * 128 + index * 4 + 4].view(torch.float32).item() == scale
+    data = pool[group, index * 128 : index * 128 + 128]
+    assert data.tolist() == [nearest_e4m3(v) for v in (key / scale).tolist()]
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: f"{fmt.name}-{fmt.dim}")
+def test_rounding_is_unbiased(fmt):
+    """Mean relative error of n roundings of at most r each, uniform, stays within 5 sigma = 5 r / sqrt(3 n) of 0."""
+    rows = torch.rand(150, fmt.dim, generator=torch.Generator().manual_seed(1)) + 1.0
+    pool, slots = make_pool(fmt), torch.arange(150)
+    naive_store_rows(pool, slots, rows, fmt)
+    error = (naive_load_rows(pool, slots, fmt) - rows) / rows
+    step = 2.0**-4 if fmt.scale_bytes else 2.0**-8
+
+    def bound(step):
+        return 5 * step / math.sqrt(3 * rows.numel())
+
+    assert abs(error.mean().item()) <= bound(step)
+    truncated = -rows.frac() % step  # what rounding down would give, the twin that must fail
+    assert truncated.mean().item() > bound(step)
