@@ -6,7 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from dsv4_kernels import memory
 
+from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract, options, refusals
 from sglang_dsv4.plugin.startup import active_line, describe
@@ -65,6 +67,8 @@ def _build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) 
 
     if configurator.is_draft_worker:
         raise UnsupportedError("speculative decoding: not supported with --enable-dsv4-compressed-kv")
+    # For debugging: whatever was not written is NaN, so that a server that answers right has read nothing unwritten.
+    memory.set_poison(env.is_enabled(env.POISON))
     max_seq_len = configurator.model_config.context_len + refusals.PAGE_TOKENS
     native = kv_cache_configurator.DeepSeekV4TokenToKVPool
     kv_cache_configurator.DeepSeekV4TokenToKVPool = pool_factory(_spec_of(configurator.model_config), max_seq_len)
