@@ -58,8 +58,8 @@ class CacheSpec:
         index_topk (int): entries a CSA query attends to, at most.
         window (int): raw rows a query attends to, its own included.
         page_tokens (int): tokens per page; a multiple of 128, so that no block of any ratio crosses a page.
-        row_format (str): ``"bf16"`` or ``"fp8_584"``; window rows and entries.
-        index_format (str): ``"bf16"`` or ``"fp8"``; index keys.
+        row_format (str): ``"bf16"``, ``"fp8_584"`` or ``"fp32"`` (exact, for debugging); window rows and entries.
+        index_format (str): ``"bf16"``, ``"fp8"`` or ``"fp32"``; index keys.
         max_draft_tokens (int): tokens by which a request may be rolled back; only 0 so far.
         head_dim (int): values per row.
         rope_dim (int): rotated channels of a row.
@@ -244,11 +244,12 @@ class _ConfigReader:
     def ropes(self) -> tuple[RopeSpec, RopeSpec]:
         """RoPE of window-only layers (never scaled), and of compressing layers (YaRN)."""
         dim = self.rope_dim()
-        nested = self.get("rope_parameters", {})
-        main, compress = nested.get("main", {}), nested.get("compress", {})
+        # Transformers nests {"main": {..}, "compress": {..}}; SGLang's configuration is flat; a checkpoint has neither.
+        parameters = self.get("rope_parameters", {})
+        main, compress = parameters.get("main", parameters), parameters.get("compress", parameters)
         scaling = compress or self.get("rope_scaling", {})
         window_theta = main.get("rope_theta") or self.require("rope_theta")
-        compress_theta = compress.get("rope_theta") or self.require("compress_rope_theta")
+        compress_theta = self.require("compress_rope_theta")
         scaled = RopeSpec(
             theta=float(compress_theta),
             dim=dim,

@@ -76,9 +76,13 @@ class RowFormat:
 BF16_ROW = RowFormat("bf16", HEAD_DIM, torch.bfloat16, HEAD_DIM * 2, 0, 1, 1)
 # 448 e4m3 values, 64 bf16 values, then 7 UE8M0 scales (one per 64 values) and one pad byte: 584 bytes.
 FP8_584_ROW = RowFormat("fp8_584", HEAD_DIM, torch.uint8, NOPE_DIM + 2 * ROPE_DIM, 8, 64, 576)
+# Exact rows: nothing is rounded when it is stored. For debugging and comparison, not for serving.
+FP32_ROW = RowFormat("fp32", HEAD_DIM, torch.float32, HEAD_DIM * 4, 0, 1, 1)
 BF16_INDEX = RowFormat("bf16", INDEX_DIM, torch.bfloat16, INDEX_DIM * 2, 0, 1, 1)
 # 128 e4m3 values and one fp32 scale (always a power of two): 132 bytes.
 FP8_INDEX = RowFormat("fp8", INDEX_DIM, torch.uint8, INDEX_DIM, 4, 64, 1)
 
-ROW_FORMATS = {fmt.name: fmt for fmt in (BF16_ROW, FP8_584_ROW)}
-INDEX_FORMATS = {fmt.name: fmt for fmt in (BF16_INDEX, FP8_INDEX)}
+FP32_INDEX = RowFormat("fp32", INDEX_DIM, torch.float32, INDEX_DIM * 4, 0, 1, 1)
+
+ROW_FORMATS = {fmt.name: fmt for fmt in (BF16_ROW, FP8_584_ROW, FP32_ROW)}
+INDEX_FORMATS = {fmt.name: fmt for fmt in (BF16_INDEX, FP8_INDEX, FP32_INDEX)}

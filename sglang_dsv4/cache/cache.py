@@ -253,7 +253,7 @@ class CompressedKVCache:
             row_format=spec.row_format,
             index_format=spec.index_format,
             page_tokens=spec.page_tokens,
-            max_tokens=capacity.history_pages * spec.page_tokens,
+            max_tokens=(capacity.history_pages - capacity.reserved_pages) * spec.page_tokens,
             bytes_by_pool=by_pool,
             bytes_in_row_pools={
                 "window_rows": window_rows,

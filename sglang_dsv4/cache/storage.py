@@ -64,12 +64,14 @@ class Capacity:
         window_pages (int): pages of window rows and boundary state.
         state_slots (int): requests whose streams fit at once.
         max_seq_len (int): longest sequence; rows of the RoPE tables.
+        reserved_pages (int): pages of either kind at the front that no sequence can own, counted above.
     """
 
     history_pages: int
     window_pages: int
     state_slots: int
     max_seq_len: int
+    reserved_pages: int = 0
 
     def __post_init__(self) -> None:
         for name in ("history_pages", "window_pages", "state_slots", "max_seq_len"):

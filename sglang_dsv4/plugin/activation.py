@@ -16,7 +16,7 @@ from sglang_dsv4.spec import CacheSpec
 
 logger = logging.getLogger(__name__)
 
-_installed_ops: list[str] = []
+_installed_ops: list[Any] = []
 
 
 def prepare(args: Any) -> None:
@@ -43,10 +43,13 @@ def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_dsv4.plugin.portable.capabilities import Capabilities
+    from sglang_dsv4.plugin.portable.environment import apply_environment
     from sglang_dsv4.plugin.portable.install import install
 
+    capabilities = Capabilities.detect("cpu")  # the only device that is not refused
+    apply_environment(capabilities)
     contract.check_names()
-    _installed_ops[:] = [op.name for op in install(Capabilities.detect("cuda" if torch.cuda.is_available() else "cpu"))]
+    _installed_ops[:] = install(capabilities)
     HookRegistry.register(contract.BUILD_POOL, _build_pool, HookType.AROUND)
     HookRegistry.register(contract.POOL_SIZES, _size_pools, HookType.AFTER)
     HookRegistry.register(contract.STATE_BYTES, _state_bytes, HookType.AROUND)
@@ -69,7 +72,7 @@ def _build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) 
         raise UnsupportedError("speculative decoding: not supported with --enable-dsv4-compressed-kv")
     # For debugging: whatever was not written is NaN, so that a server that answers right has read nothing unwritten.
     memory.set_poison(env.is_enabled(env.POISON))
-    max_seq_len = configurator.model_config.context_len + refusals.PAGE_TOKENS
+    max_seq_len = configurator.model_config.context_len
     native = kv_cache_configurator.DeepSeekV4TokenToKVPool
     kv_cache_configurator.DeepSeekV4TokenToKVPool = pool_factory(_spec_of(configurator.model_config), max_seq_len)
     try:
@@ -99,13 +102,19 @@ def _create_backend(runner: Any) -> Any:
     from sglang_dsv4.plugin import model_fixes
     from sglang_dsv4.plugin.backend import CompressedKVBackend
     from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
+    from sglang_dsv4.plugin.portable.install import check_installed
+    from sglang_dsv4.plugin.portable.model_ops import widen_bf16_parameters
 
     pool = runner.token_to_kv_pool
     if not isinstance(pool, CompressedTokenToKVPool):
         raise SystemExit(f"sglang_dsv4: not active, the KV pool is {type(pool).__module__}.{type(pool).__name__}")
+    check_installed(_installed_ops)
     unscaled = model_fixes.unscale_window_rope(runner.model, pool.cache)
     model_fixes.check_rope(runner.model, pool.cache)
-    ops = list(_installed_ops)
+    widened = widen_bf16_parameters(runner.model, runner.dtype)
+    ops = [op.name for op in _installed_ops]
+    if widened:
+        ops.append(f"{len(widened)} bf16 parameters widened to {runner.dtype}")
     if unscaled:
         ops.append(f"unscaled RoPE of window-only layers {unscaled}")
     facts = describe(pool.cache, EagerAttention.name, ops)

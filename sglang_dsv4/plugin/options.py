@@ -8,7 +8,7 @@ from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 
-_INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8"}
+_INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dsv4-kv-format",
         choices=sorted(ROW_FORMATS),
         default=None,
-        help="Row format of window rows and entries (default: bf16).",
+        help="Row format of window rows and entries (default: bf16; fp32 is exact, for debugging).",
     )
     group.add_argument(
         "--dsv4-index-format",
         choices=sorted(INDEX_FORMATS),
         default=None,
-        help="Format of index keys (default: bf16 with bf16 rows, fp8 with fp8_584 rows).",
+        help="Format of index keys (default: the one of the rows; fp8 with fp8_584 rows).",
     )
 
 

@@ -45,7 +45,9 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
             history_pages=native["c128_size"] * 128 // page_tokens + 1,
             window_pages=native["swa_size"] // page_tokens + 1,
             state_slots=self.num_req_slots,
-            max_seq_len=max_seq_len,
+            # No sequence is longer than the pool.
+            max_seq_len=min(max_seq_len, native["c128_size"] * 128) + page_tokens,
+            reserved_pages=1,
         )
         self.cache = CompressedKVCache(spec, ExternalPages(capacity), native["device"])
         self.plan: StepPlan | None = None

@@ -30,7 +30,7 @@ CONFIG = {
         "beta_slow": 1,
     },
 }
-FORMATS = [("bf16", "bf16"), ("fp8_584", "fp8")]
+FORMATS = [("bf16", "bf16"), ("fp8_584", "fp8"), ("fp32", "fp32")]
 
 
 def make_spec(formats: tuple[str, str] = FORMATS[0], **options) -> CacheSpec:

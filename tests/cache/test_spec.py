@@ -74,7 +74,7 @@ def changed(**fields):
         (changed(head_dim=128), {}, "head_dim: expected 512"),
         (changed(index_topk=None), {}, "config.index_topk: expected by DeepSeek-V4"),
         ({"model_type": "llama"}, {}, "model_type: expected a DeepSeek-V4 configuration, got 'llama'"),
-        (CONFIG, {"row_format": "fp4"}, r"row_format: expected one of \['bf16', 'fp8_584'\], got 'fp4'"),
+        (CONFIG, {"row_format": "fp4"}, r"row_format: expected one of \['bf16', 'fp32', 'fp8_584'\], got 'fp4'"),
         (CONFIG, {"index_format": "fp4"}, "index_format: expected one of"),
         (CONFIG, {"max_draft_tokens": 4}, "max_draft_tokens: expected 0"),
     ],

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from dsv4_kernels.layout import BF16_INDEX, BF16_ROW, FP8_584_ROW, FP8_INDEX
+from dsv4_kernels.layout import BF16_INDEX, BF16_ROW, FP8_584_ROW, FP8_INDEX, FP32_INDEX, FP32_ROW
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 
-ALL = [BF16_ROW, FP8_584_ROW, BF16_INDEX, FP8_INDEX]
+ROUNDING = [BF16_ROW, FP8_584_ROW, BF16_INDEX, FP8_INDEX]
+ALL = [*ROUNDING, FP32_ROW, FP32_INDEX]
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
@@ -96,7 +97,7 @@ def test_bytes_of_an_fp8_index_key(slot):
     assert data.tolist() == [nearest_e4m3(v) for v in (key / scale).tolist()]
 
 
-@pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: f"{fmt.name}-{fmt.dim}")
+@pytest.mark.parametrize("fmt", ROUNDING, ids=lambda fmt: f"{fmt.name}-{fmt.dim}")
 def test_rounding_is_unbiased(fmt):
     """Mean relative error of n roundings of at most r each, uniform, stays within 5 sigma = 5 r / sqrt(3 n) of 0."""
     rows = torch.rand(150, fmt.dim, generator=torch.Generator().manual_seed(1)) + 1.0
@@ -111,3 +112,10 @@ def test_rounding_is_unbiased(fmt):
     assert abs(error.mean().item()) <= bound(step)
     truncated = -rows.frac() % step  # what rounding down would give, the twin that must fail
     assert truncated.mean().item() > bound(step)
+
+
+@pytest.mark.parametrize("fmt", [FP32_ROW, FP32_INDEX], ids=lambda fmt: f"{fmt.name}-{fmt.dim}")
+def test_fp32_rows_are_exact(fmt):
+    pool, slots, rows = make_pool(fmt), torch.tensor([3, 149]), rows_like(fmt, 2)
+    naive_store_rows(pool, slots, rows, fmt)
+    assert torch.equal(naive_load_rows(pool, slots, fmt), rows)
