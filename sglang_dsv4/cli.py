@@ -11,16 +11,24 @@ from sglang_dsv4.errors import CacheError
 # Command modules, each with ``add_parser``; imported only when its command runs, so that one missing package does not
 # take the others down.
 COMMANDS = {
-    "doctor": ("sglang_dsv4.plugin.doctor", "print versions, capabilities, SGLang's contract, and what would run"),
+    "doctor": (
+        "sglang_dsv4.plugin.doctor",
+        "print versions, capabilities, SGLang's contract, and what would run",
+    ),
     "make-tiny": ("sglang_dsv4.tiny.command", "write a tiny random DeepSeek-V4 checkpoint"),
-    "demo": ("sglang_dsv4.demo.command", "serve a tiny checkpoint with SGLang and check every answer"),
+    "demo": (
+        "sglang_dsv4.demo.command",
+        "serve a tiny checkpoint with SGLang and check every answer",
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m sglang_dsv4", description="The KV cache of DeepSeek-V4.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_dsv4", description="The KV cache of DeepSeek-V4."
+    )
     parser.add_argument("--version", action="version", version=f"sglang-dsv4 {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None

@@ -25,7 +25,11 @@ class Attention(ABC):
 
     @abstractmethod
     def run(
-        self, layer_id: int, q: torch.Tensor, sink: torch.Tensor, selected: torch.Tensor | None = None
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        sink: torch.Tensor,
+        selected: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend one layer's queries.
 

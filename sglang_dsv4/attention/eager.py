@@ -1,8 +1,8 @@
 """Attention in plain PyTorch, on any device."""
 
 import torch
-from dsv4_kernels.sparse_attention import naive_sparse_attention
 
+from dsv4_kernels.sparse_attention import naive_sparse_attention
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.cache import StepPlan
 
@@ -19,17 +19,29 @@ class EagerAttention(Attention):
         self._plan = plan
 
     def run(
-        self, layer_id: int, q: torch.Tensor, sink: torch.Tensor, selected: torch.Tensor | None = None
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        sink: torch.Tensor,
+        selected: torch.Tensor | None = None,
     ) -> torch.Tensor:
         view = self.cache.view(layer_id, self._plan)
         indexed = self.cache.spec.layers[layer_id].indexed
         if indexed != (selected is not None):
             got = "none" if selected is None else "some"
-            raise ValueError(f"layer {layer_id}: expected selected rows exactly in CSA layers, got {got}")
+            raise ValueError(
+                f"layer {layer_id}: expected selected rows exactly in CSA layers, got {got}"
+            )
         if q.shape[0] != self._plan.num_tokens:
-            raise ValueError(f"layer {layer_id} q: expected {self._plan.num_tokens} tokens, got {q.shape[0]}")
+            raise ValueError(
+                f"layer {layer_id} q: expected {self._plan.num_tokens} tokens, got {q.shape[0]}"
+            )
         entries = selected if indexed else view.entry_indices
-        indices = view.window_indices if entries is None else torch.cat([view.window_indices, entries], dim=1)
+        indices = (
+            view.window_indices
+            if entries is None
+            else torch.cat([view.window_indices, entries], dim=1)
+        )
         out = torch.empty_like(q)
         chunk = max(1, _MAX_GATHERED_VALUES // (indices.shape[1] * q.shape[-1]))
         for begin in range(0, len(q), chunk):

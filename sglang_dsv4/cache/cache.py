@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 
 import torch
-from dsv4_kernels.step import StepTensors
 
+from dsv4_kernels.step import StepTensors
 from sglang_dsv4.cache import integrity, report
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
 from sglang_dsv4.cache.layer import LayerCache
-from sglang_dsv4.cache.pages import ExternalPages, PageAllocator, PageOwner, PageTables, stack_tables
+from sglang_dsv4.cache.pages import (
+    ExternalPages,
+    PageAllocator,
+    PageOwner,
+    PageTables,
+    stack_tables,
+)
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
 from sglang_dsv4.cache.request import Request
 from sglang_dsv4.cache.storage import CacheStorage, Capacity
@@ -28,7 +34,9 @@ class CompressedKVCache:
     `ExternalPages` somebody else does, and passes page tables to ``plan_tables``; there is nothing to commit.
     """
 
-    def __init__(self, spec: CacheSpec, pages: PageOwner, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, spec: CacheSpec, pages: PageOwner, device: torch.device | str = "cpu"
+    ) -> None:
         self.spec = spec
         self.device = torch.device(device)
         self.pages = pages
@@ -114,16 +122,24 @@ class CompressedKVCache:
             if num_new_tokens < 0:
                 raise ValueError(f"{request}: expected 0 or more new tokens, got {num_new_tokens}")
             if request.req_id in self._unfinished:
-                raise StalePlanError(f"{request}: its last plan was appended; expected commit or close, got another plan")
+                raise StalePlanError(
+                    f"{request}: its last plan was appended; expected commit or close, got another plan"
+                )
         if len({request.req_id for request, _ in items}) != len(items):
-            raise ValueError(f"plan: expected each request once, got {[request.req_id for request, _ in items]}")
+            raise ValueError(
+                f"plan: expected each request once, got {[request.req_id for request, _ in items]}"
+            )
         grants = allocator.grant([(request.pages, request.seq_len + new) for request, new in items])
         planned = tuple(
-            PlannedRequest(request, new, grant) for (request, new), grant in zip(items, grants, strict=True)
+            PlannedRequest(request, new, grant)
+            for (request, new), grant in zip(items, grants, strict=True)
         )
         tables = stack_tables([(item.request.pages, item.grant) for item in planned], self.device)
         return StepPlan(
-            step=self._step_tensors(planned, tables), window=self.spec.window, items=planned, epoch=self._epoch
+            step=self._step_tensors(planned, tables),
+            window=self.spec.window,
+            items=planned,
+            epoch=self._epoch,
         )
 
     def plan_tables(
@@ -141,7 +157,9 @@ class CompressedKVCache:
         A sequence may start only at a page boundary, with all earlier pages complete. Its state slot needs no reset.
         """
         if not isinstance(self.pages, ExternalPages):
-            raise TypeError(f"plan_tables: expected a cache over ExternalPages, got {type(self.pages).__name__}")
+            raise TypeError(
+                f"plan_tables: expected a cache over ExternalPages, got {type(self.pages).__name__}"
+            )
         step = StepTensors(
             positions=positions.long(),
             token_rows=token_rows.long(),
@@ -184,7 +202,9 @@ class CompressedKVCache:
         for part, value in parts.items():
             cache.check(plan, part, value)
             if (layer_id, part) in plan.appended:
-                raise StalePlanError(f"layer {layer_id} {part}: expected once per step, got a second append")
+                raise StalePlanError(
+                    f"layer {layer_id} {part}: expected once per step, got a second append"
+                )
         self._unfinished.update(item.request.req_id for item in plan.items)
         for part, value in parts.items():
             if isinstance(value, WindowInput):
@@ -228,7 +248,9 @@ class CompressedKVCache:
             if (cache.layer.layer_id, part) not in plan.appended
         ]
         if missing and plan.num_tokens:
-            raise StalePlanError(f"commit: expected every part of every layer appended, missing (layer, part) {missing}")
+            raise StalePlanError(
+                f"commit: expected every part of every layer appended, missing (layer, part) {missing}"
+            )
         for item in plan.items:
             allocator.take(item.request.pages, item.grant)
             item.request.seq_len += item.num_new_tokens
@@ -266,7 +288,9 @@ class CompressedKVCache:
             history_page_bytes=report.history_page_bytes(spec),
             stream_bytes_per_request=report.stream_bytes_per_request(spec),
             counts=counts,
-            requests=tuple(report.report_request(spec, request) for request in self._requests.values()),
+            requests=tuple(
+                report.report_request(spec, request) for request in self._requests.values()
+            ),
         )
 
     def check_integrity(self, *, memory: bool = False) -> None:
@@ -285,7 +309,9 @@ class CompressedKVCache:
 
     def _allocator(self, action: str) -> PageAllocator:
         if not isinstance(self.pages, PageAllocator):
-            raise TypeError(f"{action}: expected a cache that owns its pages, got one over {type(self.pages).__name__}")
+            raise TypeError(
+                f"{action}: expected a cache that owns its pages, got one over {type(self.pages).__name__}"
+            )
         return self.pages
 
     def _layer(self, layer_id: int) -> LayerCache:
@@ -295,18 +321,26 @@ class CompressedKVCache:
 
     def _check_open(self, request: Request) -> None:
         if self._requests.get(request.req_id) is not request:
-            raise UnknownRequestError(f"{request}: expected a request opened by this cache and not closed")
+            raise UnknownRequestError(
+                f"{request}: expected a request opened by this cache and not closed"
+            )
 
     def _check_current(self, plan: StepPlan) -> None:
         if plan.epoch != self._epoch:
-            raise StalePlanError(f"plan: expected one made at epoch {self._epoch}, got one of epoch {plan.epoch}")
+            raise StalePlanError(
+                f"plan: expected one made at epoch {self._epoch}, got one of epoch {plan.epoch}"
+            )
 
     def _step_tensors(self, planned: Sequence[PlannedRequest], tables: PageTables) -> StepTensors:
         def tensor(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self.device)
 
         rows = [row for row, item in enumerate(planned) for _ in range(item.num_new_tokens)]
-        positions = [item.request.seq_len + offset for item in planned for offset in range(item.num_new_tokens)]
+        positions = [
+            item.request.seq_len + offset
+            for item in planned
+            for offset in range(item.num_new_tokens)
+        ]
         return StepTensors(
             positions=tensor(positions),
             token_rows=tensor(rows),
@@ -318,5 +352,3 @@ class CompressedKVCache:
             page_tokens=self.spec.page_tokens,
             num_window_rows=self.storage.num_window_rows,
         )
-
-

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from dsv4_kernels.row_codec import naive_load_rows
 
+from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4.cache.layer import LayerCache
 from sglang_dsv4.cache.pages import NULL_PAGE, PageAllocator, PageGrant, stack_tables
 from sglang_dsv4.cache.request import Request
@@ -30,7 +30,9 @@ def first_window_position(spec: CacheSpec, seq_len: int) -> int:
     return max(0, seq_len - spec.window + 1)
 
 
-def _check_partition(label: str, name: str, free: Sequence[int], owned: Iterable[int], owners: Sequence[int]) -> None:
+def _check_partition(
+    label: str, name: str, free: Sequence[int], owned: Iterable[int], owners: Sequence[int]
+) -> None:
     count = Counter(owned)
     for number, expected in enumerate(owners):
         if count[number] != expected:
@@ -52,7 +54,9 @@ def check_pages(spec: CacheSpec, allocator: PageAllocator, requests: Sequence[Re
     """
     history = [page for request in requests for page in request.pages.history]
     window = [page for request in requests for page in request.pages.window if page != NULL_PAGE]
-    _check_partition("I1", "history pages", allocator.history.free, history, allocator.history.owners)
+    _check_partition(
+        "I1", "history pages", allocator.history.free, history, allocator.history.owners
+    )
     _check_partition("I2", "window pages", allocator.window.free, window, allocator.window.owners)
     slots = [request.state_slot for request in requests]
     _check_partition("I3", "state slots", allocator.slots.free, slots, allocator.slots.owners)
@@ -65,10 +69,14 @@ def check_pages(spec: CacheSpec, allocator: PageAllocator, requests: Sequence[Re
         first = first_window_position(spec, request.seq_len) // spec.page_tokens
         held = [page != NULL_PAGE for page in request.pages.window]
         if held != [index >= first for index in range(pages)]:
-            raise CacheInvariantError(f"I5 window: {request}: expected pages {first} .. {pages - 1}, got {held}")
+            raise CacheInvariantError(
+                f"I5 window: {request}: expected pages {first} .. {pages - 1}, got {held}"
+            )
 
 
-def check_memory(spec: CacheSpec, layers: Sequence[LayerCache], num_window_rows: int, requests: Sequence[Request]) -> None:
+def check_memory(
+    spec: CacheSpec, layers: Sequence[LayerCache], num_window_rows: int, requests: Sequence[Request]
+) -> None:
     """I6 and I7: reads device memory.
 
     Raises:
@@ -92,7 +100,9 @@ def _reachable(
     storage, ratio, page_tokens = cache.storage, cache.layer.ratio, spec.page_tokens
     device = storage.pool.device
     tables = stack_tables([(request.pages, PageGrant((), ()))], device)
-    positions = torch.arange(first_window_position(spec, request.seq_len), request.seq_len, device=device)
+    positions = torch.arange(
+        first_window_position(spec, request.seq_len), request.seq_len, device=device
+    )
     rows = tables.window[0, positions // page_tokens] * page_tokens + positions % page_tokens
     yield "I6 rows", "window row", naive_load_rows(storage.pool, rows, spec.rows)
     if ratio == 0:

@@ -1,13 +1,13 @@
 """One layer of the cache: what is written to it and read from it in a step."""
 
 import torch
+
 from dsv4_kernels.flush import CompressorParams, naive_flush_csa, naive_flush_hca
 from dsv4_kernels.index_score import naive_index_query, naive_index_scores, naive_topk_entries
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.streams import CSA_PARTS, HCA_PARTS
 from dsv4_kernels.window_store import naive_window_store
-
 from sglang_dsv4.cache.checks import check_tensor
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
 from sglang_dsv4.cache.plan import StepPlan
@@ -23,7 +23,9 @@ _MAX_SCORED_DOTS = 1 << 26
 class LayerCache:
     """Rows, index keys and stream state of one layer."""
 
-    def __init__(self, spec: CacheSpec, layer: LayerSpec, storage: LayerStorage, cos_sin: torch.Tensor) -> None:
+    def __init__(
+        self, spec: CacheSpec, layer: LayerSpec, storage: LayerStorage, cos_sin: torch.Tensor
+    ) -> None:
         self.spec = spec
         self.layer = layer
         self.storage = storage
@@ -35,7 +37,9 @@ class LayerCache:
         """Raise unless the layer has this part and the input fits it; changes nothing."""
         layer, device = self.layer, self.storage.pool.device
         if part not in self.parts:
-            raise ValueError(f"layer {layer.layer_id} ({layer.kind}): expected parts {self.parts}, got {part!r}")
+            raise ValueError(
+                f"layer {layer.layer_id} ({layer.kind}): expected parts {self.parts}, got {part!r}"
+            )
         name = f"layer {layer.layer_id} {part}"
         dim = self.spec.index_dim if part == "index" else self.spec.head_dim
         check_tensor(f"{name} norm_weight", given.norm_weight, (dim,), _FLOATS, device)
@@ -50,15 +54,30 @@ class LayerCache:
     def append_window(self, plan: StepPlan, given: WindowInput) -> None:
         """Store the window rows of the new tokens."""
         naive_window_store(
-            plan.step, given.kv, given.norm_weight, given.eps, self.cos_sin, self.storage.pool, self.spec.rows
+            plan.step,
+            given.kv,
+            given.norm_weight,
+            given.eps,
+            self.cos_sin,
+            self.storage.pool,
+            self.spec.rows,
         )
 
     def append_compressor(self, plan: StepPlan, part: str, given: CompressorInput) -> None:
         """Take the new tokens into the streams, and store the entries (``"main"``) or index keys that close."""
-        params = CompressorParams(given.slot_bias, given.norm_weight, given.eps, self.cos_sin, rotate=part == "index")
+        params = CompressorParams(
+            given.slot_bias, given.norm_weight, given.eps, self.cos_sin, rotate=part == "index"
+        )
         storage = self.storage
         if storage.accumulators is not None:
-            naive_flush_hca(plan.step, given.kv_score, storage.accumulators, storage.pool, self.spec.rows, params)
+            naive_flush_hca(
+                plan.step,
+                given.kv_score,
+                storage.accumulators,
+                storage.pool,
+                self.spec.rows,
+                params,
+            )
             return
         state, pool, fmt = self._overlapping(part)
         naive_flush_csa(plan.step, given.kv_score, state.streams, state.boundary, pool, fmt, params)
@@ -74,10 +93,14 @@ class LayerCache:
             entry_indices=plan.every_entry_indices(ratio) if listed else None,
         )
 
-    def select(self, plan: StepPlan, index_q: torch.Tensor, index_weights: torch.Tensor) -> torch.Tensor:
+    def select(
+        self, plan: StepPlan, index_q: torch.Tensor, index_weights: torch.Tensor
+    ) -> torch.Tensor:
         """Choose the CSA entries of each new token; see `CompressedKVCache.select`."""
         if self.storage.index_pool is None:
-            raise ValueError(f"layer {self.layer.layer_id}: expected a CSA layer, got {self.layer.kind!r}")
+            raise ValueError(
+                f"layer {self.layer.layer_id}: expected a CSA layer, got {self.layer.kind!r}"
+            )
         num_tokens, heads = index_weights.shape
         name, device = f"layer {self.layer.layer_id} index_q", self.storage.pool.device
         check_tensor(name, index_q, (num_tokens, heads, self.spec.index_dim), _FLOATS, device)
@@ -110,7 +133,7 @@ class LayerCache:
         slots = step.index_slots(torch.full_like(entries, row), entries, ratio)
         keys = naive_load_rows(self.storage.index_pool, slots, self.spec.index_keys)
         chunk = max(1, _MAX_SCORED_DOTS // max(1, index_q.shape[1] * len(entries)))
-        for part in tokens.split(chunk):
+        for part in torch.split(tokens, chunk):
             q = naive_index_query(index_q[part], self.cos_sin[step.positions[part]])
             scores = naive_index_scores(q, index_weights[part], keys)
             best = naive_topk_entries(scores, visible[part], topk)
@@ -119,7 +142,9 @@ class LayerCache:
     def _overlapping(self, part: str) -> tuple[StreamStorage, torch.Tensor, RowFormat]:
         storage = self.storage
         if part == "index":
-            assert storage.index is not None and storage.index_pool is not None, "a CSA layer has an indexer"
+            assert storage.index is not None and storage.index_pool is not None, (
+                "a CSA layer has an indexer"
+            )
             return storage.index, storage.index_pool, self.spec.index_keys
         assert storage.main is not None, "a CSA layer has streams"
         return storage.main, storage.pool, self.spec.rows

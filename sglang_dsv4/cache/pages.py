@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from sglang_dsv4.errors import OutOfPagesError
 from sglang_dsv4.cache.storage import Capacity
+from sglang_dsv4.errors import OutOfPagesError
 
 NULL_PAGE = -1
 
@@ -74,7 +74,9 @@ class _FreeList:
     def take(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             taken = self.free.pop()
-            assert taken == number, f"{self.name}: plan granted {number}, the free list gives {taken}"
+            assert taken == number, (
+                f"{self.name}: plan granted {number}, the free list gives {taken}"
+            )
             self.owners[number] = 1
 
     def release(self, number: int) -> None:
@@ -119,7 +121,9 @@ class PageAllocator:
         grants, taken = [], 0
         for pages, seq_len in sequences:
             count = -(-seq_len // self.page_tokens) - len(pages.history)
-            grants.append(PageGrant(self.history.peek(taken, count), self.window.peek(taken, count)))
+            grants.append(
+                PageGrant(self.history.peek(taken, count), self.window.peek(taken, count))
+            )
             taken += count
         return grants
 
@@ -132,7 +136,9 @@ class PageAllocator:
 
     def release_window(self, pages: PageList, first_needed: int) -> None:
         """Free the window pages that end before position ``first_needed``."""
-        for index in range(min(max(first_needed, 0) // self.page_tokens, len(pages.window)) - 1, -1, -1):
+        for index in range(
+            min(max(first_needed, 0) // self.page_tokens, len(pages.window)) - 1, -1, -1
+        ):
             if pages.window[index] == NULL_PAGE:
                 return  # pages are released oldest first
             self.window.release(pages.window[index])
@@ -167,7 +173,9 @@ class ExternalPages:
         }
 
 
-def stack_tables(sequences: Sequence[tuple[PageList, PageGrant]], device: torch.device) -> PageTables:
+def stack_tables(
+    sequences: Sequence[tuple[PageList, PageGrant]], device: torch.device
+) -> PageTables:
     """Tables of sequences as they will be once their grants are taken."""
     width = max((len(pages.history) + len(grant.history) for pages, grant in sequences), default=0)
 

@@ -96,6 +96,7 @@ def report_request(spec: CacheSpec, request: Request) -> RequestReport:
         tail_lens={ratio: request.tail_len(ratio) for ratio in ratios},
         history_pages=history_pages,
         window_pages=window_pages,
-        page_bytes=history_pages * history_page_bytes(spec) + window_pages * window_page_bytes(spec),
+        page_bytes=history_pages * history_page_bytes(spec)
+        + window_pages * window_page_bytes(spec),
         stream_bytes=stream_bytes_per_request(spec),
     )

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+
 from dsv4_kernels.memory import empty
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.streams import CSA_PARTS
-
 from sglang_dsv4.spec import CacheSpec, LayerSpec
 
 
@@ -96,21 +96,33 @@ class CacheStorage:
         for layer in self.layers:
             for name, tensors in layer.tensors().items():
                 totals[name] += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        totals["rope_tables"] = sum(table.untyped_storage().nbytes() for table in self.rope_tables.values())
+        totals["rope_tables"] = sum(
+            table.untyped_storage().nbytes() for table in self.rope_tables.values()
+        )
         return totals
 
 
-def _allocate_layer(spec: CacheSpec, layer: LayerSpec, capacity: Capacity, device: torch.device) -> LayerStorage:
+def _allocate_layer(
+    spec: CacheSpec, layer: LayerSpec, capacity: Capacity, device: torch.device
+) -> LayerStorage:
     window_rows = capacity.window_pages * spec.page_tokens
     entries = capacity.history_pages * (spec.page_tokens // layer.ratio) if layer.ratio else 0
     rows, keys = spec.rows, spec.index_keys
     return LayerStorage(
         pool=empty(rows.pool_shape(window_rows + entries), rows.storage_dtype, device),
-        index_pool=empty(keys.pool_shape(entries), keys.storage_dtype, device) if layer.indexed else None,
-        main=_allocate_streams(spec, layer, spec.head_dim, capacity, device) if layer.overlap else None,
-        index=_allocate_streams(spec, layer, spec.index_dim, capacity, device) if layer.indexed else None,
+        index_pool=empty(keys.pool_shape(entries), keys.storage_dtype, device)
+        if layer.indexed
+        else None,
+        main=_allocate_streams(spec, layer, spec.head_dim, capacity, device)
+        if layer.overlap
+        else None,
+        index=_allocate_streams(spec, layer, spec.index_dim, capacity, device)
+        if layer.indexed
+        else None,
         accumulators=(
-            empty((capacity.state_slots, 3, spec.head_dim), torch.float32, device) if layer.kind == "hca" else None
+            empty((capacity.state_slots, 3, spec.head_dim), torch.float32, device)
+            if layer.kind == "hca"
+            else None
         ),
     )
 

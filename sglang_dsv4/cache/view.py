@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from dsv4_kernels.layout import RowFormat
 
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from dsv4_kernels import memory
 
+from dsv4_kernels import memory
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract, options, refusals
@@ -69,12 +69,16 @@ def _build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) 
     from sglang_dsv4.plugin.pool import pool_factory
 
     if configurator.is_draft_worker:
-        raise UnsupportedError("speculative decoding: not supported with --enable-dsv4-compressed-kv")
+        raise UnsupportedError(
+            "speculative decoding: not supported with --enable-dsv4-compressed-kv"
+        )
     # For debugging: whatever was not written is NaN, so that a server that answers right has read nothing unwritten.
     memory.set_poison(env.is_enabled(env.POISON))
     max_seq_len = configurator.model_config.context_len
     native = kv_cache_configurator.DeepSeekV4TokenToKVPool
-    kv_cache_configurator.DeepSeekV4TokenToKVPool = pool_factory(_spec_of(configurator.model_config), max_seq_len)
+    kv_cache_configurator.DeepSeekV4TokenToKVPool = pool_factory(
+        _spec_of(configurator.model_config), max_seq_len
+    )
     try:
         return original(configurator, **kwargs)
     finally:
@@ -94,7 +98,9 @@ def _state_bytes(original: Callable[..., Any], sizes: Any, max_running_requests:
     from sglang_dsv4.cache.report import stream_bytes_per_request
 
     del original
-    return sizes._get_num_req_slots(max_running_requests) * stream_bytes_per_request(sizes.sglang_dsv4_spec)
+    return sizes._get_num_req_slots(max_running_requests) * stream_bytes_per_request(
+        sizes.sglang_dsv4_spec
+    )
 
 
 def _create_backend(runner: Any) -> Any:
@@ -107,7 +113,9 @@ def _create_backend(runner: Any) -> Any:
 
     pool = runner.token_to_kv_pool
     if not isinstance(pool, CompressedTokenToKVPool):
-        raise SystemExit(f"sglang_dsv4: not active, the KV pool is {type(pool).__module__}.{type(pool).__name__}")
+        raise SystemExit(
+            f"sglang_dsv4: not active, the KV pool is {type(pool).__module__}.{type(pool).__name__}"
+        )
     check_installed(_installed_ops)
     unscaled = model_fixes.unscale_window_rope(runner.model, pool.cache)
     model_fixes.check_rope(runner.model, pool.cache)
@@ -120,7 +128,9 @@ def _create_backend(runner: Any) -> Any:
     facts = describe(pool.cache, EagerAttention.name, ops)
     pool.facts = facts
     logger.info(active_line(facts))
-    return CompressedKVBackend(pool, runner.req_to_token_pool.req_to_token, EagerAttention(pool.cache))
+    return CompressedKVBackend(
+        pool, runner.req_to_token_pool.req_to_token, EagerAttention(pool.cache)
+    )
 
 
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:

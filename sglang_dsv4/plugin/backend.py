@@ -20,7 +20,9 @@ class CompressedKVBackend(AttentionBackend):
 
     needs_cpu_seq_lens = True
 
-    def __init__(self, pool: CompressedTokenToKVPool, req_to_token: torch.Tensor, attention: Attention) -> None:
+    def __init__(
+        self, pool: CompressedTokenToKVPool, req_to_token: torch.Tensor, attention: Attention
+    ) -> None:
         super().__init__()
         self.token_to_kv_pool = pool
         self.cache = pool.cache
@@ -42,7 +44,9 @@ class CompressedKVBackend(AttentionBackend):
         """Window slots of the new tokens in SGLang's numbering; the pool takes them from the plan instead."""
         return self.token_to_kv_pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
 
-    def forward_core_compressor(self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any) -> None:
+    def forward_core_compressor(
+        self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any
+    ) -> None:
         """Take the new tokens into a layer's main compressor.
 
         Args:
@@ -55,7 +59,9 @@ class CompressedKVBackend(AttentionBackend):
             given = self._compressor_input(x, forward_batch, compressor)
             self.cache.append(layer_id, self.token_to_kv_pool.current_plan(), main=given)
 
-    def forward_indexer_compressor(self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any) -> None:
+    def forward_indexer_compressor(
+        self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any
+    ) -> None:
         """Take the new tokens into a CSA layer's indexer compressor; arguments as in `forward_core_compressor`."""
         if not forward_batch.forward_mode.is_idle():
             given = self._compressor_input(x, forward_batch, compressor)
@@ -119,10 +125,16 @@ class CompressedKVBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             return q.new_empty(q.shape)
         if save_kv_cache:
-            raise StalePlanError(f"layer {layer.layer_id}: expected rows stored before attention, got save_kv_cache=True")
-        return self.attention.run(layer.layer_id, q, attn_sink, self._selected.pop(layer.layer_id, None))
+            raise StalePlanError(
+                f"layer {layer.layer_id}: expected rows stored before attention, got save_kv_cache=True"
+            )
+        return self.attention.run(
+            layer.layer_id, q, attn_sink, self._selected.pop(layer.layer_id, None)
+        )
 
-    def _compressor_input(self, x: torch.Tensor, forward_batch: Any, compressor: Any) -> CompressorInput:
+    def _compressor_input(
+        self, x: torch.Tensor, forward_batch: Any, compressor: Any
+    ) -> CompressorInput:
         # SGLang re-lays ``ape`` at load as [slots, D]: first the previous block's rows, then the own block's.
         return CompressorInput(
             kv_score=compressor.compute_kv_score(x, forward_batch),
@@ -141,7 +153,9 @@ class CompressedKVBackend(AttentionBackend):
         longest = int(forward_batch.seq_lens_cpu.max())
         return self.cache.plan_tables(
             positions=forward_batch.positions,
-            token_rows=torch.repeat_interleave(rows, extend_lens.long(), output_size=len(forward_batch.positions)),
+            token_rows=torch.repeat_interleave(
+                rows, extend_lens.long(), output_size=len(forward_batch.positions)
+            ),
             seq_lens=seq_lens,
             extend_lens=extend_lens,
             state_slots=forward_batch.req_pool_indices,
@@ -152,4 +166,6 @@ class CompressedKVBackend(AttentionBackend):
         page_tokens = self.cache.spec.page_tokens
         first_slots = self._req_to_token[req_pool_indices, :longest:page_tokens].long()  # [B, P]
         window_slots = self.token_to_kv_pool.translate_loc_from_full_to_swa(first_slots)
-        return PageTables(history=first_slots // page_tokens, window=window_slots.long() // page_tokens)
+        return PageTables(
+            history=first_slots // page_tokens, window=window_slots.long() // page_tokens
+        )

@@ -40,32 +40,64 @@ POST_INIT = f"{_SRT}.server_args.ServerArgs.__post_init__"
 BUILD_POOL = f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_dsv4_kv_pool"
 POOL_GLOBAL = f"{_SRT}.mem_cache.kv_cache_configurator.DeepSeekV4TokenToKVPool"
 POOL_SIZES = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator.__init__"
-STATE_BYTES = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._get_c128_state_fixed_bytes"
+STATE_BYTES = (
+    f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._get_c128_state_fixed_bytes"
+)
 INTERNAL_STATE = f"{_SRT}.managers.scheduler.Scheduler.get_internal_state"
 
 CONTRACT = (
-    ContractName(f"{_SRT}.plugins.hook_registry.HookRegistry.register", "wraps the functions below"),
+    ContractName(
+        f"{_SRT}.plugins.hook_registry.HookRegistry.register", "wraps the functions below"
+    ),
     ContractName(ADD_CLI_ARGS, "adds the flags"),
     ContractName(FROM_CLI_ARGS, "reads the flags, and refuses what is not supported"),
     ContractName(POST_INIT, "refuses what is not supported, for Engine too"),
     ContractName(BUILD_POOL, "builds the pool over CompressedKVCache"),
-    ContractName(POOL_GLOBAL, "rebound while the pool is built, so that SGLang passes its own arguments to ours"),
+    ContractName(
+        POOL_GLOBAL,
+        "rebound while the pool is built, so that SGLang passes its own arguments to ours",
+    ),
     ContractName(POOL_SIZES, "our bytes per token, for the size of the pools"),
     ContractName(STATE_BYTES, "our bytes per request, for the size of the pools"),
     ContractName(INTERNAL_STATE, "adds the memory report to /server_info"),
     ContractName(f"{_POOL}._make_kv_pool", "overridden: no native rows are allocated"),
     ContractName(f"{_POOL}._make_indexer_pool", "overridden: no native index keys are allocated"),
-    ContractName(f"{_POOL}._make_attn_state_pool", "overridden: no native stream state is allocated"),
-    ContractName(f"{_POOL}._make_indexer_state_pool", "overridden: no native stream state is allocated"),
-    ContractName(f"{_POOL}.set_swa_key_buffer_radix_fused_norm_rope", "overridden: writes window rows into our pool"),
-    ContractName(f"{_POOL}.translate_loc_from_full_to_swa", "finds the window page of a token's page"),
-    ContractName(f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS", "the entry 'dsv4' becomes ours"),
-    ContractName(f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend", "base class of our backend"),
+    ContractName(
+        f"{_POOL}._make_attn_state_pool", "overridden: no native stream state is allocated"
+    ),
+    ContractName(
+        f"{_POOL}._make_indexer_state_pool", "overridden: no native stream state is allocated"
+    ),
+    ContractName(
+        f"{_POOL}.set_swa_key_buffer_radix_fused_norm_rope",
+        "overridden: writes window rows into our pool",
+    ),
+    ContractName(
+        f"{_POOL}.translate_loc_from_full_to_swa", "finds the window page of a token's page"
+    ),
+    ContractName(
+        f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS",
+        "the entry 'dsv4' becomes ours",
+    ),
+    ContractName(
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend", "base class of our backend"
+    ),
     ContractName(f"{_MODEL}.DeepseekV4ForCausalLM", "the model, unchanged"),
-    ContractName(f"{_MODEL}.MQALayer", "its attention layers; window-only ones get an unscaled RoPE table"),
-    ContractName(f"{_SRT}.layers.attention.dsv4.compressor.Compressor.compute_kv_score", "projections of a compressor"),
-    ContractName(f"{_SRT}.layers.attention.dsv4.indexer.C4Indexer.compute_weights", "head weights of the indexer"),
-    ContractName(f"{_SRT}.model_executor.forward_batch_info.ForwardBatch", "positions, lengths and slots of a step"),
+    ContractName(
+        f"{_MODEL}.MQALayer", "its attention layers; window-only ones get an unscaled RoPE table"
+    ),
+    ContractName(
+        f"{_SRT}.layers.attention.dsv4.compressor.Compressor.compute_kv_score",
+        "projections of a compressor",
+    ),
+    ContractName(
+        f"{_SRT}.layers.attention.dsv4.indexer.C4Indexer.compute_weights",
+        "head weights of the indexer",
+    ),
+    ContractName(
+        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch",
+        "positions, lengths and slots of a step",
+    ),
 )
 
 
@@ -85,7 +117,9 @@ def check_version(version: str | None) -> None:
     """
     if version not in CHECKED_VERSIONS:
         found = "none" if version is None else version
-        raise UnsupportedError(f"sglang: expected version {' or '.join(CHECKED_VERSIONS)}, got {found}")
+        raise UnsupportedError(
+            f"sglang: expected version {' or '.join(CHECKED_VERSIONS)}, got {found}"
+        )
 
 
 def check_names(names: tuple[ContractName, ...] = CONTRACT) -> None:
@@ -96,4 +130,6 @@ def check_names(names: tuple[ContractName, ...] = CONTRACT) -> None:
     """
     missing = [name.path for name in names if not name.is_found()]
     if missing:
-        raise UnsupportedError(f"sglang {installed_version()}: expected by this plug-in, but missing: {', '.join(missing)}")
+        raise UnsupportedError(
+            f"sglang {installed_version()}: expected by this plug-in, but missing: {', '.join(missing)}"
+        )

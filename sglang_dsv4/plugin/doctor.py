@@ -12,12 +12,22 @@ from sglang_dsv4 import __version__
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract
 
-_PACKAGES = ("torch", "triton", "sglang", "transformers", "flashinfer-python", "sgl-flash-mla", "sglang-kernel")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "sglang",
+    "transformers",
+    "flashinfer-python",
+    "sgl-flash-mla",
+    "sglang-kernel",
+)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("doctor", help="print versions, capabilities, SGLang's contract, and what would run")
+    parser = subparsers.add_parser(
+        "doctor", help="print versions, capabilities, SGLang's contract, and what would run"
+    )
     parser.set_defaults(func=run)
 
 
@@ -38,7 +48,9 @@ def _versions() -> Table:
 
 
 def _contract() -> tuple[Table, list[str]]:
-    table = Table("name", "use", "state", title="SGLang names this plug-in touches", title_justify="left")
+    table = Table(
+        "name", "use", "state", title="SGLang names this plug-in touches", title_justify="left"
+    )
     missing = []
     for name in contract.CONTRACT:
         found = name.is_found()
@@ -53,7 +65,13 @@ def _portable(device: str) -> Table:
     from sglang_dsv4.plugin.portable.install import choose
 
     capabilities = Capabilities.detect(device)
-    table = Table("op", "replaces", "because", title=f"Portable ops on this machine ({device})", title_justify="left")
+    table = Table(
+        "op",
+        "replaces",
+        "because",
+        title=f"Portable ops on this machine ({device})",
+        title_justify="left",
+    )
     for op in choose(capabilities):
         table.add_row(op.name, op.target, op.reason)
     return table
@@ -73,10 +91,14 @@ def run(_: argparse.Namespace) -> int:
     console.print(table)
     console.print(_portable(device))
     if missing:
-        console.print(f"Would refuse to start: missing in SGLang: {', '.join(missing)}", soft_wrap=True)
+        console.print(
+            f"Would refuse to start: missing in SGLang: {', '.join(missing)}", soft_wrap=True
+        )
         return 1
     if device != "cpu":
-        console.print("Would refuse to start on this device: serving is supported with --device cpu so far")
+        console.print(
+            "Would refuse to start on this device: serving is supported with --device cpu so far"
+        )
         return 1
     console.print("Would run: CompressedKVCache, attention eager on cpu, portable ops as listed")
     return 0

@@ -30,7 +30,10 @@ class Refuse(AbstractContextManager[None]):
         self._kind = kind
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if not isinstance(error, self._kind):
             return

@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from dsv4_kernels.norm_rope import RopeSpec, rope_table
 
+from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import UnsupportedError
 
@@ -33,7 +33,9 @@ def unscale_window_rope(model: Any, cache: CompressedKVCache) -> list[int]:
         attention = model.model.layers[layer.layer_id].self_attn
         if layer.ratio == 0:
             have = attention.freqs_cis
-            expected = tables.setdefault(layer.rope, _complex_table(layer.rope, len(have), have.device))
+            expected = tables.setdefault(
+                layer.rope, _complex_table(layer.rope, len(have), have.device)
+            )
             if not torch.allclose(have, expected):
                 attention.freqs_cis = expected
                 replaced.append(layer.layer_id)
@@ -59,4 +61,6 @@ def check_rope(model: Any, cache: CompressedKVCache) -> None:
 
 
 PROBED_POSITIONS = 256
-ROPE_TOLERANCE = PROBED_POSITIONS * 2.0**-24 * 4  # angle up to 255, rounded to fp32; frequencies to 2 ulp
+ROPE_TOLERANCE = (
+    PROBED_POSITIONS * 2.0**-24 * 4
+)  # angle up to 255, rounded to fp32; frequencies to 2 ulp

@@ -4,7 +4,6 @@ import argparse
 from dataclasses import dataclass
 
 from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
-
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 
@@ -51,7 +50,9 @@ def publish(args: argparse.Namespace) -> None:
     if args.enable_dsv4_compressed_kv:
         env.set_value(env.COMPRESSED_KV, "1")
     elif any(chosen.values()) and not is_enabled():
-        raise UnsupportedError("--dsv4-kv-format, --dsv4-index-format: expected together with --enable-dsv4-compressed-kv")
+        raise UnsupportedError(
+            "--dsv4-kv-format, --dsv4-index-format: expected together with --enable-dsv4-compressed-kv"
+        )
     for name, value in chosen.items():
         if value is not None:
             env.set_value(name, value)
@@ -70,8 +71,12 @@ def read() -> Options:
     """
     row_format = env.get(env.KV_FORMAT) or "bf16"
     if row_format not in ROW_FORMATS:
-        raise UnsupportedError(f"{env.KV_FORMAT}: expected one of {sorted(ROW_FORMATS)}, got {row_format!r}")
+        raise UnsupportedError(
+            f"{env.KV_FORMAT}: expected one of {sorted(ROW_FORMATS)}, got {row_format!r}"
+        )
     index_format = env.get(env.INDEX_FORMAT) or _INDEX_FORMAT_OF_ROWS[row_format]
     if index_format not in INDEX_FORMATS:
-        raise UnsupportedError(f"{env.INDEX_FORMAT}: expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}")
+        raise UnsupportedError(
+            f"{env.INDEX_FORMAT}: expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}"
+        )
     return Options(row_format, index_format)

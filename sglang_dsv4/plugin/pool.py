@@ -24,7 +24,9 @@ class VacantPool:
         self._what = what
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise UnsupportedError(f"native {self._what}.{name}: not allocated, CompressedKVCache holds the rows")
+        raise UnsupportedError(
+            f"native {self._what}.{name}: not allocated, CompressedKVCache holds the rows"
+        )
 
 
 class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
@@ -64,7 +66,9 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
             StalePlanError: no step is running.
         """
         if self.plan is None:
-            raise StalePlanError("plan: expected init_forward_metadata before the first layer, got none")
+            raise StalePlanError(
+                "plan: expected init_forward_metadata before the first layer, got none"
+            )
         return self.plan
 
     def set_swa_key_buffer_radix_fused_norm_rope(
@@ -104,7 +108,9 @@ def pool_factory(spec: CacheSpec, max_seq_len: int) -> Callable[..., CompressedT
 
     def build(**native: Any) -> CompressedTokenToKVPool:
         if native["page_size"] != spec.page_tokens:
-            raise UnsupportedError(f"page size: expected {spec.page_tokens}, got {native['page_size']}")
+            raise UnsupportedError(
+                f"page size: expected {spec.page_tokens}, got {native['page_size']}"
+            )
         return CompressedTokenToKVPool(spec=spec, max_seq_len=max_seq_len, **native)
 
     return build

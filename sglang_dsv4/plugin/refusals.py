@@ -48,13 +48,25 @@ REFUSALS = (
         "stream and boundary state are not sent from prefill to decode servers yet",
         lambda args: args.disaggregation_mode not in (None, "null"),
     ),
-    Refusal("--enable-hisparse", "entries stay in one pool; they are not offloaded", _flag("enable_hisparse")),
     Refusal(
-        "--enable-hierarchical-cache", "boundary state is not copied to the host tier yet", _flag("enable_hierarchical_cache")
+        "--enable-hisparse",
+        "entries stay in one pool; they are not offloaded",
+        _flag("enable_hisparse"),
+    ),
+    Refusal(
+        "--enable-hierarchical-cache",
+        "boundary state is not copied to the host tier yet",
+        _flag("enable_hierarchical_cache"),
     ),
     Refusal("--pp-size", "the cache holds all layers of the model", _above_one("pp_size")),
-    Refusal("--enable-prefill-cp", "the cache needs a request's tokens in one process", _flag("enable_prefill_cp")),
-    Refusal("--dcp-size", "the cache needs a request's tokens in one process", _above_one("dcp_size")),
+    Refusal(
+        "--enable-prefill-cp",
+        "the cache needs a request's tokens in one process",
+        _flag("enable_prefill_cp"),
+    ),
+    Refusal(
+        "--dcp-size", "the cache needs a request's tokens in one process", _above_one("dcp_size")
+    ),
     Refusal(
         "--speculative-algorithm",
         "rejected draft tokens cannot be rolled back yet",
@@ -71,7 +83,11 @@ REFUSALS = (
         "row formats are chosen by --dsv4-kv-format",
         lambda args: args.kv_cache_dtype not in (None, "auto", "fp8_e4m3"),
     ),
-    Refusal("--dllm-algorithm", "the model is autoregressive", lambda args: bool(getattr(args, "dllm_algorithm", None))),
+    Refusal(
+        "--dllm-algorithm",
+        "the model is autoregressive",
+        lambda args: bool(getattr(args, "dllm_algorithm", None)),
+    ),
 )
 
 
@@ -121,14 +137,20 @@ def check_checkpoint(model_path: str, options: dict[str, Any]) -> CacheSpec:
     """
     config_file = Path(model_path) / "config.json"
     if not config_file.is_file():
-        raise UnsupportedError(f"--model-path {model_path}: expected a folder with a config.json, found none")
+        raise UnsupportedError(
+            f"--model-path {model_path}: expected a folder with a config.json, found none"
+        )
     try:
         config = json.loads(config_file.read_text())
     except ValueError as error:
-        raise UnsupportedError(f"--model-path {model_path}: config.json is not JSON: {error}") from error
+        raise UnsupportedError(
+            f"--model-path {model_path}: config.json is not JSON: {error}"
+        ) from error
     found = config.get("architectures") or ["none"]
     if ARCHITECTURE not in found:
-        raise UnsupportedError(f"--model-path {model_path}: expected the architecture {ARCHITECTURE}, got {', '.join(found)}")
+        raise UnsupportedError(
+            f"--model-path {model_path}: expected the architecture {ARCHITECTURE}, got {', '.join(found)}"
+        )
     return CacheSpec.from_hf(config, page_tokens=PAGE_TOKENS, **options)
 
 
@@ -140,7 +162,9 @@ def check_port(host: str, port: int) -> None:
     """
     reasons = list(_bind_failures(host, port))
     if reasons:
-        raise UnsupportedError(f"--port {port}: expected a free port on {host}, but it is taken: {reasons[0]}")
+        raise UnsupportedError(
+            f"--port {port}: expected a free port on {host}, but it is taken: {reasons[0]}"
+        )
 
 
 def _bind_failures(host: str, port: int) -> Iterator[str]:

@@ -27,7 +27,9 @@ def describe(cache: CompressedKVCache, attention: str, portable_ops: list[str]) 
 def active_line(facts: dict[str, Any]) -> str:
     """The start-up line. It begins with ``sglang_dsv4 active:`` and nothing else does."""
     report = facts["report"]
-    pools = ", ".join(f"{name} {size / _MIB:.1f} MiB" for name, size in report["bytes_by_pool"].items())
+    pools = ", ".join(
+        f"{name} {size / _MIB:.1f} MiB" for name, size in report["bytes_by_pool"].items()
+    )
     return (
         f"sglang_dsv4 active: CompressedKVCache {facts['version']}, rows {report['row_format']}, "
         f"index keys {report['index_format']}, attention {facts['attention']} on {facts['device']}, "

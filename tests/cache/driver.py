@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec.naive import _load_grouped
-
 from sglang_dsv4.cache import CompressedKVCache, CompressorInput, Request, StepPlan, WindowInput
 from sglang_dsv4.cache.integrity import first_window_position
 from sglang_dsv4.spec import CacheSpec
@@ -48,7 +48,9 @@ class TokenInputs:
         given = self.parts[layer_id][part]
         if isinstance(given, WindowInput):
             return WindowInput(given.kv[begin:end], given.norm_weight, given.eps)
-        return CompressorInput(given.kv_score[begin:end], given.slot_bias, given.norm_weight, given.eps)
+        return CompressorInput(
+            given.kv_score[begin:end], given.slot_bias, given.norm_weight, given.eps
+        )
 
 
 def random_weights(spec: CacheSpec, seed: int = 7) -> list[dict[str, tuple]]:
@@ -59,9 +61,15 @@ def random_weights(spec: CacheSpec, seed: int = 7) -> list[dict[str, tuple]]:
         parts = {"window": (torch.rand(512, generator=generator) + 0.5, None)}
         if layer.ratio:
             slots = 2 * layer.ratio if layer.overlap else layer.ratio
-            parts["main"] = (torch.rand(512, generator=generator) + 0.5, torch.randn(slots, 512, generator=generator))
+            parts["main"] = (
+                torch.rand(512, generator=generator) + 0.5,
+                torch.randn(slots, 512, generator=generator),
+            )
         if layer.indexed:
-            parts["index"] = (torch.rand(128, generator=generator) + 0.5, torch.randn(8, 128, generator=generator))
+            parts["index"] = (
+                torch.rand(128, generator=generator) + 0.5,
+                torch.randn(8, 128, generator=generator),
+            )
         weights.append(parts)
     return weights
 
@@ -93,11 +101,15 @@ def _joined(given: Sequence[WindowInput | CompressorInput]) -> WindowInput | Com
     return CompressorInput(kv_score, first.slot_bias, first.norm_weight, first.eps)
 
 
-def append_all(cache: CompressedKVCache, plan: StepPlan, cuts: Sequence[tuple[TokenInputs, int, int]]) -> None:
+def append_all(
+    cache: CompressedKVCache, plan: StepPlan, cuts: Sequence[tuple[TokenInputs, int, int]]
+) -> None:
     """Append every part of every layer; ``cuts`` are (sequence, begin, end) in the plan's order."""
     for layer_id, layer in enumerate(cache.layers):
         parts = {
-            part: _joined([sequence.cut(layer_id, part, begin, end) for sequence, begin, end in cuts])
+            part: _joined(
+                [sequence.cut(layer_id, part, begin, end) for sequence, begin, end in cuts]
+            )
             for part in layer.parts
         }
         cache.append(layer_id, plan, **parts)
@@ -106,7 +118,9 @@ def append_all(cache: CompressedKVCache, plan: StepPlan, cuts: Sequence[tuple[To
 def feed(cache: CompressedKVCache, items: Sequence[tuple[Request, TokenInputs, int]]) -> StepPlan:
     """One step: each request gets its sequence's next tokens."""
     plan = cache.plan([(request, count) for request, _, count in items])
-    cuts = [(sequence, request.seq_len, request.seq_len + count) for request, sequence, count in items]
+    cuts = [
+        (sequence, request.seq_len, request.seq_len + count) for request, sequence, count in items
+    ]
     append_all(cache, plan, cuts)
     cache.commit(plan)
     return plan
@@ -142,7 +156,9 @@ def table_bytes(
             entries = torch.arange(seq_len // ratio)
             per_page = page_tokens // ratio
             rows = history[entries // per_page] * per_page + entries % per_page
-            found[layer_id, "entries"] = raw_rows(storage.pool, cache.storage.num_window_rows + rows, spec.rows)
+            found[layer_id, "entries"] = raw_rows(
+                storage.pool, cache.storage.num_window_rows + rows, spec.rows
+            )
             if storage.index_pool is not None:
                 found[layer_id, "index keys"] = raw_rows(storage.index_pool, rows, spec.index_keys)
     return found

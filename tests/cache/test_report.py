@@ -28,7 +28,9 @@ def allocated(cache):
 
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
 def test_total_is_what_is_allocated(formats):
-    cache = CompressedKVCache.create(make_spec(formats), num_pages=7, max_requests=3, num_window_pages=5)
+    cache = CompressedKVCache.create(
+        make_spec(formats), num_pages=7, max_requests=3, num_window_pages=5
+    )
     report = cache.report()
     assert report.total_bytes == allocated(cache)
     assert sum(report.bytes_by_pool.values()) == report.total_bytes
@@ -52,8 +54,16 @@ def test_one_more_page_or_slot_costs_what_the_report_says(formats):
     base, report = total()
     assert total(slots=4)[0] - base == report.stream_bytes_per_request
     padding = 1.002  # fp8 groups are padded by 64 bytes of 37,440
-    assert 64 * report.history_page_bytes <= total(history=128)[0] - base <= padding * 64 * report.history_page_bytes
-    assert 64 * report.window_page_bytes <= total(window=128)[0] - base <= padding * 64 * report.window_page_bytes
+    assert (
+        64 * report.history_page_bytes
+        <= total(history=128)[0] - base
+        <= padding * 64 * report.history_page_bytes
+    )
+    assert (
+        64 * report.window_page_bytes
+        <= total(window=128)[0] - base
+        <= padding * 64 * report.window_page_bytes
+    )
 
 
 def test_requests_are_listed_with_their_shares():
@@ -63,4 +73,7 @@ def test_requests_are_listed_with_their_shares():
     (share,) = cache.report().requests
     assert (share.seq_len, share.tail_lens, share.history_pages) == (515, {4: 3, 128: 3}, 3)
     assert share.window_pages == 2
-    assert share.page_bytes == 3 * cache.report().history_page_bytes + 2 * cache.report().window_page_bytes
+    assert (
+        share.page_bytes
+        == 3 * cache.report().history_page_bytes + 2 * cache.report().window_page_bytes
+    )

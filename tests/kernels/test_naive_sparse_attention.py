@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dsv4_kernels.layout import BF16_ROW, FP8_584_ROW
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.sparse_attention import naive_sparse_attention
@@ -14,7 +15,9 @@ def make_case(fmt, lengths, heads=8, seed=0):
     """A pool that is NaN wherever no index points, and lists that end in -1."""
     generator = torch.Generator().manual_seed(seed)
     shape = fmt.pool_shape(4096)
-    pool = torch.full((shape[0], shape[1] * fmt.storage_dtype.itemsize), 0xFF, dtype=torch.uint8).view(fmt.storage_dtype)
+    pool = torch.full(
+        (shape[0], shape[1] * fmt.storage_dtype.itemsize), 0xFF, dtype=torch.uint8
+    ).view(fmt.storage_dtype)
     indices = torch.full((len(lengths), max(lengths, default=0)), -1)
     for row, length in enumerate(lengths):
         indices[row, :length] = torch.randperm(4096, generator=generator)[:length]

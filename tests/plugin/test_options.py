@@ -34,12 +34,22 @@ def test_the_flag_becomes_the_variable():
 
 
 def test_formats_may_be_mixed():
-    options.publish(parse("--enable-dsv4-compressed-kv", "--dsv4-kv-format", "fp8_584", "--dsv4-index-format", "bf16"))
+    options.publish(
+        parse(
+            "--enable-dsv4-compressed-kv",
+            "--dsv4-kv-format",
+            "fp8_584",
+            "--dsv4-index-format",
+            "bf16",
+        )
+    )
     assert options.read() == options.Options("fp8_584", "bf16")
 
 
 def test_a_format_without_the_flag_is_refused():
-    with pytest.raises(UnsupportedError, match="expected together with --enable-dsv4-compressed-kv"):
+    with pytest.raises(
+        UnsupportedError, match="expected together with --enable-dsv4-compressed-kv"
+    ):
         options.publish(parse("--dsv4-kv-format", "bf16"))
 
 

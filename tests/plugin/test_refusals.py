@@ -42,7 +42,9 @@ UNSUPPORTED = {
 
 def test_what_sglang_resolves_by_default_is_accepted():
     refusals.check_arguments(SimpleNamespace(**SUPPORTED))
-    refusals.check_arguments(SimpleNamespace(**{**SUPPORTED, "page_size": 256, "kv_cache_dtype": "fp8_e4m3"}))
+    refusals.check_arguments(
+        SimpleNamespace(**{**SUPPORTED, "page_size": 256, "kv_cache_dtype": "fp8_e4m3"})
+    )
 
 
 @pytest.mark.parametrize(("name", "value"), UNSUPPORTED.items())
@@ -65,7 +67,10 @@ def test_every_refused_option_is_one_of_sglangs():
     assert named == set(SUPPORTED)
 
 
-@pytest.mark.parametrize(("device", "has_cuda"), [("cuda", True), (None, True), ("npu", False), ("xpu", False), ("hip", False)])
+@pytest.mark.parametrize(
+    ("device", "has_cuda"),
+    [("cuda", True), (None, True), ("npu", False), ("xpu", False), ("hip", False)],
+)
 def test_other_devices_are_refused(device, has_cuda):
     with pytest.raises(UnsupportedError, match=f"--device {device or 'cuda'}: expected cpu"):
         refusals.check_device(device, has_cuda=has_cuda)
@@ -77,12 +82,16 @@ def test_the_cpu_is_accepted():
 
 
 def write_config(folder, **fields):
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["DeepseekV4ForCausalLM"], **fields}))
+    (folder / "config.json").write_text(
+        json.dumps({**CONFIG, "architectures": ["DeepseekV4ForCausalLM"], **fields})
+    )
     return str(folder)
 
 
 def test_checkpoints(tmp_path):
-    spec = refusals.check_checkpoint(write_config(tmp_path), {"row_format": "fp8_584", "index_format": "fp8"})
+    spec = refusals.check_checkpoint(
+        write_config(tmp_path), {"row_format": "fp8_584", "index_format": "fp8"}
+    )
     assert (spec.page_tokens, spec.row_format) == (256, "fp8_584")
 
 
@@ -90,7 +99,10 @@ def test_checkpoints(tmp_path):
     ("make", "message"),
     [
         (lambda path: str(path / "missing"), "expected a folder with a config.json, found none"),
-        (lambda path: write_config(path, architectures=["LlamaForCausalLM"]), "got LlamaForCausalLM"),
+        (
+            lambda path: write_config(path, architectures=["LlamaForCausalLM"]),
+            "got LlamaForCausalLM",
+        ),
         (lambda path: write_config(path, architectures=None), "got none"),
         (lambda path: write_config(path, compress_ratios=[0, 2, 1]), "V4.1"),
     ],
@@ -111,14 +123,18 @@ def test_a_taken_port_is_refused_and_a_freed_one_is_not():
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1]
-        with pytest.raises(UnsupportedError, match=f"--port {port}: expected a free port on 127.0.0.1"):
+        with pytest.raises(
+            UnsupportedError, match=f"--port {port}: expected a free port on 127.0.0.1"
+        ):
             refusals.check_port("127.0.0.1", port)
     refusals.check_port("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.6.0", None])
 def test_other_versions_of_sglang_are_refused(version):
-    with pytest.raises(UnsupportedError, match=f"sglang: expected version 0.5.17, got {version or 'none'}"):
+    with pytest.raises(
+        UnsupportedError, match=f"sglang: expected version 0.5.17, got {version or 'none'}"
+    ):
         contract.check_version(version)
 
 
@@ -127,5 +143,7 @@ def test_the_contract_holds_on_the_installed_sglang():
     contract.check_version(contract.installed_version())
     contract.check_names()
     renamed = contract.ContractName("sglang.srt.server_args.ServerArgs.add_cli_arguments", "")
-    with pytest.raises(UnsupportedError, match="missing: sglang.srt.server_args.ServerArgs.add_cli_arguments"):
+    with pytest.raises(
+        UnsupportedError, match="missing: sglang.srt.server_args.ServerArgs.add_cli_arguments"
+    ):
         contract.check_names((*contract.CONTRACT, renamed))

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_kernels.compress.naive import naive_csa_pool, naive_hca_finish, naive_hca_start, naive_hca_update
+from dsv4_kernels.compress.naive import (
+    naive_csa_pool,
+    naive_hca_finish,
+    naive_hca_start,
+    naive_hca_update,
+)
 from dsv4_kernels.hadamard.naive import naive_hadamard
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.norm_rope.naive import naive_rms_norm, naive_rope
@@ -37,18 +42,28 @@ class CompressorParams:
     rotate: bool = False
 
 
-def _finish_entries(raw: torch.Tensor, first_positions: torch.Tensor, params: CompressorParams) -> torch.Tensor:
+def _finish_entries(
+    raw: torch.Tensor, first_positions: torch.Tensor, params: CompressorParams
+) -> torch.Tensor:
     """Norm, RoPE at the block's first position, and for index keys the rotation: ``[N, D]`` fp32."""
-    entries = naive_rope(naive_rms_norm(raw, params.norm_weight, params.eps), params.cos_sin[first_positions])
+    entries = naive_rope(
+        naive_rms_norm(raw, params.norm_weight, params.eps), params.cos_sin[first_positions]
+    )
     return naive_hadamard(entries) if params.rotate else entries
 
 
 def _block_rows(
-    step: StepTensors, kv_score: torch.Tensor, streams: torch.Tensor, closing: torch.Tensor, num_rows: int
+    step: StepTensors,
+    kv_score: torch.Tensor,
+    streams: torch.Tensor,
+    closing: torch.Tensor,
+    num_rows: int,
 ) -> torch.Tensor:
     """The last ``num_rows`` rows up to each closing token: from this step's input, or from the stream rows before it."""
     rows = step.token_rows[closing].unsqueeze(1)  # [N, 1]
-    age = torch.arange(num_rows - 1, -1, -1, device=kv_score.device)  # slot -> tokens before the closing one
+    age = torch.arange(
+        num_rows - 1, -1, -1, device=kv_score.device
+    )  # slot -> tokens before the closing one
     positions = step.positions[closing].unsqueeze(1) - age  # [N, num_rows]
     is_new = positions >= (step.seq_lens - step.extend_lens)[rows]
     token = (closing.unsqueeze(1) - age).clamp_min(0)
@@ -82,8 +97,12 @@ def naive_flush_csa(
     """
     ratio = boundary.shape[1]
     kv_b, _, gate_b, _ = csa_parts(kv_score, params.norm_weight.shape[0])
-    at_boundary = torch.nonzero(step.positions % step.page_tokens >= step.page_tokens - ratio).flatten()
-    page = step.window_pages[step.token_rows[at_boundary], step.positions[at_boundary] // step.page_tokens]
+    at_boundary = torch.nonzero(
+        step.positions % step.page_tokens >= step.page_tokens - ratio
+    ).flatten()
+    page = step.window_pages[
+        step.token_rows[at_boundary], step.positions[at_boundary] // step.page_tokens
+    ]
     offset = step.positions[at_boundary] % ratio
     # Before pooling: the last block of a page may come half from an earlier step, and the next block close in this one.
     boundary[page, offset] = torch.stack([kv_b[at_boundary], gate_b[at_boundary]], dim=1).float()
@@ -108,7 +127,9 @@ def _store_csa_entries(
 ) -> None:
     ratio, dim = boundary.shape[1], boundary.shape[-1]
     rows, last = step.token_rows[closing], step.positions[closing]
-    kv_b, kv_a, gate_b, gate_a = csa_parts(_block_rows(step, kv_score, streams, closing, 2 * ratio), dim)
+    kv_b, kv_a, gate_b, gate_a = csa_parts(
+        _block_rows(step, kv_score, streams, closing, 2 * ratio), dim
+    )
     kv = torch.cat([kv_b[:, :ratio], kv_a[:, ratio:]], dim=1)  # [N, 2m, D]
     gate = torch.cat([gate_b[:, :ratio], gate_a[:, ratio:]], dim=1)
     first = last + 1 - ratio
@@ -146,7 +167,9 @@ def naive_flush_hca(
     block = step.positions // ratio
     starts = torch.ones_like(block, dtype=torch.bool)
     starts[1:] = (block[1:] != block[:-1]) | (step.token_rows[1:] != step.token_rows[:-1])
-    first_token = torch.nonzero(starts).flatten()  # [N]: first new token of each block this step touches
+    first_token = torch.nonzero(
+        starts
+    ).flatten()  # [N]: first new token of each block this step touches
     num_tokens = torch.diff(first_token, append=first_token.new_tensor([len(block)]))
     rows, offset = step.token_rows[first_token], step.positions[first_token] % ratio
     state = naive_hca_start(len(first_token), dim, kv_score.device)

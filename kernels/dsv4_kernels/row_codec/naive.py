@@ -28,17 +28,25 @@ def naive_quantize_e4m3(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         tuple: values ``[..., tile]`` float8_e4m3fn, and exponents ``[...]`` int32 (``s = 2**exponent``).
     """
     amax = tiles.abs().amax(dim=-1).clamp_min(FP8_AMAX_FLOOR)
-    mantissa, exponent = torch.frexp(amax * (1.0 / FP8_MAX))  # value = mantissa * 2**exponent, 0.5 <= mantissa < 1
+    mantissa, exponent = torch.frexp(
+        amax * (1.0 / FP8_MAX)
+    )  # value = mantissa * 2**exponent, 0.5 <= mantissa < 1
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     scaled = torch.ldexp(tiles, -exponent.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
     return scaled.to(torch.float8_e4m3fn), exponent
 
 
 def _store_grouped(
-    pool: torch.Tensor, slots: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, fmt: RowFormat
+    pool: torch.Tensor,
+    slots: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    fmt: RowFormat,
 ) -> None:
     group, row = slots // fmt.group_rows, slots % fmt.group_rows
-    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(fmt.data_bytes, device=pool.device)
+    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(
+        fmt.data_bytes, device=pool.device
+    )
     scale_cols = (fmt.scale_offset + row * fmt.scale_bytes).unsqueeze(1) + torch.arange(
         fmt.scale_bytes, device=pool.device
     )
@@ -46,16 +54,22 @@ def _store_grouped(
     pool[group.unsqueeze(1), scale_cols] = scales
 
 
-def _load_grouped(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> tuple[torch.Tensor, torch.Tensor]:
+def _load_grouped(
+    pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
     group, row = slots // fmt.group_rows, slots % fmt.group_rows
-    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(fmt.data_bytes, device=pool.device)
+    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(
+        fmt.data_bytes, device=pool.device
+    )
     scale_cols = (fmt.scale_offset + row * fmt.scale_bytes).unsqueeze(1) + torch.arange(
         fmt.scale_bytes, device=pool.device
     )
     return pool[group.unsqueeze(1), data_cols], pool[group.unsqueeze(1), scale_cols]
 
 
-def naive_store_rows(pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, fmt: RowFormat) -> None:
+def naive_store_rows(
+    pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, fmt: RowFormat
+) -> None:
     """Write ``rows`` at ``slots`` of ``pool``.
 
     Args:
@@ -69,9 +83,15 @@ def naive_store_rows(pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
         return
     if fmt is FP8_584_ROW:
         nope, rope = rows[:, :NOPE_DIM], rows[:, NOPE_DIM:]
-        values, exponents = naive_quantize_e4m3(nope.unflatten(1, (-1, FP8_TILE)))  # [N, 7, 64], [N, 7]
+        values, exponents = naive_quantize_e4m3(
+            nope.unflatten(1, (-1, FP8_TILE))
+        )  # [N, 7, 64], [N, 7]
         data = torch.cat(
-            [values.view(torch.uint8).flatten(1), rope.to(torch.bfloat16).contiguous().view(torch.uint8)], dim=1
+            [
+                values.view(torch.uint8).flatten(1),
+                rope.to(torch.bfloat16).contiguous().view(torch.uint8),
+            ],
+            dim=1,
         )  # [N, 576]
         scales = torch.zeros(len(rows), fmt.scale_bytes, dtype=torch.uint8, device=rows.device)
         scales[:, : exponents.shape[1]] = (exponents + UE8M0_BIAS).to(torch.uint8)
@@ -99,7 +119,9 @@ def naive_load_rows(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> 
         return pool[slots].float()
     data, scales = _load_grouped(pool, slots, fmt)
     if fmt is FP8_584_ROW:
-        values = data[:, :NOPE_DIM].view(torch.float8_e4m3fn).float().unflatten(1, (-1, FP8_TILE))  # [N, 7, 64]
+        values = (
+            data[:, :NOPE_DIM].view(torch.float8_e4m3fn).float().unflatten(1, (-1, FP8_TILE))
+        )  # [N, 7, 64]
         exponents = scales[:, : values.shape[1]].int() - UE8M0_BIAS
         nope = torch.ldexp(values, exponents.unsqueeze(-1)).flatten(1)
         rope = data[:, NOPE_DIM:].contiguous().view(torch.bfloat16).float()
