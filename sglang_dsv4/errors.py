@@ -23,3 +23,11 @@ class UnknownRequestError(CacheError):
 
 class CacheInvariantError(CacheError):
     """The cache contradicts itself; the message starts with the invariant's label."""
+
+
+class TruncateError(CacheError):
+    """A request cannot be rolled back to that length; the message names those it can go to."""
+
+
+class SavedFileError(CacheError):
+    """A saved sequence cannot be read or written as asked; nothing was changed."""

@@ -59,7 +59,7 @@ class CacheSpec:
         page_tokens (int): tokens per page; a multiple of 128, so that no block of any ratio crosses a page.
         row_format (str): ``"bf16"``, ``"fp8_584"`` or ``"fp32"`` (exact, for debugging); window rows and entries.
         index_format (str): ``"bf16"``, ``"fp8"`` or ``"fp32"``; index keys.
-        max_draft_tokens (int): tokens by which a request may be rolled back; only 0 so far.
+        max_draft_tokens (int): tokens by which a request may be rolled back; as many more stream rows are kept.
         head_dim (int): values per row.
         rope_dim (int): rotated channels of a row.
         index_dim (int): values per index key.
@@ -108,10 +108,8 @@ class CacheSpec:
             raise ValueError("layers: expected at least one layer, got none")
         if self.index_topk <= 0:
             raise ValueError(f"index_topk: expected a positive number, got {self.index_topk}")
-        if self.max_draft_tokens:
-            raise UnsupportedError(
-                f"max_draft_tokens: expected 0, rolling back is not implemented, got {self.max_draft_tokens}"
-            )
+        if self.max_draft_tokens < 0:
+            raise ValueError(f"max_draft_tokens: expected 0 or more, got {self.max_draft_tokens}")
 
     @classmethod
     def from_hf(cls, config: Any, *, num_layers: int | None = None, **options: Any) -> "CacheSpec":
@@ -161,16 +159,25 @@ class CacheSpec:
         """Format of index keys."""
         return INDEX_FORMATS[self.index_format]
 
+    def first_window_position(self, min_len: int) -> int:
+        """First position whose window row a query can reach, of a sequence that may be cut back to ``min_len`` tokens."""
+        return max(0, min_len - self.window + 1)
+
     def stream_rows(self, ratio: int) -> int:
         """Raw stream rows a request keeps in an overlapping layer: the open and the previous block, and draft room."""
         return 2 * ratio + self.max_draft_tokens
+
+    @property
+    def accumulator_rows(self) -> int:
+        """Accumulators a request keeps in an HCA layer: after its last token, and after each it may be rolled back to."""
+        return 1 + self.max_draft_tokens
 
     def stream_bytes(self, layer: LayerSpec) -> int:
         """Bytes of stream state per request in ``layer``."""
         if layer.kind == "window":
             return 0
         if layer.kind == "hca":
-            return 3 * self.head_dim * _FP32_BYTES
+            return self.accumulator_rows * 3 * self.head_dim * _FP32_BYTES
         width = self.head_dim + (self.index_dim if layer.indexed else 0)
         return self.stream_rows(layer.ratio) * 4 * width * _FP32_BYTES
 

@@ -4,7 +4,7 @@ from sglang_dsv4.cache.cache import CompressedKVCache
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
 from sglang_dsv4.cache.pages import ExternalPages, PageAllocator, PageTables
 from sglang_dsv4.cache.plan import StepPlan
-from sglang_dsv4.cache.request import Request
+from sglang_dsv4.cache.request import Request, Snapshot
 from sglang_dsv4.cache.storage import Capacity
 from sglang_dsv4.cache.view import LayerView
 
@@ -17,6 +17,7 @@ __all__ = [
     "PageAllocator",
     "PageTables",
     "Request",
+    "Snapshot",
     "StepPlan",
     "WindowInput",
 ]

@@ -6,8 +6,10 @@ import torch
 
 from dsv4_kernels.step import StepTensors
 from sglang_dsv4.cache import integrity, report
+from sglang_dsv4.cache.copies import plan_copies
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
 from sglang_dsv4.cache.layer import LayerCache
+from sglang_dsv4.cache.ledger import Ledger
 from sglang_dsv4.cache.pages import (
     ExternalPages,
     PageAllocator,
@@ -16,10 +18,10 @@ from sglang_dsv4.cache.pages import (
     stack_tables,
 )
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
-from sglang_dsv4.cache.request import Request
+from sglang_dsv4.cache.request import Request, Snapshot
 from sglang_dsv4.cache.storage import CacheStorage, Capacity
 from sglang_dsv4.cache.view import LayerView
-from sglang_dsv4.errors import StalePlanError, UnknownRequestError
+from sglang_dsv4.errors import StalePlanError
 from sglang_dsv4.spec import CacheSpec
 
 
@@ -42,13 +44,16 @@ class CompressedKVCache:
         self.pages = pages
         self.storage = CacheStorage(spec, pages.capacity, self.device)
         self.layers = tuple(
-            LayerCache(spec, layer, storage, self.storage.rope_tables[layer.rope])
+            LayerCache(
+                spec,
+                layer,
+                storage,
+                self.storage.rope_tables[layer.rope],
+                self.storage.num_window_rows,
+            )
             for layer, storage in zip(spec.layers, self.storage.layers, strict=True)
         )
-        self._requests: dict[int, Request] = {}
-        self._unfinished: set[int] = set()  # requests of a plan that was appended but not committed
-        self._epoch = 0
-        self._next_req_id = 0
+        self._ledger = Ledger(spec, pages) if isinstance(pages, PageAllocator) else None
 
     @classmethod
     def create(
@@ -74,34 +79,34 @@ class CompressedKVCache:
         capacity = Capacity(num_pages, window_pages, max_requests, num_pages * spec.page_tokens)
         return cls(spec, PageAllocator(capacity, spec.page_tokens), device)
 
+    @property
+    def ledger(self) -> Ledger:
+        """The books of a cache that owns its pages.
+
+        Raises:
+            TypeError: somebody else owns them.
+        """
+        if self._ledger is None:
+            raise TypeError(
+                f"expected a cache that owns its pages, got one over {type(self.pages).__name__}"
+            )
+        return self._ledger
+
     def open(self) -> Request:
         """Start an empty sequence.
 
         Raises:
             OutOfPagesError: every state slot is taken; nothing was changed.
         """
-        allocator = self._allocator("open")
-        slot = allocator.slots.peek(0, 1)
-        allocator.slots.take(slot)
-        request = Request(self._next_req_id, slot[0])
-        self._next_req_id += 1
-        self._requests[request.req_id] = request
-        self._epoch += 1
-        return request
+        return self.ledger.open()
 
     def close(self, request: Request) -> None:
-        """End a sequence and free what it holds.
+        """End a sequence and free what it alone holds.
 
         Raises:
             UnknownRequestError: not open here.
         """
-        allocator = self._allocator("close")
-        self._check_open(request)
-        allocator.release(request.pages)
-        allocator.slots.release(request.state_slot)
-        del self._requests[request.req_id]
-        self._unfinished.discard(request.req_id)
-        self._epoch += 1
+        self.ledger.close(request)
 
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
         """Prepare a step; changes nothing.
@@ -116,31 +121,87 @@ class CompressedKVCache:
             UnknownRequestError: a request is not open here.
             ValueError: a request twice, or a negative number of tokens.
         """
-        allocator = self._allocator("plan")
-        for request, num_new_tokens in items:
-            self._check_open(request)
-            if num_new_tokens < 0:
-                raise ValueError(f"{request}: expected 0 or more new tokens, got {num_new_tokens}")
-            if request.req_id in self._unfinished:
-                raise StalePlanError(
-                    f"{request}: its last plan was appended; expected commit or close, got another plan"
-                )
-        if len({request.req_id for request, _ in items}) != len(items):
-            raise ValueError(
-                f"plan: expected each request once, got {[request.req_id for request, _ in items]}"
-            )
-        grants = allocator.grant([(request.pages, request.seq_len + new) for request, new in items])
-        planned = tuple(
-            PlannedRequest(request, new, grant)
-            for (request, new), grant in zip(items, grants, strict=True)
-        )
+        planned = self.ledger.grant(items)
         tables = stack_tables([(item.request.pages, item.grant) for item in planned], self.device)
         return StepPlan(
             step=self._step_tensors(planned, tables),
             window=self.spec.window,
             items=planned,
-            epoch=self._epoch,
+            epoch=self.ledger.epoch,
+            copies=plan_copies(self.spec, planned, self.device),
         )
+
+    def fork(self, request: Request) -> Request:
+        """Start a second sequence that continues from the same tokens.
+
+        Pages are shared until one of the two writes; only the stream state is copied.
+
+        Raises:
+            OutOfPagesError: every state slot is taken; nothing was changed.
+            StalePlanError: the request's last plan was appended but not committed.
+        """
+        self.ledger.check_settled(request)
+        twin = self.ledger.open(request.seq_len, request.min_len, request.pages)
+        for state in self._stream_state():
+            state[twin.state_slot] = state[request.state_slot]
+        return twin
+
+    def truncate(self, request: Request, to: int | Snapshot) -> None:
+        """Cut a sequence back.
+
+        Args:
+            request (Request): the sequence.
+            to (int | Snapshot): a length from ``request.min_len`` (the committed length less ``max_draft_tokens``) to
+                ``request.seq_len``, which moves nothing; or a snapshot, also one of another request.
+
+        Raises:
+            TruncateError: a length out of range; the message names those that are possible.
+            StalePlanError, UnknownRequestError: as in `plan`.
+        """
+        if isinstance(to, int):
+            self.ledger.shorten(request, to)
+            return
+        self.ledger.rewind(request, to)
+        self._put_state(request, to)
+
+    def snapshot(self, request: Request) -> Snapshot:
+        """Hold on to a sequence as it is now: its pages, shared, and a copy of its stream state.
+
+        Raises:
+            StalePlanError, UnknownRequestError: as in `plan`.
+        """
+        ledger = self.ledger
+        ledger.check_settled(request)
+        taken = Snapshot(
+            snapshot_id=ledger.new_id(),
+            req_id=request.req_id,
+            seq_len=request.seq_len,
+            min_len=request.min_len,
+            pages=ledger.allocator.share(request.pages),
+            state=tuple(state[request.state_slot].clone() for state in self._stream_state()),
+        )
+        ledger.keep(taken)
+        return taken
+
+    def restore(self, snapshot: Snapshot) -> Request:
+        """Start a sequence that continues from a snapshot; the snapshot stays.
+
+        Raises:
+            OutOfPagesError: every state slot is taken; nothing was changed.
+            UnknownRequestError: the snapshot was released, or is another cache's.
+        """
+        self.ledger.check_kept(snapshot)
+        request = self.ledger.open(snapshot.seq_len, snapshot.min_len, snapshot.pages)
+        self._put_state(request, snapshot)
+        return request
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Drop a snapshot and free what it alone holds.
+
+        Raises:
+            UnknownRequestError: the snapshot was released already, or is another cache's.
+        """
+        self.ledger.release(snapshot)
 
     def plan_tables(
         self,
@@ -198,14 +259,18 @@ class CompressedKVCache:
         cache = self._layer(layer_id)
         given = {"window": window, "main": main, "index": index}
         parts = {part: value for part, value in given.items() if value is not None}
-        self._check_current(plan)
+        if self._ledger is not None:
+            self._ledger.check_epoch(plan.epoch)
         for part, value in parts.items():
             cache.check(plan, part, value)
             if (layer_id, part) in plan.appended:
                 raise StalePlanError(
                     f"layer {layer_id} {part}: expected once per step, got a second append"
                 )
-        self._unfinished.update(item.request.req_id for item in plan.items)
+        if plan.items:
+            self.ledger.begin(plan.items)
+        if plan.copies is not None and not any(done == layer_id for done, _ in plan.appended):
+            cache.copy_shared(plan.copies)
         for part, value in parts.items():
             if isinstance(value, WindowInput):
                 cache.append_window(plan, value)
@@ -239,8 +304,8 @@ class CompressedKVCache:
         Raises:
             StalePlanError: the cache has moved on, or a part of a layer was not appended; nothing was changed.
         """
-        allocator = self._allocator("commit")
-        self._check_current(plan)
+        ledger = self.ledger
+        ledger.check_epoch(plan.epoch)
         missing = [
             (cache.layer.layer_id, part)
             for cache in self.layers
@@ -251,14 +316,7 @@ class CompressedKVCache:
             raise StalePlanError(
                 f"commit: expected every part of every layer appended, missing (layer, part) {missing}"
             )
-        for item in plan.items:
-            allocator.take(item.request.pages, item.grant)
-            item.request.seq_len += item.num_new_tokens
-            self._unfinished.discard(item.request.req_id)
-        for item in plan.items:
-            first = integrity.first_window_position(self.spec, item.request.seq_len)
-            allocator.release_window(item.request.pages, first)
-        self._epoch += 1
+        ledger.commit(plan.items)
 
     def report(self) -> report.CacheReport:
         """Where the bytes are; equal to what is really allocated."""
@@ -289,7 +347,8 @@ class CompressedKVCache:
             stream_bytes_per_request=report.stream_bytes_per_request(spec),
             counts=counts,
             requests=tuple(
-                report.report_request(spec, request) for request in self._requests.values()
+                report.report_request(spec, request)
+                for request in (self._ledger.requests if self._ledger else ())
             ),
         )
 
@@ -302,34 +361,23 @@ class CompressedKVCache:
         Raises:
             CacheInvariantError: the message starts with the label of the broken invariant.
         """
-        requests = tuple(self._requests.values())
-        integrity.check_pages(self.spec, self._allocator("check_integrity"), requests)
+        ledger = self.ledger
+        requests = ledger.requests
+        integrity.check_pages(self.spec, ledger.allocator, requests, ledger.snapshots)
         if memory:
             integrity.check_memory(self.spec, self.layers, self.storage.num_window_rows, requests)
-
-    def _allocator(self, action: str) -> PageAllocator:
-        if not isinstance(self.pages, PageAllocator):
-            raise TypeError(
-                f"{action}: expected a cache that owns its pages, got one over {type(self.pages).__name__}"
-            )
-        return self.pages
 
     def _layer(self, layer_id: int) -> LayerCache:
         if not 0 <= layer_id < len(self.layers):
             raise ValueError(f"layer_id: expected 0 .. {len(self.layers) - 1}, got {layer_id}")
         return self.layers[layer_id]
 
-    def _check_open(self, request: Request) -> None:
-        if self._requests.get(request.req_id) is not request:
-            raise UnknownRequestError(
-                f"{request}: expected a request opened by this cache and not closed"
-            )
+    def _stream_state(self) -> list[torch.Tensor]:
+        return [state for layer in self.storage.layers for state in layer.tensors()["stream_state"]]
 
-    def _check_current(self, plan: StepPlan) -> None:
-        if plan.epoch != self._epoch:
-            raise StalePlanError(
-                f"plan: expected one made at epoch {self._epoch}, got one of epoch {plan.epoch}"
-            )
+    def _put_state(self, request: Request, snapshot: Snapshot) -> None:
+        for state, kept in zip(self._stream_state(), snapshot.state, strict=True):
+            state[request.state_slot] = kept
 
     def _step_tensors(self, planned: Sequence[PlannedRequest], tables: PageTables) -> StepTensors:
         def tensor(values: list[int]) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """Checks that a cache does not contradict itself.
 
 Host bookkeeping, cheap:
-    I1 history pages: free and owned pages partition all pages, and no page has two owners it does not know of.
+    I1 history pages: free and owned pages partition all pages, and each has as many owners as it counts.
     I2 window pages: likewise.
     I3 state slots: likewise.
     I4 coverage: a request owns exactly ``ceil(seq_len / page_tokens)`` history pages.
-    I5 window: a request holds the window pages of its last ``window - 1`` tokens, and no page before them.
+    I5 window: a request holds the window pages that a query can reach after the deepest roll-back, and none before them.
 Device memory, one pass over what requests can read:
     I6 rows: every entry, index key and window row that a query could reach is finite.
     I7 streams: the kept rows of the open and the previous block, the open block's accumulator, and the boundary state of
@@ -20,14 +20,9 @@ import torch
 from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4.cache.layer import LayerCache
 from sglang_dsv4.cache.pages import NULL_PAGE, PageAllocator, PageGrant, stack_tables
-from sglang_dsv4.cache.request import Request
+from sglang_dsv4.cache.request import Request, Snapshot
 from sglang_dsv4.errors import CacheInvariantError
 from sglang_dsv4.spec import CacheSpec
-
-
-def first_window_position(spec: CacheSpec, seq_len: int) -> int:
-    """First position whose window row the next query can still reach."""
-    return max(0, seq_len - spec.window + 1)
 
 
 def _check_partition(
@@ -37,7 +32,7 @@ def _check_partition(
     for number, expected in enumerate(owners):
         if count[number] != expected:
             raise CacheInvariantError(
-                f"{label} {name}: expected {expected} owners of {number} by its count, got {count[number]} in requests"
+                f"{label} {name}: expected {expected} owners of {number} by its count, got {count[number]} that hold it"
             )
     missing = set(range(len(owners))) - set(free) - set(count)
     if missing or len(free) != len(set(free)) or set(free) & set(count):
@@ -46,31 +41,37 @@ def _check_partition(
         )
 
 
-def check_pages(spec: CacheSpec, allocator: PageAllocator, requests: Sequence[Request]) -> None:
+def check_pages(
+    spec: CacheSpec,
+    allocator: PageAllocator,
+    requests: Sequence[Request],
+    snapshots: Sequence[Snapshot],
+) -> None:
     """I1 to I5.
 
     Raises:
         CacheInvariantError: the message starts with the label of the broken invariant.
     """
-    history = [page for request in requests for page in request.pages.history]
-    window = [page for request in requests for page in request.pages.window if page != NULL_PAGE]
+    holders: list[Request | Snapshot] = [*requests, *snapshots]
+    history = [page for holder in holders for page in holder.pages.history]
+    window = [page for holder in holders for page in holder.pages.window if page != NULL_PAGE]
     _check_partition(
         "I1", "history pages", allocator.history.free, history, allocator.history.owners
     )
     _check_partition("I2", "window pages", allocator.window.free, window, allocator.window.owners)
     slots = [request.state_slot for request in requests]
     _check_partition("I3", "state slots", allocator.slots.free, slots, allocator.slots.owners)
-    for request in requests:
-        pages = -(-request.seq_len // spec.page_tokens)
-        if len(request.pages.history) != pages:
+    for holder in holders:
+        pages = -(-holder.seq_len // spec.page_tokens)
+        if len(holder.pages.history) != pages:
             raise CacheInvariantError(
-                f"I4 coverage: {request}: expected {pages} history pages, got {len(request.pages.history)}"
+                f"I4 coverage: {holder}: expected {pages} history pages, got {len(holder.pages.history)}"
             )
-        first = first_window_position(spec, request.seq_len) // spec.page_tokens
-        held = [page != NULL_PAGE for page in request.pages.window]
+        first = spec.first_window_position(holder.min_len) // spec.page_tokens
+        held = [page != NULL_PAGE for page in holder.pages.window]
         if held != [index >= first for index in range(pages)]:
             raise CacheInvariantError(
-                f"I5 window: {request}: expected pages {first} .. {pages - 1}, got {held}"
+                f"I5 window: {holder}: expected pages {first} .. {pages - 1}, got {held}"
             )
 
 
@@ -101,7 +102,7 @@ def _reachable(
     device = storage.pool.device
     tables = stack_tables([(request.pages, PageGrant((), ()))], device)
     positions = torch.arange(
-        first_window_position(spec, request.seq_len), request.seq_len, device=device
+        spec.first_window_position(request.min_len), request.seq_len, device=device
     )
     rows = tables.window[0, positions // page_tokens] * page_tokens + positions % page_tokens
     yield "I6 rows", "window row", naive_load_rows(storage.pool, rows, spec.rows)
@@ -115,7 +116,12 @@ def _reachable(
         yield "I6 rows", "index key", naive_load_rows(storage.index_pool, rows, spec.index_keys)
     slot, tail = request.state_slot, request.tail_len(ratio)
     if storage.accumulators is not None and tail:
-        yield "I7 streams", "accumulator part", storage.accumulators[slot]
+        ring = storage.accumulators.shape[1]
+        yield (
+            "I7 streams",
+            "accumulator part",
+            storage.accumulators[slot, (request.seq_len - 1) % ring],
+        )
     first_row = max(request.seq_len - tail - ratio, request.seq_len // page_tokens * page_tokens)
     for store in (storage.main, storage.index):
         if store is not None:

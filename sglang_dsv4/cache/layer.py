@@ -5,12 +5,12 @@ import torch
 from dsv4_kernels.flush import CompressorParams, naive_flush_csa, naive_flush_hca
 from dsv4_kernels.index_score import naive_index_query, naive_index_scores, naive_topk_entries
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.row_codec import naive_load_rows
+from dsv4_kernels.row_codec import naive_copy_rows, naive_load_rows
 from dsv4_kernels.streams import CSA_PARTS, HCA_PARTS
 from dsv4_kernels.window_store import naive_window_store
 from sglang_dsv4.cache.checks import check_tensor
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
-from sglang_dsv4.cache.plan import StepPlan
+from sglang_dsv4.cache.plan import RowCopies, StepPlan
 from sglang_dsv4.cache.storage import LayerStorage, StreamStorage
 from sglang_dsv4.cache.view import LayerView
 from sglang_dsv4.spec import CacheSpec, LayerSpec
@@ -24,12 +24,18 @@ class LayerCache:
     """Rows, index keys and stream state of one layer."""
 
     def __init__(
-        self, spec: CacheSpec, layer: LayerSpec, storage: LayerStorage, cos_sin: torch.Tensor
+        self,
+        spec: CacheSpec,
+        layer: LayerSpec,
+        storage: LayerStorage,
+        cos_sin: torch.Tensor,
+        num_window_rows: int,
     ) -> None:
         self.spec = spec
         self.layer = layer
         self.storage = storage
         self.cos_sin = cos_sin
+        self.num_window_rows = num_window_rows
         parts = {"window": (), "csa": ("main", "index"), "hca": ("main",)}[layer.kind]
         self.parts: tuple[str, ...] = ("window", *parts)
 
@@ -50,6 +56,21 @@ class LayerCache:
         slots = 2 * layer.ratio if layer.overlap else layer.ratio
         check_tensor(f"{name} kv_score", given.kv_score, (plan.num_tokens, width), _FLOATS, device)
         check_tensor(f"{name} slot_bias", given.slot_bias, (slots, dim), (torch.float32,), device)
+
+    def copy_shared(self, copies: RowCopies) -> None:
+        """Bring over the rows of shared pages that this step writes into."""
+        storage, rows, ratio = self.storage, self.spec.rows, self.layer.ratio
+        naive_copy_rows(storage.pool, *copies.window, rows)
+        if ratio:
+            sources, targets = copies.history[ratio]
+            base = self.num_window_rows
+            naive_copy_rows(storage.pool, base + sources, base + targets, rows)
+            if storage.index_pool is not None:
+                naive_copy_rows(storage.index_pool, sources, targets, self.spec.index_keys)
+        sources, targets = copies.boundary
+        for state in (storage.main, storage.index):
+            if state is not None:
+                state.boundary[targets] = state.boundary[sources]
 
     def append_window(self, plan: StepPlan, given: WindowInput) -> None:
         """Store the window rows of the new tokens."""

@@ -2,8 +2,8 @@
 
 A sequence's tokens fall into pages of ``page_tokens``. Each has a *history page* (entries and index keys, kept as long
 as the sequence) and a *window page* (window rows and boundary state, kept while a query can still reach it).
-`PageAllocator` gives pages out itself. `ExternalPages` reads another owner's tables: SGLang's allocator, radix tree and
-eviction keep working on the same pages.
+`PageAllocator` gives pages out itself, and lets sequences share them until one of them writes. `ExternalPages` reads
+another owner's tables: SGLang's allocator, radix tree and eviction keep working on the same pages.
 """
 
 from collections.abc import Sequence
@@ -47,14 +47,23 @@ class PageList:
 
 @dataclass(frozen=True)
 class PageGrant:
-    """Pages that a plan will take for one sequence when it is committed."""
+    """Pages that a plan will take for one sequence when it is committed.
 
-    history: tuple[int, ...]
-    window: tuple[int, ...]
+    Attributes:
+        history (tuple[int, ...]): new history pages, appended to the sequence's.
+        window (tuple[int, ...]): new window pages, likewise.
+        history_copy (int): page that replaces the last history page, which is part full and shared; or `NULL_PAGE`.
+        window_copy (int): likewise of the last window page.
+    """
+
+    history: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+    history_copy: int = NULL_PAGE
+    window_copy: int = NULL_PAGE
 
 
-class _FreeList:
-    """Free numbers ``0 .. size-1``, handed out in a fixed order, and how many owners each has."""
+class FreeList:
+    """Numbers ``0 .. size-1``: which are free, in the fixed order in which they are handed out, and owners of the rest."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -63,7 +72,11 @@ class _FreeList:
         self.owners = [0] * size
 
     def peek(self, skip: int, count: int) -> tuple[int, ...]:
-        """The ``count`` numbers that come after the next ``skip`` ones; changes nothing."""
+        """The ``count`` numbers that come after the next ``skip`` ones; changes nothing.
+
+        Raises:
+            OutOfPagesError: not that many are free.
+        """
         if skip + count > len(self.free):
             raise OutOfPagesError(
                 f"{self.name}: expected {skip + count} free, got {len(self.free)} of {self.size}; nothing was changed"
@@ -72,17 +85,34 @@ class _FreeList:
         return tuple(reversed(self.free[end - count : end]))
 
     def take(self, numbers: Sequence[int]) -> None:
+        """Hand out numbers that `peek` named, in its order."""
         for number in numbers:
             taken = self.free.pop()
-            assert taken == number, (
-                f"{self.name}: plan granted {number}, the free list gives {taken}"
-            )
+            assert taken == number, f"{self.name}: granted {number}, the free list gives {taken}"
             self.owners[number] = 1
 
+    def share(self, number: int) -> None:
+        """Add an owner."""
+        self.owners[number] += 1
+
     def release(self, number: int) -> None:
+        """Remove an owner; the number is free when the last one goes."""
         self.owners[number] -= 1
         if self.owners[number] == 0:
             self.free.append(number)
+
+
+class _Reservation:
+    """Numbers named so far from a free list that stays unchanged."""
+
+    def __init__(self, source: FreeList) -> None:
+        self._source = source
+        self._named = 0
+
+    def name(self, count: int) -> tuple[int, ...]:
+        numbers = self._source.peek(self._named, count)
+        self._named += count
+        return numbers
 
 
 class PageAllocator:
@@ -91,9 +121,9 @@ class PageAllocator:
     def __init__(self, capacity: Capacity, page_tokens: int) -> None:
         self._capacity = capacity
         self.page_tokens = page_tokens
-        self.history = _FreeList("history pages", capacity.history_pages)
-        self.window = _FreeList("window pages", capacity.window_pages)
-        self.slots = _FreeList("state slots", capacity.state_slots)
+        self.history = FreeList("history pages", capacity.history_pages)
+        self.window = FreeList("window pages", capacity.window_pages)
+        self.slots = FreeList("state slots", capacity.state_slots)
 
     @property
     def capacity(self) -> Capacity:
@@ -103,56 +133,94 @@ class PageAllocator:
         return {
             "history_pages": self.history.size,
             "history_pages_free": len(self.history.free),
+            "history_pages_shared": sum(owners > 1 for owners in self.history.owners),
             "window_pages": self.window.size,
             "window_pages_free": len(self.window.free),
+            "window_pages_shared": sum(owners > 1 for owners in self.window.owners),
             "state_slots": self.slots.size,
             "state_slots_free": len(self.slots.free),
         }
 
-    def grant(self, sequences: Sequence[tuple[PageList, int]]) -> list[PageGrant]:
-        """Pages each sequence needs to reach a length; changes nothing.
+    def grant(self, sequences: Sequence[tuple[PageList, int, int]]) -> list[PageGrant]:
+        """Pages that sequences need in order to grow; changes nothing.
 
         Args:
-            sequences (Sequence[tuple[PageList, int]]): each sequence's pages, and the tokens it must hold.
+            sequences (Sequence[tuple[PageList, int, int]]): each sequence's pages, its tokens, and the tokens it shall hold.
 
         Raises:
             OutOfPagesError: not enough free pages for all of them together.
         """
-        grants, taken = [], 0
-        for pages, seq_len in sequences:
-            count = -(-seq_len // self.page_tokens) - len(pages.history)
-            grants.append(
-                PageGrant(self.history.peek(taken, count), self.window.peek(taken, count))
-            )
-            taken += count
-        return grants
+        history, window = _Reservation(self.history), _Reservation(self.window)
+        return [
+            self._grant(pages, seq_len, new_len, history, window)
+            for pages, seq_len, new_len in sequences
+        ]
 
-    def take(self, pages: PageList, grant: PageGrant) -> None:
-        """Give the granted pages to a sequence, in the order in which they were granted."""
-        self.history.take(grant.history)
-        self.window.take(grant.window)
-        pages.history.extend(grant.history)
-        pages.window.extend(grant.window)
+    def _grant(
+        self,
+        pages: PageList,
+        seq_len: int,
+        new_len: int,
+        history: _Reservation,
+        window: _Reservation,
+    ) -> PageGrant:
+        count = -(-new_len // self.page_tokens) - len(pages.history)
+        writes_into_last = new_len > seq_len and seq_len % self.page_tokens != 0
+        copies_history = writes_into_last and self.history.owners[pages.history[-1]] > 1
+        copies_window = writes_into_last and self.window.owners[pages.window[-1]] > 1
+        return PageGrant(
+            history_copy=history.name(1)[0] if copies_history else NULL_PAGE,
+            window_copy=window.name(1)[0] if copies_window else NULL_PAGE,
+            history=history.name(count),
+            window=window.name(count),
+        )
+
+    def take(self, grants: Sequence[tuple[PageList, PageGrant]]) -> None:
+        """Give granted pages to sequences, in the order in which they were granted."""
+        replaced: list[tuple[FreeList, int]] = []
+        for pages, grant in grants:
+            for free, held, copy, new in (
+                (self.history, pages.history, grant.history_copy, grant.history),
+                (self.window, pages.window, grant.window_copy, grant.window),
+            ):
+                if copy != NULL_PAGE:
+                    free.take((copy,))
+                    replaced.append((free, held[-1]))
+                    held[-1] = copy
+                free.take(new)
+                held.extend(new)
+        for free, page in replaced:  # only now: a page freed in between would be handed out next
+            free.release(page)
+
+    def share(self, pages: PageList) -> PageList:
+        """The same pages with one more owner."""
+        for page in pages.history:
+            self.history.share(page)
+        for page in pages.window:
+            if page != NULL_PAGE:
+                self.window.share(page)
+        return PageList(list(pages.history), list(pages.window))
 
     def release_window(self, pages: PageList, first_needed: int) -> None:
-        """Free the window pages that end before position ``first_needed``."""
-        for index in range(
-            min(max(first_needed, 0) // self.page_tokens, len(pages.window)) - 1, -1, -1
-        ):
+        """Release the window pages that end before position ``first_needed``."""
+        past = min(max(first_needed, 0) // self.page_tokens, len(pages.window))
+        for index in range(past - 1, -1, -1):
             if pages.window[index] == NULL_PAGE:
                 return  # pages are released oldest first
             self.window.release(pages.window[index])
             pages.window[index] = NULL_PAGE
 
-    def release(self, pages: PageList) -> None:
-        """Free every page of a sequence."""
-        for page in pages.history:
-            self.history.release(page)
-        for page in pages.window:
+    def shorten(self, pages: PageList, seq_len: int) -> None:
+        """Release the pages that hold no token before ``seq_len``."""
+        while len(pages.history) > -(-seq_len // self.page_tokens):
+            self.history.release(pages.history.pop())
+            page = pages.window.pop()
             if page != NULL_PAGE:
                 self.window.release(page)
-        pages.history.clear()
-        pages.window.clear()
+
+    def release(self, pages: PageList) -> None:
+        """Release every page of a sequence."""
+        self.shorten(pages, 0)
 
 
 class ExternalPages:
@@ -173,6 +241,11 @@ class ExternalPages:
         }
 
 
+def _planned(held: list[int], copy: int, new: tuple[int, ...]) -> list[int]:
+    kept = held if copy == NULL_PAGE else [*held[:-1], copy]
+    return [*kept, *new]
+
+
 def stack_tables(
     sequences: Sequence[tuple[PageList, PageGrant]], device: torch.device
 ) -> PageTables:
@@ -184,6 +257,13 @@ def stack_tables(
         return torch.tensor(padded, dtype=torch.int64, device=device).view(len(rows), width)
 
     return PageTables(
-        history=stack([[*pages.history, *grant.history] for pages, grant in sequences]),
-        window=stack([[*pages.window, *grant.window] for pages, grant in sequences]),
+        history=stack(
+            [
+                _planned(pages.history, grant.history_copy, grant.history)
+                for pages, grant in sequences
+            ]
+        ),
+        window=stack(
+            [_planned(pages.window, grant.window_copy, grant.window) for pages, grant in sequences]
+        ),
     )

@@ -19,6 +19,22 @@ class PlannedRequest:
     grant: PageGrant
 
 
+@dataclass(frozen=True)
+class RowCopies:
+    """Rows of shared pages that a step copies before it writes into them, by the old and the new row.
+
+    Attributes:
+        window (tuple[torch.Tensor, torch.Tensor]): window rows of a row pool, ``[N]`` int64 each.
+        boundary (tuple[torch.Tensor, torch.Tensor]): window pages, whose boundary state goes with them.
+        history (dict[int, tuple[torch.Tensor, torch.Tensor]]): by ratio, rows of an index-key pool; also rows among a row
+            pool's entries.
+    """
+
+    window: tuple[torch.Tensor, torch.Tensor]
+    boundary: tuple[torch.Tensor, torch.Tensor]
+    history: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     """One step of a batch.
@@ -28,6 +44,7 @@ class StepPlan:
         window (int): raw rows a query attends to.
         items (tuple[PlannedRequest, ...]): requests and their page grants; empty when pages are owned elsewhere.
         epoch (int): the cache's epoch when the plan was made.
+        copies (RowCopies | None): what copy-on-write moves; None where nothing is shared.
         appended (set[tuple[int, str]]): (layer, part) pairs that were appended so far.
     """
 
@@ -35,6 +52,7 @@ class StepPlan:
     window: int
     items: tuple[PlannedRequest, ...] = ()
     epoch: int = 0
+    copies: RowCopies | None = None
     appended: set[tuple[int, str]] = field(default_factory=set)
 
     @property

@@ -32,7 +32,8 @@ class LayerStorage:
         index_pool (torch.Tensor | None): index keys of a CSA layer.
         main (StreamStorage | None): state of a CSA layer's main compressor.
         index (StreamStorage | None): state of a CSA layer's indexer compressor.
-        accumulators (torch.Tensor | None): ``[state slots, 3, D]`` fp32, the open block of an HCA layer.
+        accumulators (torch.Tensor | None): ``[state slots, ring, 3, D]`` fp32, the open block of an HCA layer after each
+            of the last tokens; row ``position % ring``.
     """
 
     pool: torch.Tensor
@@ -120,7 +121,11 @@ def _allocate_layer(
         if layer.indexed
         else None,
         accumulators=(
-            empty((capacity.state_slots, 3, spec.head_dim), torch.float32, device)
+            empty(
+                (capacity.state_slots, spec.accumulator_rows, 3, spec.head_dim),
+                torch.float32,
+                device,
+            )
             if layer.kind == "hca"
             else None
         ),

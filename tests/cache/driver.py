@@ -8,7 +8,6 @@ import torch
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec.naive import _load_grouped
 from sglang_dsv4.cache import CompressedKVCache, CompressorInput, Request, StepPlan, WindowInput
-from sglang_dsv4.cache.integrity import first_window_position
 from sglang_dsv4.spec import CacheSpec
 
 CONFIG = {
@@ -147,7 +146,7 @@ def table_bytes(
     """As `reachable_bytes`, from page tables."""
     spec, found = cache.spec, {}
     page_tokens = spec.page_tokens
-    positions = torch.arange(first_window_position(spec, seq_len), seq_len)
+    positions = torch.arange(spec.first_window_position(seq_len), seq_len)
     window_rows = window[positions // page_tokens] * page_tokens + positions % page_tokens
     for layer in cache.layers:
         storage, layer_id, ratio = layer.storage, layer.layer.layer_id, layer.layer.ratio

@@ -25,9 +25,9 @@ def state_of(cache):
         list(pages.slots.free),
         [
             (r.req_id, r.seq_len, list(r.pages.history), list(r.pages.window))
-            for r in cache._requests.values()
+            for r in cache.ledger.requests
         ],
-        cache._epoch,
+        cache.ledger.epoch,
     )
 
 
@@ -232,7 +232,7 @@ def test_no_cross_talk_between_requests_that_reuse_pages():
         ("I2", lambda cache, request: cache.pages.window.free.append(request.pages.window[-1])),
         ("I3", lambda cache, request: cache.pages.slots.free.append(request.state_slot)),
         ("I4", lambda cache, request: setattr(request, "seq_len", 900)),
-        ("I5", lambda cache, request: setattr(request, "seq_len", 512)),
+        ("I5", lambda cache, request: setattr(request, "min_len", 400)),
     ],
 )
 def test_each_page_invariant_is_checked_under_its_label(cache, label, damage):
@@ -251,7 +251,7 @@ def test_each_page_invariant_is_checked_under_its_label(cache, label, damage):
         ("I6", 1, "entry", lambda layer, slot: layer.pool[slot["entry"]]),
         ("I6", 1, "index key", lambda layer, slot: layer.index_pool[slot["key"]]),
         ("I7", 1, "stream row", lambda layer, slot: layer.main.streams[slot["state"], 300 % 8]),
-        ("I7", 2, "accumulator part", lambda layer, slot: layer.accumulators[slot["state"], 1]),
+        ("I7", 2, "accumulator part", lambda layer, slot: layer.accumulators[slot["state"], 0, 1]),
     ],
 )
 def test_each_memory_invariant_is_checked_under_its_label(cache, label, layer_id, what, tensor):

@@ -157,13 +157,14 @@ def naive_flush_hca(
     Args:
         step (StepTensors): the step.
         kv_score (torch.Tensor): ``[T, 2*D]``, fp32 or bf16: kv, gate.
-        accumulators (torch.Tensor): ``[S, 3, D]``, fp32: the open block's maximum, sum and weighted sum per state slot.
-            Written; never read for a block that starts in this step.
+        accumulators (torch.Tensor): ``[S, ring, 3, D]``, fp32, ``ring >= 1``: row ``position % ring`` of a state slot is the
+            maximum, sum and weighted sum of that position's block up to and with that position. Written for the last
+            ``ring`` tokens; never read for a block that starts in this step.
         pool (torch.Tensor): entries go to `StepTensors.entry_slots`. Written.
         pool_format (RowFormat): the pool's format.
         params (CompressorParams): the compressor.
     """
-    ratio, dim = params.slot_bias.shape
+    (ratio, dim), ring = params.slot_bias.shape, accumulators.shape[1]
     block = step.positions // ratio
     starts = torch.ones_like(block, dtype=torch.bool)
     starts[1:] = (block[1:] != block[:-1]) | (step.token_rows[1:] != step.token_rows[:-1])
@@ -171,19 +172,21 @@ def naive_flush_hca(
         starts
     ).flatten()  # [N]: first new token of each block this step touches
     num_tokens = torch.diff(first_token, append=first_token.new_tensor([len(block)]))
-    rows, offset = step.token_rows[first_token], step.positions[first_token] % ratio
+    rows, first = step.token_rows[first_token], step.positions[first_token]
+    offset, slots = first % ratio, step.state_slots[rows]
     state = naive_hca_start(len(first_token), dim, kv_score.device)
-    state = torch.where((offset > 0).view(-1, 1, 1), accumulators[step.state_slots[rows]], state)
+    before = accumulators[slots, (first - 1).clamp_min(0) % ring]
+    state = torch.where((offset > 0).view(-1, 1, 1), before, state)
     kv, gate = kv_score.split(dim, dim=-1)
     for j in range(int(num_tokens.max()) if len(first_token) else 0):
         live = torch.nonzero(num_tokens > j).flatten()
         token = first_token[live] + j
         bias = params.slot_bias[offset[live] + j]
         state[live] = naive_hca_update(state[live], kv[token].float(), gate[token].float() + bias)
+        kept = live[step.positions[token] >= step.seq_lens[rows[live]] - ring]
+        accumulators[slots[kept], (first[kept] + j) % ring] = state[kept]
     closed = torch.nonzero(offset + num_tokens == ratio).flatten()
     if len(closed):
         entry = block[first_token[closed]]
         entries = _finish_entries(naive_hca_finish(state[closed]), entry * ratio, params)
         naive_store_rows(pool, step.entry_slots(rows[closed], entry, ratio), entries, pool_format)
-    still_open = torch.nonzero(offset + num_tokens < ratio).flatten()
-    accumulators[step.state_slots[rows[still_open]]] = state[still_open]
