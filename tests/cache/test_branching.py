@@ -1,0 +1,306 @@
+"""P1, P3 and P5 under fork, truncate, snapshot and restore: every order of operations gives the bytes of a full forward."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from dsv4_kernels.memory import set_poison
+from sglang_dsv4.cache import CompressedKVCache, CompressorInput, WindowInput
+from sglang_dsv4.errors import OutOfPagesError, StalePlanError, TruncateError, UnknownRequestError
+from tests.cache.driver import TokenInputs, feed, make_spec, random_sequence, reachable_bytes
+
+DRAFT = 5
+VOCABULARY = 7
+
+
+def make_cache(formats=("bf16", "bf16"), num_pages=24, max_requests=6, draft=DRAFT):
+    """Small pages, poisoned memory."""
+    set_poison(True)
+    spec = make_spec(formats, page_tokens=128, max_draft_tokens=draft)
+    return CompressedKVCache.create(spec, num_pages=num_pages, max_requests=max_requests)
+
+
+class Words:
+    """Inputs that depend on the token alone, so that a list of tokens is a sequence."""
+
+    def __init__(self, spec):
+        self.table = random_sequence(spec, VOCABULARY, seed=11)
+
+    def inputs(self, tokens):
+        picked = torch.tensor(tokens, dtype=torch.int64)
+
+        def pick(given):
+            if isinstance(given, WindowInput):
+                return WindowInput(given.kv[picked], given.norm_weight, given.eps)
+            return CompressorInput(given.kv_score[picked], given.slot_bias, given.norm_weight, given.eps)
+
+        parts = tuple({part: pick(given) for part, given in layer.items()} for layer in self.table.parts)
+        return TokenInputs(parts)
+
+    def append(self, cache, request, tokens, new):
+        """Append ``new`` behind ``tokens``; returns both."""
+        both = [*tokens, *new]
+        feed(cache, [(request, self.inputs(both), len(new))])
+        return both
+
+    def expected(self, cache, tokens):
+        """What one full forward of these tokens leaves where a query can reach."""
+        fresh = make_cache((cache.spec.row_format, cache.spec.index_format), draft=cache.spec.max_draft_tokens)
+        request = fresh.open()
+        if tokens:
+            feed(fresh, [(request, self.inputs(tokens), len(tokens))])
+        return reachable_bytes(fresh, request)
+
+
+def words(count, salt=0):
+    return [(i * i + salt) % VOCABULARY for i in range(count)]
+
+
+@pytest.fixture(params=[("bf16", "bf16"), ("fp8_584", "fp8")], ids="-".join)
+def cache(request):
+    return make_cache(request.param)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 126, 127, 128, 129, 131, 255, 256, 260, 383])
+def test_fork_at_every_kind_of_position(cache, length):
+    text = Words(cache.spec)
+    first = cache.open()
+    tokens = text.append(cache, first, [], words(length)) if length else []
+    before = cache.pages.counts()
+    second = cache.fork(first)
+    after = cache.pages.counts()
+    assert after["history_pages_free"] == before["history_pages_free"]  # a fork takes no page
+    left = text.append(cache, first, tokens, words(9, 1))
+    right = text.append(cache, second, tokens, words(140, 2))
+    left = text.append(cache, first, left, words(130, 3))
+    cache.check_integrity(memory=True)
+    assert reachable_bytes(cache, first) == text.expected(cache, left)
+    assert reachable_bytes(cache, second) == text.expected(cache, right)
+
+
+def test_two_sharers_that_write_in_one_step(cache):
+    text = Words(cache.spec)
+    first = cache.open()
+    tokens = text.append(cache, first, [], words(200))
+    twins = [first, cache.fork(first), cache.fork(first)]
+    texts = [[*tokens, *words(7 + 60 * i, i)] for i in range(3)]
+    feed(
+        cache,
+        [(twin, text.inputs(both), len(both) - 200) for twin, both in zip(twins, texts, strict=True)],
+    )
+    cache.check_integrity(memory=True)
+    for twin, both in zip(twins, texts, strict=True):
+        assert reachable_bytes(cache, twin) == text.expected(cache, both)
+
+
+@pytest.mark.parametrize("length", [6, 127, 128, 129, 130, 133, 257, 261])
+@pytest.mark.parametrize("back", range(DRAFT + 1))
+def test_truncate_and_go_on(cache, length, back):
+    """Back by each number of draft tokens, across blocks and pages, in one step or one token at a time."""
+    text = Words(cache.spec)
+    request = cache.open()
+    tokens = text.append(cache, request, [], words(length - 3))
+    for token in words(3, 4):
+        tokens = text.append(cache, request, tokens, [token])
+    cache.truncate(request, length - back)
+    tokens = tokens[: length - back]
+    cache.check_integrity(memory=True)
+    assert request.seq_len == length - back
+    for token in words(DRAFT + 1, 5):
+        tokens = text.append(cache, request, tokens, [token])
+    tokens = text.append(cache, request, tokens, words(131, 6))
+    assert reachable_bytes(cache, request) == text.expected(cache, tokens)
+
+
+def test_truncate_too_far_says_where_it_could_go(cache):
+    text = Words(cache.spec)
+    request = cache.open()
+    tokens = text.append(cache, request, [], words(150))
+    taken = cache.snapshot(request)
+    text.append(cache, request, tokens, words(50))
+    for length in (194, 201, -1):
+        with pytest.raises(TruncateError, match=rf"length of 195 .. 200, or a snapshot \(taken at \[150\]\), got {length}"):
+            cache.truncate(request, length)
+    assert request.seq_len == 200
+    cache.truncate(request, 195)
+    with pytest.raises(TruncateError, match="length of 195 .. 195"):
+        cache.truncate(request, 194)  # older rows were overwritten when the later ones came
+    cache.truncate(request, taken)
+    assert request.seq_len == 150
+    tokens = text.append(cache, request, tokens, words(30, 9))
+    assert reachable_bytes(cache, request) == text.expected(cache, tokens)
+
+
+def test_a_snapshot_outlives_its_request_and_can_be_restored_twice(cache):
+    text = Words(cache.spec)
+    request = cache.open()
+    tokens = text.append(cache, request, [], words(261))
+    taken = cache.snapshot(request)
+    text.append(cache, request, tokens, words(100, 1))
+    cache.close(request)
+    cache.check_integrity()
+    for salt in (2, 3):
+        again = cache.restore(taken)
+        both = text.append(cache, again, tokens, words(130, salt))
+        assert reachable_bytes(cache, again) == text.expected(cache, both)
+        cache.close(again)
+    cache.release(taken)
+    counts = cache.pages.counts()
+    assert counts["history_pages_free"] == counts["history_pages"]
+    assert counts["window_pages_free"] == counts["window_pages"]
+
+
+def test_released_and_foreign_snapshots_are_refused(cache):
+    request = cache.open()
+    taken = cache.snapshot(request)
+    cache.release(taken)
+    for action in (lambda: cache.release(taken), lambda: cache.restore(taken), lambda: cache.truncate(request, taken)):
+        with pytest.raises(UnknownRequestError, match="expected a snapshot taken by this cache and not released"):
+            action()
+
+
+def test_a_fork_without_a_slot_changes_nothing():
+    cache = make_cache(max_requests=1)
+    request = cache.open()
+    taken = cache.snapshot(request)
+    epoch = cache.ledger.epoch
+    for action in (lambda: cache.fork(request), lambda: cache.restore(taken)):
+        with pytest.raises(OutOfPagesError, match="state slots: expected 1 free, got 0 of 1"):
+            action()
+    assert cache.ledger.epoch == epoch
+    cache.check_integrity()
+
+
+def test_copy_on_write_without_a_page_changes_nothing():
+    cache = make_cache(num_pages=2)
+    text = Words(cache.spec)
+    first = cache.open()
+    tokens = text.append(cache, first, [], words(200))
+    second = cache.fork(first)
+    epoch = cache.ledger.epoch
+    with pytest.raises(OutOfPagesError, match="history pages: expected 1 free, got 0 of 2"):
+        cache.plan([(second, 1)])
+    assert cache.ledger.epoch == epoch
+    cache.close(first)
+    tokens = text.append(cache, second, tokens, words(9))
+    assert reachable_bytes(cache, second) == text.expected(cache, tokens)
+
+
+def test_no_operation_between_append_and_commit():
+    cache = make_cache()
+    text = Words(cache.spec)
+    request = cache.open()
+    plan = cache.plan([(request, 4)])
+    given = text.inputs(words(4))
+    cache.append(0, plan, window=given.cut(0, "window", 0, 4))
+    for action in (cache.fork, cache.snapshot, lambda r: cache.truncate(r, 0)):
+        with pytest.raises(StalePlanError, match="expected commit or close"):
+            action(request)
+
+
+class Branching(RuleBasedStateMachine):
+    """Any order of operations, against a dictionary of token lists."""
+
+    requests = Bundle("requests")
+    snapshots = Bundle("snapshots")
+
+    @initialize(draft=st.sampled_from([0, DRAFT]))
+    def start(self, draft):
+        self.cache = make_cache(num_pages=10, max_requests=4, draft=draft)
+        self.text = Words(self.cache.spec)
+        self.tokens = {}
+
+    def opened(self, make, tokens):
+        try:
+            request = make()
+        except OutOfPagesError:
+            return None
+        self.tokens[request.req_id] = list(tokens)
+        return request
+
+    @rule(target=requests)
+    def open(self):
+        return self.opened(self.cache.open, [])
+
+    @rule(request=requests, count=st.sampled_from([1, 1, 2, 3, 4, 5, 60, 128, 131]), salt=st.integers(0, 6))
+    def append(self, request, count, salt):
+        if request is None or request.req_id not in self.tokens:
+            return
+        try:
+            both = self.text.append(self.cache, request, self.tokens[request.req_id], words(count, salt))
+        except OutOfPagesError:
+            return
+        self.tokens[request.req_id] = both
+
+    @rule(target=requests, request=requests)
+    def fork(self, request):
+        if request is None or request.req_id not in self.tokens:
+            return None
+        return self.opened(lambda: self.cache.fork(request), self.tokens[request.req_id])
+
+    @rule(request=requests, back=st.integers(0, DRAFT))
+    def truncate(self, request, back):
+        if request is None or request.req_id not in self.tokens:
+            return
+        length = request.seq_len - back
+        if length < request.min_len:
+            with pytest.raises(TruncateError):
+                self.cache.truncate(request, length)
+            return
+        self.cache.truncate(request, length)
+        del self.tokens[request.req_id][length:]
+
+    @rule(target=snapshots, request=requests)
+    def snapshot(self, request):
+        if request is None or request.req_id not in self.tokens:
+            return None
+        return self.cache.snapshot(request), list(self.tokens[request.req_id])
+
+    @rule(target=requests, kept=snapshots)
+    def restore(self, kept):
+        return None if kept is None else self.opened(lambda: self.cache.restore(kept[0]), kept[1])
+
+    @rule(request=requests, kept=snapshots)
+    def rewind(self, request, kept):
+        if kept is not None and request is not None and request.req_id in self.tokens:
+            self.cache.truncate(request, kept[0])
+            self.tokens[request.req_id] = list(kept[1])
+
+    @rule(kept=consumes(snapshots))
+    def release(self, kept):
+        if kept is not None:
+            self.cache.release(kept[0])
+
+    @rule(request=consumes(requests))
+    def close(self, request):
+        if request is not None and self.tokens.pop(request.req_id, None) is not None:
+            self.cache.close(request)
+
+    @rule(request=requests)
+    def compare(self, request):
+        if request is not None and request.req_id in self.tokens:
+            tokens = self.tokens[request.req_id]
+            assert request.seq_len == len(tokens)
+            self.check_bytes(request, tokens)
+
+    def check_bytes(self, request, tokens):
+        """A request may hold more window rows than a fresh one, for its roll-back; the bytes both reach are the same."""
+        found, expected = reachable_bytes(self.cache, request), self.text.expected(self.cache, tokens)
+        assert found == expected
+
+    @invariant()
+    def is_intact(self):
+        if hasattr(self, "cache"):
+            self.cache.check_integrity()
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            self.cache.check_integrity(memory=True)
+            for request in self.cache.ledger.requests:
+                self.check_bytes(request, self.tokens[request.req_id])
+
+
+TestBranching = Branching.TestCase
+TestBranching.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
