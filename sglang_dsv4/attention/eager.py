@@ -2,6 +2,7 @@
 
 import torch
 
+from dsv4_kernels.memory import empty
 from dsv4_kernels.sparse_attention import naive_sparse_attention
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.cache import StepPlan
@@ -42,7 +43,7 @@ class EagerAttention(Attention):
             if entries is None
             else torch.cat([view.window_indices, entries], dim=1)
         )
-        out = torch.empty_like(q)
+        out = empty(tuple(q.shape), q.dtype, q.device)
         chunk = max(1, _MAX_GATHERED_VALUES // (indices.shape[1] * q.shape[-1]))
         for begin in range(0, len(q), chunk):
             part = slice(begin, begin + chunk)

@@ -20,10 +20,10 @@ _installed_ops: list[Any] = []
 
 
 def prepare(args: Any) -> None:
-    """Check what a user asked for, before SGLang resolves it.
+    """Check what a user asked for, before SGLang resolves it, and fill in the device where none was named.
 
     Args:
-        args (Any): parsed flags or a ServerArgs.
+        args (Any): parsed flags or a ServerArgs; ``device`` is set where it is None, since SGLang looks for accelerators only.
 
     Raises:
         UnsupportedError: an argument, the device or the checkpoint is not supported.
@@ -31,6 +31,23 @@ def prepare(args: Any) -> None:
     refusals.check_arguments(args)
     refusals.check_device(args.device, has_cuda=torch.cuda.is_available())
     refusals.check_checkpoint(args.model_path, asdict(options.read()))
+    if args.device is None:
+        args.device = "cpu"
+
+
+def check_resolved(server_args: Any) -> None:
+    """Check what SGLang made of the arguments.
+
+    Args:
+        server_args (Any): a resolved ServerArgs.
+
+    Raises:
+        UnsupportedError: as in `prepare`, or the pool of window pages is too small.
+    """
+    refusals.check_arguments(server_args)
+    if server_args.max_total_tokens is not None:
+        ratio = server_args.swa_full_tokens_ratio
+        refusals.check_window_pool(refusals.window_tokens(server_args.max_total_tokens, ratio))
 
 
 def activate() -> None:

@@ -80,9 +80,9 @@ def _post_init(original: Callable[..., Any], server_args: Any) -> None:
         activation.prepare(server_args)
     original(server_args)
     if options.is_enabled():
-        from sglang_dsv4.plugin import refusals
+        from sglang_dsv4.plugin import activation
 
-        refusals.check_arguments(server_args)
+        activation.check_resolved(server_args)
 
 
 def _activate() -> None:

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 
 from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, StepPlan, WindowInput
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
+from sglang_dsv4.plugin.refusals import check_window_pool
 from sglang_dsv4.spec import CacheSpec
 
 _GIB = 1 << 30
@@ -111,6 +112,7 @@ def pool_factory(spec: CacheSpec, max_seq_len: int) -> Callable[..., CompressedT
             raise UnsupportedError(
                 f"page size: expected {spec.page_tokens}, got {native['page_size']}"
             )
+        check_window_pool(native["swa_size"])
         return CompressedTokenToKVPool(spec=spec, max_seq_len=max_seq_len, **native)
 
     return build

@@ -12,6 +12,7 @@ from sglang_dsv4.spec import CacheSpec
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 PAGE_TOKENS = 256
+MIN_WINDOW_TOKENS = 4 * PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ REFUSALS = (
         lambda args: args.kv_cache_dtype not in (None, "auto", "fp8_e4m3"),
     ),
     Refusal(
+        "--enable-deterministic-inference",
+        "its sampler was never run with the portable ops",
+        _flag("enable_deterministic_inference"),
+    ),
+    Refusal(
         "--dllm-algorithm",
         "the model is autoregressive",
         lambda args: bool(getattr(args, "dllm_algorithm", None)),
@@ -106,6 +112,31 @@ def check_arguments(args: Any) -> None:
             raise UnsupportedError(
                 f"{refusal.option} {getattr(args, name, None)}: not supported with --enable-dsv4-compressed-kv: {refusal.reason}"
             )
+
+
+def check_window_pool(window_tokens: int) -> None:
+    """Refuse a pool of window pages with which SGLang's scheduler would wait for ever.
+
+    A prefix hit locks one page and admission asks for more than two; measured: with 768 tokens the first repeated prompt
+    hangs, from 1,024 on every prompt is served.
+
+    Args:
+        window_tokens (int): tokens in SGLang's sliding-window pool.
+
+    Raises:
+        UnsupportedError: names the size and the options that decide it.
+    """
+    if window_tokens < MIN_WINDOW_TOKENS:
+        raise UnsupportedError(
+            f"window pool: expected {MIN_WINDOW_TOKENS} tokens or more, got {window_tokens}; raise --max-total-tokens or "
+            "--swa-full-tokens-ratio (their product decides; SGLang takes 0.1 where the ratio is unset or 0.8)"
+        )
+
+
+def window_tokens(max_total_tokens: int, ratio: float) -> int:
+    """Tokens of SGLang's sliding-window pool, whole pages, as its pool configurator computes them."""
+    full = max_total_tokens // PAGE_TOKENS * PAGE_TOKENS
+    return int(full * ratio) // PAGE_TOKENS * PAGE_TOKENS
 
 
 def check_device(device: str | None, *, has_cuda: bool) -> None:

@@ -22,6 +22,7 @@ SUPPORTED = {
     "enable_two_batch_overlap": False,
     "enable_deepseek_v4_fp4_indexer": False,
     "kv_cache_dtype": "auto",
+    "enable_deterministic_inference": False,
     "dllm_algorithm": None,
 }
 UNSUPPORTED = {
@@ -36,6 +37,7 @@ UNSUPPORTED = {
     "enable_two_batch_overlap": True,
     "enable_deepseek_v4_fp4_indexer": True,
     "kv_cache_dtype": "bfloat16",
+    "enable_deterministic_inference": True,
     "dllm_algorithm": "LowConfidence",
 }
 
@@ -128,6 +130,13 @@ def test_a_taken_port_is_refused_and_a_freed_one_is_not():
         ):
             refusals.check_port("127.0.0.1", port)
     refusals.check_port("127.0.0.1", port)
+
+
+def test_a_window_pool_that_would_hang_is_refused():
+    assert refusals.window_tokens(10240, 0.1) == 1024
+    refusals.check_window_pool(refusals.window_tokens(10240, 0.1))
+    with pytest.raises(UnsupportedError, match="window pool: expected 1024 tokens or more, got 768; raise --max-total"):
+        refusals.check_window_pool(refusals.window_tokens(8192, 0.1))
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.6.0", None])

@@ -1,0 +1,37 @@
+# `make` shows what there is. All targets share the environment .venv of this checkout.
+
+PYTHON ?= python3
+ARGS ?=
+# One thread per process: on small machines torch's thread pools fight over the cores and are twenty times slower.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+.PHONY: help env demo test lint clean
+
+help:
+	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
+	@echo 'make test    lint, types and all tests; ARGS="-k name" goes to pytest'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make env     make .venv (the others do it by themselves); PYTHON=python3.12 names another Python'
+	@echo 'make clean   remove .venv, caches and build folders'
+
+env:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || { \
+	  echo 'make env: $(PYTHON) is no Python 3.11 or 3.12; name one, as in `make env PYTHON=python3.11`' >&2; exit 1; }
+	@$(PYTHON) tools/make_env.py
+
+demo: env
+	@.venv/bin/python -m sglang_dsv4 demo $(ARGS)
+
+lint: env
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+test: lint
+	.venv/bin/python -m pytest $(ARGS)
+
+clean:
+	rm -rf .venv .venv.lock build dist cpu-shims/build cpu-shims/*.egg-info *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find sglang_dsv4 kernels tests cpu-shims tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""Encoding of one row inside a kernel: what `naive_store_rows` does, to the bit."""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from dsv4_kernels.layout import FP8_584_ROW, FP8_INDEX, FP8_TILE, NOPE_DIM, RowFormat
+
+
+@dataclass(frozen=True)
+class StoreFormat:
+    """A `RowFormat` as a compile-time constant of a kernel."""
+
+    kind: str
+    data_bytes: int
+    scale_bytes: int
+    scale_offset: int
+    group_rows: int
+    group_bytes: int
+    nope_dim: int
+    tile: int
+
+
+def store_format(fmt: RowFormat) -> StoreFormat:
+    """Constants of ``fmt``; ``kind`` is "plain" where a row is its values in the pool's own type."""
+    packed = {FP8_584_ROW: "packed_row", FP8_INDEX: "packed_index"}
+    return StoreFormat(
+        kind=packed.get(fmt, "plain"),
+        data_bytes=fmt.data_bytes,
+        scale_bytes=fmt.scale_bytes,
+        scale_offset=fmt.scale_offset,
+        group_rows=fmt.group_rows,
+        group_bytes=fmt.group_bytes,
+        nope_dim=NOPE_DIM,
+        tile=FP8_TILE if fmt is FP8_584_ROW else fmt.dim,
+    )
+
+
+@triton.jit
+def round_to_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
+    """e4m3 bytes of values in -448 .. 448, to nearest, ties to even."""
+    if HARDWARE_CASTS:
+        return b_x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    b_bits = b_x.to(tl.uint32, bitcast=True)
+    b_abs = b_bits & 0x7FFFFFFF
+    # From 2^-6 up: three mantissa bits, exponent bias 7 in place of 127.
+    b_normal = ((b_abs + 0x7FFFF + ((b_abs >> 20) & 1)) >> 20) - (120 << 3)
+    # Below: multiples of 2^-9. Adding 2^14, whose last bit is worth 2^-9, rounds to one.
+    b_small = (b_abs.to(tl.float32, bitcast=True) + 16384.0).to(
+        tl.uint32, bitcast=True
+    ) - 0x46800000
+    b_byte = tl.where(b_abs < 0x3C800000, b_small, b_normal) | ((b_bits >> 24) & 0x80)
+    return b_byte.to(tl.uint8)
+
+
+@triton.jit
+def round_to_bf16(b_x, HARDWARE_CASTS: tl.constexpr):
+    """bf16 values, to nearest, ties to even."""
+    if HARDWARE_CASTS:
+        return b_x.to(tl.bfloat16)
+    b_bits = b_x.to(tl.uint32, bitcast=True)
+    b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+    return b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def quantize_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
+    """Quantise each row of ``[tiles, tile]`` with one power-of-two scale: bytes, and exponents ``[tiles]``."""
+    b_amax = tl.maximum(tl.max(tl.abs(b_x), axis=1), 1e-4)
+    b_bits = (b_amax * (1.0 / 448.0)).to(tl.int32, bitcast=True)
+    b_exponent = (b_bits >> 23) - 127 + ((b_bits & 0x7FFFFF) != 0).to(tl.int32)  # ceil(log2)
+    b_inverse = ((127 - b_exponent) << 23).to(tl.float32, bitcast=True)
+    b_scaled = b_x * b_inverse[:, None]
+    b_scaled = tl.minimum(tl.maximum(b_scaled, -448.0), 448.0)
+    return round_to_e4m3(b_scaled, HARDWARE_CASTS), b_exponent
+
+
+@triton.jit
+def store_row(
+    p_pool, slot, b_x, FORMAT: tl.constexpr, D: tl.constexpr, HARDWARE_CASTS: tl.constexpr
+):
+    """Write one row ``[D]`` fp32 at row ``slot`` (int64) of a pool."""
+    o_d = tl.arange(0, D)
+    if FORMAT.kind == "plain":
+        if p_pool.dtype.element_ty == tl.float32:
+            tl.store(p_pool + slot * D + o_d, b_x)
+        else:
+            tl.store(p_pool + slot * D + o_d, round_to_bf16(b_x, HARDWARE_CASTS))
+    else:
+        TILES: tl.constexpr = D // FORMAT.tile
+        p_group = p_pool + (slot // FORMAT.group_rows) * FORMAT.group_bytes
+        p_data = p_group + (slot % FORMAT.group_rows) * FORMAT.data_bytes
+        p_scale = p_group + FORMAT.scale_offset + (slot % FORMAT.group_rows) * FORMAT.scale_bytes
+        b_bytes, b_exponent = quantize_e4m3(tl.reshape(b_x, [TILES, FORMAT.tile]), HARDWARE_CASTS)
+        b_bytes = tl.reshape(b_bytes, [D])
+        o_t = tl.arange(0, TILES)
+        if FORMAT.kind == "packed_index":
+            tl.store(p_data + o_d, b_bytes)
+            p_scale = (p_scale + o_t).to(tl.pointer_type(tl.float32))  # TILES is 1
+            tl.store(p_scale, ((b_exponent + 127) << 23).to(tl.float32, bitcast=True))
+        else:
+            m_nope = o_d < FORMAT.nope_dim
+            tl.store(p_data + o_d, b_bytes, mask=m_nope)
+            p_rope = (p_data + FORMAT.nope_dim).to(tl.pointer_type(tl.bfloat16))
+            tl.store(
+                p_rope + o_d - FORMAT.nope_dim, round_to_bf16(b_x, HARDWARE_CASTS), mask=~m_nope
+            )
+            # The last tile is the RoPE part; its byte is the record's padding.
+            b_scale = tl.where(o_t * FORMAT.tile < FORMAT.nope_dim, b_exponent + 127, 0)
+            tl.store(p_scale + o_t, b_scale.to(tl.uint8))

@@ -1,0 +1,161 @@
+"""``python -m sglang_dsv4 demo``."""
+
+import argparse
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import httpx
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from sglang_dsv4.demo.client import Client
+from sglang_dsv4.demo.report import print_answers, print_memory, print_verdict
+from sglang_dsv4.demo.server import Server, ServerDiedError, active_line
+from sglang_dsv4.demo.standards import build_standards, num_steps
+from sglang_dsv4.demo.verdict import check_lengths, check_prefix_hits, check_proof, judge
+from sglang_dsv4.demo.workload import NEW_TOKENS, plan_requests
+from sglang_dsv4.runtime.oracle import Oracle
+from sglang_dsv4.runtime.rounding import ROUNDINGS
+from sglang_dsv4.tiny import TinySpec, holds_checkpoint, write_tiny_checkpoint
+
+START_S = 240.0
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``demo``."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="serve a tiny checkpoint with SGLang and check every answer",
+        description="Serve a tiny random-weight DeepSeek-V4 with SGLang and CompressedKVCache on the CPU, send requests "
+        "at the same time, and compare every answer with transformers. Exit status 0 only if all is right.",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(_DTYPES),
+        default="float32",
+        help="arithmetic (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dsv4-kv-format",
+        choices=sorted(ROUNDINGS),
+        default="bf16",
+        help="row format (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--build-dir",
+        type=Path,
+        default=Path("build"),
+        help="for the checkpoint and the log (default: %(default)s)",
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demonstration; the exit status."""
+    # A `kill` must end the server too: as an exception it passes through the `with` block that owns it.
+    signal.signal(signal.SIGTERM, _leave)
+    console = Console()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    try:
+        with Progress(*columns, console=console) as progress:
+            return _demonstrate(args, console, progress)
+    except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError, OSError) as error:
+        console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
+        return 1
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        return 128 + signal.SIGINT
+
+
+def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress) -> int:
+    checkpoint = _checkpoint(args.build_dir / "tiny", progress)
+    oracle = Oracle(checkpoint)
+    requests = plan_requests()
+    log = args.build_dir / "demo-server.log"
+    with Server(
+        checkpoint, log, ("--dtype", args.dtype, "--dsv4-kv-format", args.dsv4_kv_format)
+    ) as server:
+        client = Client(server.url, oracle.vocab_size)
+        _wait_until_healthy(server, client, progress)
+        task = progress.add_task("requests", total=len(requests))
+        answers = client.run(requests, NEW_TOKENS, lambda: progress.advance(task))
+        facts = client.plugin_facts()
+        client.close()
+        server.check_alive()
+        line = active_line(server.log_lines())
+    dtype = _DTYPES[args.dtype]
+    task = progress.add_task("checking with transformers", total=num_steps(answers, dtype))
+    standards = build_standards(
+        oracle,
+        answers,
+        dtype=dtype,
+        row_format=args.dsv4_kv_format,
+        step=lambda: progress.advance(task),
+    )
+    progress.stop()
+
+    faults = check_proof(line, facts)
+    faults += check_lengths(answers, NEW_TOKENS)
+    faults += check_prefix_hits(answers, [request.min_cached_tokens for request in requests])
+    for standard in standards:
+        faults += judge(standard)
+    print_answers(console, answers)
+    if line is not None:
+        console.print(Text(line))
+    if facts is not None:
+        print_memory(console, facts)
+    print_verdict(console, standards, faults)
+    console.print(f"The server's log is {log}.")
+    return 1 if faults else 0
+
+
+def _checkpoint(path: Path, progress: Progress) -> Path:
+    """The tiny checkpoint, written unless it is there."""
+    spec = TinySpec()
+    task = progress.add_task("checkpoint", total=1)
+    if not holds_checkpoint(path, spec):
+        write_tiny_checkpoint(path, spec)
+    progress.advance(task)
+    return path
+
+
+def _wait_until_healthy(server: Server, client: Client, progress: Progress) -> None:
+    """Wait for the server to take requests.
+
+    Raises:
+        ServerDiedError: it ended instead.
+        TimeoutError: it did neither within `START_S` seconds.
+    """
+    task = progress.add_task("server starts", total=1)
+    deadline = time.monotonic() + START_S
+    while not client.is_healthy():
+        server.check_alive()
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"the server was not ready after {START_S:.0f} s; its log is {server.log}"
+            )
+        time.sleep(0.25)
+    progress.advance(task)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise SystemExit(128 + number)

@@ -1,0 +1,1 @@
+"""Torch replacements for what SGLang's DeepSeek-V4 path has only as GPU kernels."""

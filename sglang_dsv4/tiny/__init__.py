@@ -1,0 +1,7 @@
+"""Tiny random-weight DeepSeek-V4 checkpoints, for demonstrations and tests."""
+
+from sglang_dsv4.tiny.checkpoint import holds_checkpoint, write_tiny_checkpoint
+from sglang_dsv4.tiny.command import add_parser
+from sglang_dsv4.tiny.spec import TinySpec
+
+__all__ = ["TinySpec", "add_parser", "holds_checkpoint", "write_tiny_checkpoint"]

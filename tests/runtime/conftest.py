@@ -1,0 +1,22 @@
+"""One tiny checkpoint and its oracle for all tests of this folder."""
+
+from pathlib import Path
+
+import pytest
+
+from sglang_dsv4.runtime.oracle import Oracle
+from sglang_dsv4.tiny import TinySpec, write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the default checkpoint."""
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_checkpoint(path, TinySpec())
+    return path
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> Oracle:
+    """It keeps its answers, so tests that ask the same share the work."""
+    return Oracle(checkpoint)
