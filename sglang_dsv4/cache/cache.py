@@ -1,11 +1,12 @@
 """The compressed KV cache as one object."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache import integrity, report
+from sglang_dsv4.cache import archive, integrity, report
 from sglang_dsv4.cache.copies import plan_copies
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
 from sglang_dsv4.cache.layer import LayerCache
@@ -20,6 +21,7 @@ from sglang_dsv4.cache.pages import (
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
 from sglang_dsv4.cache.request import Request, Snapshot
 from sglang_dsv4.cache.storage import CacheStorage, Capacity
+from sglang_dsv4.cache.transfer import Transfer
 from sglang_dsv4.cache.view import LayerView
 from sglang_dsv4.errors import StalePlanError
 from sglang_dsv4.spec import CacheSpec
@@ -54,6 +56,7 @@ class CompressedKVCache:
             for layer, storage in zip(spec.layers, self.storage.layers, strict=True)
         )
         self._ledger = Ledger(spec, pages) if isinstance(pages, PageAllocator) else None
+        self._transfer = Transfer(spec, self.layers)
 
     @classmethod
     def create(
@@ -202,6 +205,38 @@ class CompressedKVCache:
             UnknownRequestError: the snapshot was released already, or is another cache's.
         """
         self.ledger.release(snapshot)
+
+    def save(self, request: Request, path: Path | str, extra: dict[str, str] | None = None) -> None:
+        """Write a sequence to disk: the manifest at ``path``, its pages in the folder ``dsv4kv-pages`` beside it.
+
+        Pages that another sequence saved there already are not stored again.
+
+        Args:
+            request (Request): the sequence.
+            path (Path | str): the manifest; replaced if it exists.
+            extra (dict[str, str] | None): small strings to get back from `load`.
+
+        Raises:
+            SavedFileError: it cannot be written; nothing was left behind.
+            StalePlanError, UnknownRequestError: as in `plan`.
+        """
+        self.ledger.check_settled(request)
+        archive.save_request(self.spec, self._transfer, request, Path(path), dict(extra or {}))
+
+    def load(self, path: Path | str) -> tuple[Request, dict[str, str]]:
+        """Read a sequence that `save` wrote, also in another process, into a cache of the same spec.
+
+        Args:
+            path (Path | str): the manifest.
+
+        Returns:
+            tuple[Request, dict[str, str]]: a new sequence, and what was saved as ``extra``.
+
+        Raises:
+            SavedFileError: missing, damaged, of a newer format or of another spec; nothing was changed.
+            OutOfPagesError: no room; nothing was changed.
+        """
+        return archive.load_request(self.spec, self.ledger, self._transfer, Path(path))
 
     def plan_tables(
         self,

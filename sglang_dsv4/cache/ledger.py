@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from sglang_dsv4.cache.pages import PageAllocator, PageList
+from sglang_dsv4.cache.pages import NULL_PAGE, PageAllocator, PageList
 from sglang_dsv4.cache.plan import PlannedRequest
 from sglang_dsv4.cache.request import Request, Snapshot
 from sglang_dsv4.errors import StalePlanError, TruncateError, UnknownRequestError
@@ -56,6 +56,23 @@ class Ledger:
             request.pages = self.allocator.share(shared)
         self._requests[request.req_id] = request
         self.epoch += 1
+        return request
+
+    def adopt(self, seq_len: int, min_len: int) -> Request:
+        """Start a sequence of a given length over fresh pages, for rows that come from elsewhere.
+
+        Raises:
+            OutOfPagesError: not enough pages or state slots.
+        """
+        allocator, page_tokens = self.allocator, self.spec.page_tokens
+        count = -(-seq_len // page_tokens)
+        first = self.spec.first_window_position(min_len) // page_tokens
+        history = allocator.history.peek(0, count)
+        window = allocator.window.peek(0, count - min(first, count))
+        request = self.open(seq_len, min_len)
+        allocator.history.take(history)
+        allocator.window.take(window)
+        request.pages = PageList(list(history), [NULL_PAGE] * (count - len(window)) + list(window))
         return request
 
     def close(self, request: Request) -> None:

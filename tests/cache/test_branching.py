@@ -34,9 +34,13 @@ class Words:
         def pick(given):
             if isinstance(given, WindowInput):
                 return WindowInput(given.kv[picked], given.norm_weight, given.eps)
-            return CompressorInput(given.kv_score[picked], given.slot_bias, given.norm_weight, given.eps)
+            return CompressorInput(
+                given.kv_score[picked], given.slot_bias, given.norm_weight, given.eps
+            )
 
-        parts = tuple({part: pick(given) for part, given in layer.items()} for layer in self.table.parts)
+        parts = tuple(
+            {part: pick(given) for part, given in layer.items()} for layer in self.table.parts
+        )
         return TokenInputs(parts)
 
     def append(self, cache, request, tokens, new):
@@ -47,7 +51,9 @@ class Words:
 
     def expected(self, cache, tokens):
         """What one full forward of these tokens leaves where a query can reach."""
-        fresh = make_cache((cache.spec.row_format, cache.spec.index_format), draft=cache.spec.max_draft_tokens)
+        fresh = make_cache(
+            (cache.spec.row_format, cache.spec.index_format), draft=cache.spec.max_draft_tokens
+        )
         request = fresh.open()
         if tokens:
             feed(fresh, [(request, self.inputs(tokens), len(tokens))])
@@ -88,7 +94,10 @@ def test_two_sharers_that_write_in_one_step(cache):
     texts = [[*tokens, *words(7 + 60 * i, i)] for i in range(3)]
     feed(
         cache,
-        [(twin, text.inputs(both), len(both) - 200) for twin, both in zip(twins, texts, strict=True)],
+        [
+            (twin, text.inputs(both), len(both) - 200)
+            for twin, both in zip(twins, texts, strict=True)
+        ],
     )
     cache.check_integrity(memory=True)
     for twin, both in zip(twins, texts, strict=True):
@@ -121,7 +130,10 @@ def test_truncate_too_far_says_where_it_could_go(cache):
     taken = cache.snapshot(request)
     text.append(cache, request, tokens, words(50))
     for length in (194, 201, -1):
-        with pytest.raises(TruncateError, match=rf"length of 195 .. 200, or a snapshot \(taken at \[150\]\), got {length}"):
+        with pytest.raises(
+            TruncateError,
+            match=rf"length of 195 .. 200, or a snapshot \(taken at \[150\]\), got {length}",
+        ):
             cache.truncate(request, length)
     assert request.seq_len == 200
     cache.truncate(request, 195)
@@ -156,8 +168,14 @@ def test_released_and_foreign_snapshots_are_refused(cache):
     request = cache.open()
     taken = cache.snapshot(request)
     cache.release(taken)
-    for action in (lambda: cache.release(taken), lambda: cache.restore(taken), lambda: cache.truncate(request, taken)):
-        with pytest.raises(UnknownRequestError, match="expected a snapshot taken by this cache and not released"):
+    for action in (
+        lambda: cache.release(taken),
+        lambda: cache.restore(taken),
+        lambda: cache.truncate(request, taken),
+    ):
+        with pytest.raises(
+            UnknownRequestError, match="expected a snapshot taken by this cache and not released"
+        ):
             action()
 
 
@@ -224,12 +242,18 @@ class Branching(RuleBasedStateMachine):
     def open(self):
         return self.opened(self.cache.open, [])
 
-    @rule(request=requests, count=st.sampled_from([1, 1, 2, 3, 4, 5, 60, 128, 131]), salt=st.integers(0, 6))
+    @rule(
+        request=requests,
+        count=st.sampled_from([1, 1, 2, 3, 4, 5, 60, 128, 131]),
+        salt=st.integers(0, 6),
+    )
     def append(self, request, count, salt):
         if request is None or request.req_id not in self.tokens:
             return
         try:
-            both = self.text.append(self.cache, request, self.tokens[request.req_id], words(count, salt))
+            both = self.text.append(
+                self.cache, request, self.tokens[request.req_id], words(count, salt)
+            )
         except OutOfPagesError:
             return
         self.tokens[request.req_id] = both
@@ -282,7 +306,10 @@ class Branching(RuleBasedStateMachine):
 
     def check_bytes(self, request, tokens):
         assert request.seq_len == len(tokens)
-        found, expected = reachable_bytes(self.cache, request), self.text.expected(self.cache, tokens)
+        found, expected = (
+            reachable_bytes(self.cache, request),
+            self.text.expected(self.cache, tokens),
+        )
         assert found == expected
 
     @invariant()

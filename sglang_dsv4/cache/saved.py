@@ -1,0 +1,204 @@
+"""Sequences on disk.
+
+A saved sequence is a manifest, a small JSON file at the path the user names, and *blobs*, safetensors files in the folder
+``dsv4kv-pages`` beside it. A blob is named by the SHA-256 of its bytes: branches of one conversation store their common
+pages once. Everything is written under a temporary name, synced, and renamed; the manifest last.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialize_tensors
+
+from sglang_dsv4.cache.transfer import Tensors
+from sglang_dsv4.errors import SavedFileError
+from sglang_dsv4.spec import CacheSpec
+
+FORMAT = "sglang-dsv4 saved sequence"
+VERSION = 1
+BLOB_FOLDER = "dsv4kv-pages"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the JSON file says.
+
+    Attributes:
+        spec (str): digest of the cache's spec.
+        spec_fields (dict[str, Any]): the spec itself, so that a mismatch can be named.
+        seq_len (int): tokens.
+        min_len (int): as in `sglang_dsv4.cache.Request`.
+        history (list[str]): blob of each history page.
+        window (list[str]): blob of each window page, empty where none is held.
+        state (str): blob of the stream state.
+        tensors (dict[str, dict[str, str]]): SHA-256 of every tensor's bytes, by blob and name.
+        extra (dict[str, str]): the user's own.
+    """
+
+    spec: str
+    spec_fields: dict[str, Any]
+    seq_len: int
+    min_len: int
+    history: list[str]
+    window: list[str]
+    state: str
+    tensors: dict[str, dict[str, str]]
+    extra: dict[str, str]
+
+    def to_json(self) -> str:
+        """The file's text, with its own checksum."""
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def read(cls, path: Path, spec: CacheSpec) -> "Manifest":
+        """Read and check a manifest.
+
+        Raises:
+            SavedFileError: missing, damaged, of a newer version, or of another spec.
+        """
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SavedFileError(
+                f"{path}: expected a saved sequence, found no such file"
+            ) from error
+        except (ValueError, OSError) as error:
+            raise SavedFileError(f"{path}: damaged, it cannot be read as JSON: {error}") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise SavedFileError(f"{path}: expected a {FORMAT}, got something else")
+        if body.get("version") != VERSION:
+            raise SavedFileError(
+                f"{path}: expected format version {VERSION}, got {body.get('version')}; a newer sglang-dsv4 wrote it"
+            )
+        checksum = body.pop("checksum", None)
+        if checksum != _checksum(body):
+            raise SavedFileError(f"{path}: damaged, its checksum does not match")
+        found = cls(**{name: body[name] for name in cls.__dataclass_fields__})
+        if found.spec != spec.digest():
+            raise SavedFileError(f"{path}: {_spec_difference(found.spec_fields, spec)}")
+        return found
+
+    def blobs(self) -> set[str]:
+        """Every blob the sequence needs."""
+        return {name for name in (*self.history, *self.window, self.state) if name}
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _spec_difference(saved: dict[str, Any], spec: CacheSpec) -> str:
+    mine = json.loads(json.dumps(asdict(spec)))
+    for name, value in mine.items():
+        if saved.get(name) != value:
+            expected, got = (
+                (value, saved.get(name)) if name != "layers" else ("the model's", "others")
+            )
+            return f"of another spec: {name}: expected {expected}, got {got}"
+    return "of another spec"
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    raw = tensor.contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+
+class BlobWriter:
+    """Writes blobs, and takes back what it wrote if the save does not finish.
+
+    Args:
+        manifest_path (Path): where the manifest will be.
+    """
+
+    def __init__(self, manifest_path: Path) -> None:
+        self._path = manifest_path
+        self._folder = manifest_path.parent / BLOB_FOLDER
+        self._new: list[Path] = []
+        self.tensors: dict[str, dict[str, str]] = {}
+
+    def add(self, tensors: Tensors) -> str:
+        """Store tensors unless the same are stored already; returns the blob's name."""
+        stored = serialize_tensors({name: tensors[name].contiguous() for name in sorted(tensors)})
+        name = hashlib.sha256(stored).hexdigest()
+        self.tensors[name] = {key: _tensor_digest(value) for key, value in tensors.items()}
+        target = self._folder / f"{name}.safetensors"
+        if not target.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._new.append(target)
+            _write(target, stored)
+        return name
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest; from here on the sequence is saved."""
+        _write(self._path, manifest.to_json().encode())
+
+    def undo(self) -> None:
+        """Remove the blobs that this save added."""
+        for target in self._new:
+            target.unlink(missing_ok=True)
+
+
+def _write(target: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class BlobReader:
+    """Reads blobs and checks every byte.
+
+    Args:
+        manifest_path (Path): where the manifest is.
+        manifest (Manifest): what it says.
+    """
+
+    def __init__(self, manifest_path: Path, manifest: Manifest) -> None:
+        self._path = manifest_path
+        self._manifest = manifest
+
+    def read(self, name: str) -> Tensors:
+        """A blob's tensors.
+
+        Raises:
+            SavedFileError: missing or damaged; names the file, and the tensor where that can be told.
+        """
+        target = self._path.parent / BLOB_FOLDER / f"{name}.safetensors"
+        try:
+            stored = target.read_bytes()
+        except FileNotFoundError as error:
+            raise SavedFileError(f"{self._path}: page missing: expected {target}") from error
+        except OSError as error:
+            raise SavedFileError(f"{self._path}: {target} cannot be read: {error}") from error
+        if hashlib.sha256(stored).hexdigest() != name:
+            raise SavedFileError(f"{self._path}: {target} is damaged{self._where(name, stored)}")
+        return parse_tensors(stored)
+
+    def _where(self, name: str, stored: bytes) -> str:
+        """Which tensor of a damaged blob is wrong, where that can be told."""
+        try:
+            tensors = parse_tensors(stored)
+        except SafetensorError:
+            return f": {len(stored)} bytes that are no safetensors file"
+        digests = self._manifest.tensors.get(name, {})
+        wrong = [key for key, value in tensors.items() if digests.get(key) != _tensor_digest(value)]
+        return f": tensor {wrong[0]}" if wrong else ": in its header"

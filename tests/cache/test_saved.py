@@ -1,0 +1,267 @@
+"""Sequences on disk: exact, deduplicated, whole or not there, and checked before anything changes."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache import saved as saved_module
+from sglang_dsv4.errors import OutOfPagesError, SavedFileError, StalePlanError
+from tests.cache.driver import make_spec, reachable_bytes
+from tests.cache.test_branching import DRAFT, Words, make_cache, words
+
+LENGTHS = [0, 1, 3, 4, 5, 126, 127, 128, 129, 255, 256, 257, 383, 517]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=[("bf16", "bf16"), ("fp8_584", "fp8"), ("fp32", "fp32")], ids="-".join)
+def cache(request):
+    return make_cache(request.param)
+
+
+def blobs(folder):
+    return sorted((folder / saved_module.BLOB_FOLDER).glob("*.safetensors"))
+
+
+def counts(cache):
+    return cache.pages.counts(), cache.ledger.epoch, len(cache.ledger.requests)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_loaded_sequence_continues_exactly(cache, tmp_path, length):
+    text = Words(cache.spec)
+    request = cache.open()
+    tokens = text.append(cache, request, [], words(length)) if length else []
+    cache.save(request, tmp_path / "a.dsv4kv", {"tokens": json.dumps(tokens)})
+    cache.close(request)
+    again, extra = cache.load(tmp_path / "a.dsv4kv")
+    assert json.loads(extra["tokens"]) == tokens
+    cache.check_integrity(memory=True)
+    tokens = text.append(cache, again, tokens, words(3, 1))
+    tokens = text.append(cache, again, tokens, words(140, 2))
+    assert reachable_bytes(cache, again) == text.expected(cache, tokens)
+
+
+@pytest.mark.parametrize("back", range(DRAFT + 1))
+def test_a_loaded_sequence_can_still_be_rolled_back(cache, tmp_path, back):
+    text = Words(cache.spec)
+    request = cache.open()
+    tokens = text.append(cache, request, [], words(131))
+    cache.save(request, tmp_path / "a.dsv4kv")
+    other = make_cache_like(cache)
+    again, _ = other.load(tmp_path / "a.dsv4kv")
+    other.truncate(again, 131 - back)
+    tokens = text.append(other, again, tokens[: 131 - back], words(130, 3))
+    assert reachable_bytes(other, again) == text.expected(other, tokens)
+
+
+def make_cache_like(cache):
+    return make_cache((cache.spec.row_format, cache.spec.index_format))
+
+
+def test_another_process_loads_the_same_bytes(tmp_path):
+    cache = make_cache()
+    text = Words(cache.spec)
+    request = cache.open()
+    text.append(cache, request, [], words(300))
+    cache.save(request, tmp_path / "a.dsv4kv")
+    script = (
+        "import sys, hashlib\n"
+        "from tests.cache.test_branching import make_cache\n"
+        "from tests.cache.driver import reachable_bytes\n"
+        "cache = make_cache()\n"
+        "found = reachable_bytes(cache, cache.load(sys.argv[1])[0])\n"
+        "print(hashlib.sha256(b''.join(found[key] for key in sorted(found))).hexdigest())\n"
+    )
+    found = reachable_bytes(cache, request)
+    expected = hashlib.sha256(b"".join(found[key] for key in sorted(found))).hexdigest()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a.dsv4kv")],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        check=False,
+    )
+    assert run.stdout.strip() == expected, run.stderr[-2000:]
+
+
+def test_ten_branches_store_their_common_pages_once(tmp_path):
+    cache = make_cache(num_pages=30, max_requests=12)
+    text = Words(cache.spec)
+    trunk = cache.open()
+    tokens = text.append(cache, trunk, [], words(640))  # five full pages
+    for branch in range(10):
+        twin = cache.fork(trunk)
+        text.append(cache, twin, tokens, words(20, branch))
+        cache.save(twin, tmp_path / f"{branch}.dsv4kv")
+        cache.close(twin)
+    # Five common history pages and one common window page, then per branch: a history page, a window page, the state.
+    assert len(blobs(tmp_path)) <= 5 + 2 + 10 * 3
+    before = len(blobs(tmp_path))
+    cache.save(trunk, tmp_path / "trunk.dsv4kv")
+    assert (
+        len(blobs(tmp_path)) - before <= 3
+    )  # its history is there; its two window pages and its state are not
+
+
+def test_nothing_of_another_request_is_saved(tmp_path):
+    """The same sequence gives the same blobs, whatever its slot and pages held before."""
+    names = []
+    for salt in (0, 1):
+        cache = make_cache()
+        text = Words(cache.spec)
+        earlier = cache.open()
+        text.append(cache, earlier, [], words(300 + 31 * salt, salt))
+        cache.close(earlier)
+        request = cache.open()
+        text.append(cache, request, [], words(130, 5))
+        folder = tmp_path / str(salt)
+        folder.mkdir()
+        cache.save(request, folder / "a.dsv4kv")
+        names.append([blob.name for blob in blobs(folder)])
+    assert names[0] == names[1]
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A cache, a saved sequence of 300 tokens, and where it is."""
+    cache = make_cache()
+    request = cache.open()
+    Words(cache.spec).append(cache, request, [], words(300))
+    cache.save(request, tmp_path / "a.dsv4kv")
+    return cache, request, tmp_path / "a.dsv4kv"
+
+
+def edit(path, **fields):
+    """Change a manifest and sign it again."""
+    body = json.loads(path.read_text())
+    body.update(fields)
+    body.pop("checksum")
+    path.write_text(json.dumps({**body, "checksum": saved_module._checksum(body)}))
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "no file": (lambda p: p.unlink(), "expected a saved sequence, found no such file"),
+    "cut manifest": (
+        lambda p: p.write_text(p.read_text()[:200]),
+        "damaged, it cannot be read as JSON",
+    ),
+    "other json": (
+        lambda p: p.write_text("[1]"),
+        "expected a sglang-dsv4 saved sequence, got something else",
+    ),
+    "changed manifest": (
+        lambda p: p.write_text(p.read_text().replace('"seq_len": 300', '"seq_len": 301')),
+        "damaged, its checksum does not match",
+    ),
+    "newer version": (lambda p: edit(p, version=2), "expected format version 1, got 2"),
+    "page counts": (lambda p: edit(p, seq_len=600), "expected 5 history pages"),
+    "missing page": (lambda p: blobs(p.parent)[1].unlink(), "page missing: expected"),
+    "cut page": (
+        lambda p: blobs(p.parent)[1].write_bytes(blobs(p.parent)[1].read_bytes()[:50]),
+        "is damaged",
+    ),
+    "flipped bit": (lambda p: flip(blobs(p.parent)[2], -3), "is damaged: tensor layer"),
+    "flipped header": (lambda p: flip(blobs(p.parent)[2], 20), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damage_is_one_sentence_and_changes_nothing(kept, damage):
+    cache, _, path = kept
+    spoil, message = DAMAGES[damage]
+    spoil(path)
+    before = counts(cache)
+    with pytest.raises(SavedFileError, match=message) as caught:
+        cache.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert counts(cache) == before
+    cache.check_integrity()
+
+
+def test_another_spec_is_named(kept):
+    _, _, path = kept
+    other = CompressedKVCache.create(
+        make_spec(page_tokens=256, max_draft_tokens=DRAFT), num_pages=4, max_requests=1
+    )
+    with pytest.raises(SavedFileError, match="of another spec: page_tokens: expected 256, got 128"):
+        other.load(path)
+    other = make_cache(("fp8_584", "fp8"))
+    with pytest.raises(
+        SavedFileError, match="of another spec: row_format: expected fp8_584, got bf16"
+    ):
+        other.load(path)
+
+
+def test_no_room_changes_nothing(kept):
+    _, _, path = kept
+    small = make_cache(num_pages=2)
+    before = counts(small)
+    with pytest.raises(OutOfPagesError, match="history pages: expected 3 free, got 2 of 2"):
+        small.load(path)
+    assert counts(small) == before
+
+
+@pytest.mark.parametrize("full_after", range(7))
+def test_a_full_disk_leaves_nothing_behind(kept, tmp_path, monkeypatch, full_after):
+    """The disk fills at the n-th file, half way through it."""
+    cache, request, _ = kept
+    folder = tmp_path / "full"
+    folder.mkdir()
+    written = []
+    stock = os.fsync
+
+    def fill(descriptor):
+        written.append(descriptor)
+        if len(written) > full_after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        stock(descriptor)
+
+    monkeypatch.setattr(saved_module.os, "fsync", fill)
+    with pytest.raises(
+        SavedFileError, match="cannot be written, nothing was saved: .*No space left on device"
+    ):
+        cache.save(request, folder / "b.dsv4kv")
+    monkeypatch.undo()
+    assert [p for p in folder.rglob("*") if p.is_file()] == []
+    cache.save(request, folder / "b.dsv4kv")
+    again, _ = cache.load(folder / "b.dsv4kv")
+    assert reachable_bytes(cache, again) == reachable_bytes(cache, request)
+
+
+def test_a_failed_save_keeps_what_was_saved_before(kept, monkeypatch):
+    cache, request, path = kept
+    before = path.read_text(), [b.name for b in blobs(path.parent)]
+    Words(cache.spec).append(cache, request, words(300), words(40, 1))
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saved_module.os, "fsync", fail)
+    with pytest.raises(SavedFileError):
+        cache.save(request, path)
+    assert (path.read_text(), [b.name for b in blobs(path.parent)]) == before
+
+
+def test_an_unsettled_request_is_not_saved(tmp_path):
+    cache = make_cache()
+    request = cache.open()
+    given = Words(cache.spec).inputs(words(4))
+    cache.append(0, cache.plan([(request, 4)]), window=given.cut(0, "window", 0, 4))
+    with pytest.raises(StalePlanError):
+        cache.save(request, tmp_path / "a.dsv4kv")
+    assert list(tmp_path.iterdir()) == []
