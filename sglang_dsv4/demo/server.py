@@ -34,10 +34,13 @@ class Server:
         checkpoint (Path): what to serve.
         log (Path): where its output goes; overwritten.
         arguments (tuple[str, ...]): further arguments of ``sglang.launch_server``.
+        port (int | None): of 127.0.0.1; a free one by default.
     """
 
-    def __init__(self, checkpoint: Path, log: Path, arguments: tuple[str, ...]) -> None:
-        self.port = free_port()
+    def __init__(
+        self, checkpoint: Path, log: Path, arguments: tuple[str, ...], port: int | None = None
+    ) -> None:
+        self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._command = [

@@ -23,8 +23,8 @@ def build_standards(
     """One standard, or for an fp32 server two.
 
     Exact rows: the oracle as it is; the bound is what the row format and ``dtype`` cost the same model. With fp8 rows
-    that is a lot. Rounded rows, for fp32 servers: the oracle rounds its rows as the server does, and what is left is
-    the order of fp32 arithmetic, so that one wrong entry among many shows.
+    that is a lot. Rows as the server's, for fp32 servers: the oracle rounds its rows as the server does, and what is
+    left is the order of fp32 arithmetic, so that one wrong entry among many shows.
 
     Args:
         oracle (Oracle): of the checkpoint that was served.
@@ -51,16 +51,14 @@ def _exact_rows(
     row_format: str,
     step: Callable[[], None],
 ) -> Standard:
-    comparisons, rounding = [], 0.0
+    comparisons, rounding, arithmetic = [], 0.0, 0.0
     for answer in answers:
         comparisons.append(Comparison(answer, oracle.logprobs(answer.token_ids)[answer.generated]))
         rounding = max(
             rounding, _largest(oracle.rounding_error(answer.token_ids, dtype, row_format), answer)
         )
+        arithmetic = max(arithmetic, _largest(oracle.arithmetic_error(answer.token_ids), answer))
         step()
-    # Grows with the length, and is a thousandth of the other: one sequence is enough.
-    longest = _longest(answers)
-    arithmetic = _largest(oracle.arithmetic_error(longest.token_ids), longest)
     return Standard(
         name="exact rows",
         comparisons=tuple(comparisons),

@@ -1,6 +1,7 @@
 """Put our pool, backend and portable ops in their places."""
 
 import logging
+import pkgutil
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -67,10 +68,22 @@ def activate() -> None:
     apply_environment(capabilities)
     contract.check_names()
     _installed_ops[:] = install(capabilities)
-    HookRegistry.register(contract.BUILD_POOL, _build_pool, HookType.AROUND)
-    HookRegistry.register(contract.POOL_SIZES, _size_pools, HookType.AFTER)
-    HookRegistry.register(contract.STATE_BYTES, _state_bytes, HookType.AROUND)
-    HookRegistry.register(contract.INTERNAL_STATE, _internal_state, HookType.AFTER)
+    hooks = (
+        (contract.BUILD_POOL, _build_pool, HookType.AROUND),
+        (contract.POOL_SIZES, _size_pools, HookType.AFTER),
+        (contract.STATE_BYTES, _state_bytes, HookType.AROUND),
+        (contract.INTERNAL_STATE, _internal_state, HookType.AFTER),
+        (contract.VALIDATE, _validate_input_ids, HookType.AFTER),
+    )
+    stock = {target: pkgutil.resolve_name(target) for target, _, _ in hooks}
+    for target, hook, kind in hooks:
+        HookRegistry.register(target, hook, kind)
+    HookRegistry.apply_hooks()
+    unhooked = [target for target in stock if pkgutil.resolve_name(target) is stock[target]]
+    if unhooked:  # SGLang only logs what it cannot hook
+        raise UnsupportedError(
+            f"hooks: expected in place, but SGLang did not apply {', '.join(unhooked)}"
+        )
     register_attention_backend("dsv4")(_create_backend)
 
 
@@ -148,6 +161,16 @@ def _create_backend(runner: Any) -> Any:
     return CompressedKVBackend(
         pool, runner.req_to_token_pool.req_to_token, EagerAttention(pool.cache)
     )
+
+
+def _validate_input_ids(
+    result: None, manager: Any, obj: Any, input_ids: list[int] | None, *_: Any
+) -> None:
+    """Refuse a request whose token ids are not in the vocabulary; in the scheduler they would end the server."""
+    vocab_size = manager.model_config.vocab_size
+    for token_id in input_ids or ():
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"input_ids: expected ids of 0 .. {vocab_size - 1}, got {token_id}")
 
 
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:

@@ -43,6 +43,7 @@ POOL_SIZES = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator.__in
 STATE_BYTES = (
     f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._get_c128_state_fixed_bytes"
 )
+VALIDATE = f"{_SRT}.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 INTERNAL_STATE = f"{_SRT}.managers.scheduler.Scheduler.get_internal_state"
 
 CONTRACT = (
@@ -59,6 +60,7 @@ CONTRACT = (
     ),
     ContractName(POOL_SIZES, "our bytes per token, for the size of the pools"),
     ContractName(STATE_BYTES, "our bytes per request, for the size of the pools"),
+    ContractName(VALIDATE, "refuses token ids outside the vocabulary, which would end the server"),
     ContractName(INTERNAL_STATE, "adds the memory report to /server_info"),
     ContractName(f"{_POOL}._make_kv_pool", "overridden: no native rows are allocated"),
     ContractName(f"{_POOL}._make_indexer_pool", "overridden: no native index keys are allocated"),

@@ -1,7 +1,8 @@
 """What SGLang calls when it loads its plug-ins, in the launcher and in each scheduler process.
 
 SGLang logs an exception of a plug-in and goes on without it. With the compressed cache asked for, that would serve
-another cache under our flag; so every failure here becomes `SystemExit`, which SGLang does not swallow.
+another cache under our flag; so every failure here becomes `SystemExit`, which SGLang does not swallow. For the same
+reason this module imports nothing that may be missing: SGLang would log that, too, and go on.
 """
 
 import argparse

@@ -1,9 +1,11 @@
-"""What a user chose on the command line, carried to the scheduler process by environment variables."""
+"""What a user chose on the command line, carried to the scheduler process by environment variables.
+
+Imports nothing heavy at the top: see `sglang_dsv4.plugin.entry`.
+"""
 
 import argparse
 from dataclasses import dataclass
 
-from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 
@@ -20,6 +22,8 @@ class Options:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our flags to SGLang's parser."""
+    from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
+
     group = parser.add_argument_group("sglang-dsv4")
     group.add_argument(
         "--enable-dsv4-compressed-kv",
@@ -69,6 +73,8 @@ def read() -> Options:
     Raises:
         UnsupportedError: a variable names a format that does not exist.
     """
+    from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
+
     row_format = env.get(env.KV_FORMAT) or "bf16"
     if row_format not in ROW_FORMATS:
         raise UnsupportedError(

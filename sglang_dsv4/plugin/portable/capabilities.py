@@ -43,7 +43,9 @@ class Capabilities:
             raise UnsupportedError(f"device {device}: expected cpu or cuda")
         on_gpu = kind == "cuda"
         if on_gpu and not torch.cuda.is_available():
-            raise UnsupportedError(f"device {device}: expected a CUDA device, torch {torch.__version__} finds none")
+            raise UnsupportedError(
+                f"device {device}: expected a CUDA device, torch {torch.__version__} finds none"
+            )
         return cls(
             device=kind,
             sm=_compute_capability(device) if on_gpu else None,

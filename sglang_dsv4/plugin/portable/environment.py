@@ -38,16 +38,56 @@ class PortableSetting:
 
 
 PORTABLE_SETTINGS = (
-    PortableSetting("SGLANG_USE_CPU_ENGINE", "1", "without it SGLang looks for GPU packages on a CPU", "cuda"),
-    PortableSetting("SGLANG_OPT_FP8_WO_A_GEMM", "0", "the output projection would need DeepGEMM and FP8 weights", "deep_gemm"),
-    PortableSetting("SGLANG_OPT_BF16_FP32_GEMM_ALGO", "cublas", "the compressors' projections would need DeepGEMM", "deep_gemm"),
-    PortableSetting("SGLANG_OPT_DEEPGEMM_HC_PRENORM", "0", "mixing the residual streams would need DeepGEMM", "deep_gemm"),
-    PortableSetting("SGLANG_OPT_USE_TILELANG_MHC_PRE", "0", "mixing the residual streams would need TileLang", "tilelang"),
-    PortableSetting("SGLANG_OPT_USE_TILELANG_MHC_POST", "0", "mixing the residual streams would need TileLang", "tilelang"),
-    PortableSetting("SGLANG_OPT_FUSE_MHC_POST_PRE", "0", "mixing the residual streams would need TileLang", "tilelang"),
-    PortableSetting("SGLANG_OPT_USE_FUSED_HASH_TOPK", "0", "routing by token id would need a CUDA kernel", "cuda_sm90"),
     PortableSetting(
-        "SGLANG_DSV4_USE_BF16_KV_QUANT_SOURCE", "0", "window rows would be normalised by a CUDA kernel", "cuda_sm90"
+        "SGLANG_USE_CPU_ENGINE", "1", "without it SGLang looks for GPU packages on a CPU", "cuda"
+    ),
+    PortableSetting(
+        "SGLANG_OPT_FP8_WO_A_GEMM",
+        "0",
+        "the output projection would need DeepGEMM and FP8 weights",
+        "deep_gemm",
+    ),
+    PortableSetting(
+        "SGLANG_OPT_BF16_FP32_GEMM_ALGO",
+        "cublas",
+        "the compressors' projections would need DeepGEMM",
+        "deep_gemm",
+    ),
+    PortableSetting(
+        "SGLANG_OPT_DEEPGEMM_HC_PRENORM",
+        "0",
+        "mixing the residual streams would need DeepGEMM",
+        "deep_gemm",
+    ),
+    PortableSetting(
+        "SGLANG_OPT_USE_TILELANG_MHC_PRE",
+        "0",
+        "mixing the residual streams would need TileLang",
+        "tilelang",
+    ),
+    PortableSetting(
+        "SGLANG_OPT_USE_TILELANG_MHC_POST",
+        "0",
+        "mixing the residual streams would need TileLang",
+        "tilelang",
+    ),
+    PortableSetting(
+        "SGLANG_OPT_FUSE_MHC_POST_PRE",
+        "0",
+        "mixing the residual streams would need TileLang",
+        "tilelang",
+    ),
+    PortableSetting(
+        "SGLANG_OPT_USE_FUSED_HASH_TOPK",
+        "0",
+        "routing by token id would need a CUDA kernel",
+        "cuda_sm90",
+    ),
+    PortableSetting(
+        "SGLANG_DSV4_USE_BF16_KV_QUANT_SOURCE",
+        "0",
+        "window rows would be normalised by a CUDA kernel",
+        "cuda_sm90",
     ),
 )
 PORTABLE_ENV: dict[str, str] = {setting.name: setting.value for setting in PORTABLE_SETTINGS}

@@ -39,7 +39,9 @@ class InstalledOp:
 _installed: dict[str, InstalledOp] = {}
 
 
-def choose(capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS) -> list[PortableOp]:
+def choose(
+    capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS
+) -> list[PortableOp]:
     """The ops whose stock implementation cannot run here.
 
     Args:
@@ -49,7 +51,9 @@ def choose(capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS)
     return [op for op in ops if not capabilities.offers(op.needs)]
 
 
-def install(capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS) -> list[InstalledOp]:
+def install(
+    capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS
+) -> list[InstalledOp]:
     """Replace what cannot run here, and check that it is replaced. May be called again; then nothing changes.
 
     Modules that are imported later take the replacement, because it stands at the definition.
@@ -65,7 +69,9 @@ def install(capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS
         UnsupportedError: SGLang lacks a target, or still holds the stock one somewhere; names them.
     """
     chosen = choose(capabilities, ops)
-    owners = [_owner(op.target) for op in chosen]  # before anything is changed: any of them may be missing
+    owners = [
+        _owner(op.target) for op in chosen
+    ]  # before anything is changed: any of them may be missing
     done = [_install(op, owner) for op, owner in zip(chosen, owners, strict=True)]
     check_installed(done, loaded_only=True)
     return done
@@ -84,7 +90,11 @@ def check_installed(installed: Iterable[InstalledOp], *, loaded_only: bool = Fal
     astray = []
     for done in installed:
         for path in (done.op.target, *done.op.seen_as):
-            if loaded_only and path.rpartition(".")[0] not in sys.modules and path != done.op.target:
+            if (
+                loaded_only
+                and path.rpartition(".")[0] not in sys.modules
+                and path != done.op.target
+            ):
                 continue
             found = getattr(*_owner(path))
             if found is not done.op.replacement:

@@ -124,7 +124,9 @@ def hc_split_sinkhorn(
     sizes = (hc_mult, hc_mult, hc_mult * hc_mult)
     logits = [
         part * scale + base
-        for part, scale, base in zip(mixes.split(sizes, dim=-1), hc_scale, hc_base.split(sizes), strict=True)
+        for part, scale, base in zip(
+            mixes.split(sizes, dim=-1), hc_scale, hc_base.split(sizes), strict=True
+        )
     ]
     pre = torch.sigmoid(logits[0]) + eps
     post = 2 * torch.sigmoid(logits[1])
@@ -192,7 +194,9 @@ def router_logits(
     return F.linear(hidden_states.float(), gate.weight.float())
 
 
-def routed_experts(layer: Any, x: torch.Tensor, topk_output: Any, moe_runner_config: Any) -> torch.Tensor:
+def routed_experts(
+    layer: Any, x: torch.Tensor, topk_output: Any, moe_runner_config: Any
+) -> torch.Tensor:
     """Run each token through its chosen experts and add up what they say.
 
     Equation:
@@ -219,19 +223,29 @@ def routed_experts(layer: Any, x: torch.Tensor, topk_output: Any, moe_runner_con
         if expert < 0:
             continue
         tokens, choices = torch.where(ids == expert)
-        hidden = clamped_swiglu(F.linear(x[tokens], layer.w13_weight[expert]), moe_runner_config.swiglu_limit)
+        hidden = clamped_swiglu(
+            F.linear(x[tokens], layer.w13_weight[expert]), moe_runner_config.swiglu_limit
+        )
         said = F.linear(hidden, layer.w2_weight[expert]).float() * weights[tokens, choices, None]
         total.index_add_(0, tokens, said)
     return total.to(x.dtype)
 
 
 def _check_experts(layer: Any, config: Any) -> None:
-    if config.activation != "silu" or config.gemm1_alpha is not None or config.apply_router_weight_on_input:
+    if (
+        config.activation != "silu"
+        or config.gemm1_alpha is not None
+        or config.apply_router_weight_on_input
+    ):
         raise UnsupportedError(
             "routed experts: expected activation silu, gemm1_alpha None and apply_router_weight_on_input False, got "
             f"{config.activation}, {config.gemm1_alpha} and {config.apply_router_weight_on_input}"
         )
-    biases = [name for name in ("w13_weight_bias", "w2_weight_bias") if getattr(layer, name, None) is not None]
+    biases = [
+        name
+        for name in ("w13_weight_bias", "w2_weight_bias")
+        if getattr(layer, name, None) is not None
+    ]
     if biases:
         raise UnsupportedError(f"routed experts: expected no bias, got {', '.join(biases)}")
 
@@ -253,7 +267,11 @@ def widen_bf16_parameters(model: torch.nn.Module, dtype: torch.dtype) -> list[st
         return []
     if dtype != torch.float32:
         raise UnsupportedError(f"--dtype {dtype}: expected bfloat16 or float32")
-    narrow = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16]
+    narrow = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.dtype == torch.bfloat16
+    ]
     for _, parameter in narrow:
         parameter.data = parameter.data.to(dtype)
     return [name for name, _ in narrow]

@@ -72,11 +72,18 @@ def naive_alloc_extend(
     new_pages = _pages_for(seq_lens, page_size) - old_pages
     first_free = new_pages.cumsum(0) - new_pages
 
-    rows = torch.arange(len(seq_lens), device=seq_lens.device).repeat_interleave(extend_lens.long())  # [N]
+    rows = torch.arange(len(seq_lens), device=seq_lens.device).repeat_interleave(
+        extend_lens.long()
+    )  # [N]
     offset = torch.arange(len(rows), device=seq_lens.device) - first_out[rows]
     position = prefix_lens[rows] + offset
-    rank = position // page_size - old_pages[rows]  # which of the request's new pages; -1: its last old one
-    fresh = _page_ids(free_pages, (first_free[rows] + rank).clamp(min=0)) * page_size + position % page_size
+    rank = (
+        position // page_size - old_pages[rows]
+    )  # which of the request's new pages; -1: its last old one
+    fresh = (
+        _page_ids(free_pages, (first_free[rows] + rank).clamp(min=0)) * page_size
+        + position % page_size
+    )
     out_indices.copy_(torch.where(rank < 0, last_loc[rows] + 1 + offset, fresh))
 
 
@@ -98,7 +105,9 @@ def naive_alloc_decode(
         bs_upper (int): unused; a launch parameter.
         page_size (int): tokens per page.
     """
-    naive_alloc_extend(seq_lens - 1, seq_lens, last_loc, free_pages, out_indices, bs_upper, page_size)
+    naive_alloc_extend(
+        seq_lens - 1, seq_lens, last_loc, free_pages, out_indices, bs_upper, page_size
+    )
 
 
 alloc_extend = Launchable(naive_alloc_extend)

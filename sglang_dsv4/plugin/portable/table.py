@@ -107,8 +107,12 @@ PORTABLE_OPS = (
         reason="the stock one looks at the backend's name only; SGLang's own torch paths are taken instead of Triton",
         replacement=scheduler_ops.no_triton,
         needs="triton_gpu",
-        seen_as=(f"{_SRT}.mem_cache.allocation.support_triton", f"{_SRT}.model_executor.forward_batch_info.support_triton"),
-    ),    PortableOp(
+        seen_as=(
+            f"{_SRT}.mem_cache.allocation.support_triton",
+            f"{_SRT}.model_executor.forward_batch_info.support_triton",
+        ),
+    ),
+    PortableOp(
         name="grammar_bitmask",
         target=f"{_GRAMMAR}._allocate_token_bitmask",
         reason="memory pinned for a GPU; a request with a grammar would stop the server",

@@ -1,0 +1,195 @@
+"""A real SGLang server over our cache, on a CPU, with every unwritten byte of the cache set to NaN."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+
+from sglang_dsv4 import env
+from sglang_dsv4.demo.client import Client
+from sglang_dsv4.demo.server import Server, active_line
+from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
+from sglang_dsv4.tiny import TinySpec, write_tiny_checkpoint
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+NEW_TOKENS = 9
+START_S = 240
+LENGTHS = [1, 2, 3, 7, 127, 131, 255, 257, 259, 515, 600]
+
+
+def prompt(length, salt=0):
+    generator = torch.Generator().manual_seed(1000 * salt + length)
+    return torch.randint(8, 264, (length,), generator=generator).tolist()
+
+
+def wait_until_ready(server):
+    client = Client(server.url, 264)
+    deadline = time.monotonic() + START_S
+    while not client.is_healthy():
+        server.check_alive()
+        assert time.monotonic() < deadline, server.log_lines()[-20:]
+        time.sleep(0.2)
+    client.close()
+
+
+def request_body(input_ids, new_tokens):
+    """Every request asks for the same kind of log-probabilities: SGLang 0.5.17's scheduler ends the server when one
+    decode batch mixes requests with and without ``token_ids_logprob``."""
+    return {
+        "input_ids": input_ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+        "return_logprob": True,
+        "token_ids_logprob": list(range(264)),
+    }
+
+
+def generate(server, input_ids, new_tokens=NEW_TOKENS):
+    body = request_body(input_ids, new_tokens)
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    meta = answer.json()["meta_info"]
+    tokens = [token for _, token, _ in meta["output_token_logprobs"]]
+    rows = [[value for value, _, _ in row] for row in meta["output_token_ids_logprobs"]]
+    return tokens, torch.tensor(rows), meta["cached_tokens"]
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    checkpoint = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_tiny_checkpoint(checkpoint, TinySpec())
+    return Oracle(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def server(oracle, tmp_path_factory):
+    """Exact rows, so that the comparison is sharp; small chunks; poisoned memory."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv(env.POISON, "1")
+    arguments = ("--dtype", "float32", "--dsv4-kv-format", "fp32", "--chunked-prefill-size", "256")
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with Server(oracle._checkpoint, log, arguments) as running:
+        wait_until_ready(running)
+        yield running
+    patch.undo()
+
+
+def check(oracle, input_ids, answer):
+    """Every log-probability of every generated position, against transformers' full forward."""
+    tokens, logprobs, _ = answer
+    sequence = input_ids + tokens[:-1]
+    expected = oracle.logprobs(sequence)[len(input_ids) - 1 :]
+    bound = comparison_bound(0.0, oracle.arithmetic_error(sequence).max().item())
+    assert logprobs.shape == expected.shape
+    error = (logprobs - expected).abs().max().item()
+    assert error <= bound
+    best, second = expected.topk(2, dim=1).values.unbind(dim=1)
+    certain = (best - second) > bound
+    assert (torch.tensor(tokens) == expected.argmax(dim=1))[certain].all()
+    return bound
+
+
+def test_answers_of_concurrent_requests_match_transformers(server, oracle):
+    prompts = [prompt(length) for length in LENGTHS]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda ids: generate(server, ids), prompts))
+    for input_ids, answer in zip(prompts, answers, strict=True):
+        bound = check(oracle, input_ids, answer)
+    # The twin: the same answer judged as if one token of the prompt had been another one.
+    wrong = [*prompts[-1][:300], prompts[-1][300] ^ 1, *prompts[-1][301:]]
+    tokens, logprobs, _ = answers[-1]
+    moved = oracle.logprobs(wrong + tokens[:-1])[len(wrong) - 1 :]
+    assert (logprobs - moved).abs().max().item() > bound
+
+
+@pytest.mark.parametrize("length", [257, 259, 300, 515, 600])
+def test_a_prefix_hit_is_as_right_as_a_cold_run(server, oracle, length):
+    input_ids = prompt(length, salt=3)
+    cold, hit = generate(server, input_ids), generate(server, input_ids)
+    assert cold[2] < 256 <= hit[2] < length
+    check(oracle, input_ids, cold)
+    check(oracle, input_ids, hit)
+    longer = input_ids[: length - 1] + prompt(37, salt=4)
+    answer = generate(server, longer)
+    assert answer[2] >= 256
+    check(oracle, longer, answer)
+
+
+def test_a_short_prompt_in_a_slot_that_held_a_long_one(server, oracle):
+    for length in (380, 3, 2, 379, 1):
+        input_ids = prompt(length, salt=5)
+        check(oracle, input_ids, generate(server, input_ids, new_tokens=12))
+
+
+def test_a_client_that_leaves_does_not_harm_others(server, oracle):
+    def leave():
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{server.url}/generate", json=request_body(prompt(500, 6), 400), timeout=0.7)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    input_ids = prompt(300, salt=7)
+    check(oracle, input_ids, generate(server, input_ids))
+    thread.join()
+    check(oracle, input_ids, generate(server, input_ids))
+
+
+def test_token_ids_outside_the_vocabulary_are_refused_and_the_server_lives(server, oracle):
+    for bad in ([5, 100000], [-1, 5]):
+        body = {"input_ids": bad, "sampling_params": {"max_new_tokens": 2}}
+        answer = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+        assert answer.status_code == 400
+        assert "input_ids: expected ids of 0 .. 263" in answer.text
+    input_ids = prompt(5, salt=8)
+    check(oracle, input_ids, generate(server, input_ids))
+
+
+def test_chat_and_sampling(server):
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "héllo 你好"}],
+        "max_tokens": 5,
+        "temperature": 0.8,
+        "seed": 1,
+    }
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 5
+
+
+def test_the_server_proves_that_our_cache_runs(server):
+    line = active_line(server.log_lines())
+    assert line is not None and "rows fp32" in line and "attention eager on cpu" in line
+    info = httpx.get(f"{server.url}/server_info", timeout=60).json()["internal_states"][0]
+    facts = info["sglang_dsv4"]
+    report = facts["report"]
+    assert facts["cache"] == "CompressedKVCache"
+    assert report["total_bytes"] == sum(report["bytes_by_pool"].values())
+    # SGLang's own figure, rounded by it to 1 MiB, is ours.
+    assert info["memory_usage"]["kvcache"] == pytest.approx(report["total_bytes"] / 2**30, abs=1e-3)
+    assert info["memory_usage"]["token_capacity"] == report["max_tokens"]
+
+
+def test_a_killed_server_restarts_on_its_port(oracle, tmp_path):
+    """Killed with a request in flight, and started again on the same port, with fp8 rows."""
+    arguments = ("--dtype", "float32", "--dsv4-kv-format", "fp8_584")
+    with Server(oracle._checkpoint, tmp_path / "first.log", arguments) as first:
+        wait_until_ready(first)
+        before = generate(first, prompt(300, 9))
+        assert torch.isfinite(before[1]).all()
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{first.url}/generate", json=request_body(prompt(500, 6), 400), timeout=0.5)
+        os.killpg(first._process.pid, signal.SIGKILL)
+        first._process.wait()
+        second = Server(oracle._checkpoint, tmp_path / "second.log", arguments, port=first.port)
+        with second:
+            wait_until_ready(second)
+            after = generate(second, prompt(300, 9))
+    assert second.port == first.port
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
