@@ -135,7 +135,10 @@ def test_a_taken_port_is_refused_and_a_freed_one_is_not():
 def test_a_window_pool_that_would_hang_is_refused():
     assert refusals.window_tokens(10240, 0.1) == 1024
     refusals.check_window_pool(refusals.window_tokens(10240, 0.1))
-    with pytest.raises(UnsupportedError, match="window pool: expected 1024 tokens or more, got 768; raise --max-total"):
+    with pytest.raises(
+        UnsupportedError,
+        match="window pool: expected 1024 tokens or more, got 768; raise --max-total",
+    ):
         refusals.check_window_pool(refusals.window_tokens(8192, 0.1))
 
 

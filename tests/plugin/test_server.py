@@ -129,7 +129,9 @@ def test_a_short_prompt_in_a_slot_that_held_a_long_one(server, oracle):
 def test_a_client_that_leaves_does_not_harm_others(server, oracle):
     def leave():
         with pytest.raises(httpx.TimeoutException):
-            httpx.post(f"{server.url}/generate", json=request_body(prompt(500, 6), 400), timeout=0.7)
+            httpx.post(
+                f"{server.url}/generate", json=request_body(prompt(500, 6), 400), timeout=0.7
+            )
 
     thread = threading.Thread(target=leave)
     thread.start()
