@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+from dataclasses import asdict
 from importlib import metadata
 
 import torch
@@ -11,6 +12,7 @@ from rich.table import Table
 from sglang_dsv4 import __version__
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract
+from sglang_dsv4.plugin.portable.capabilities import Capabilities
 
 _PACKAGES = (
     "torch",
@@ -47,6 +49,13 @@ def _versions() -> Table:
     return table
 
 
+def _capabilities(capabilities: Capabilities) -> Table:
+    table = Table("capability", "found", title="This machine", title_justify="left")
+    for name, value in asdict(capabilities).items():
+        table.add_row(name, "none" if value is None else str(value))
+    return table
+
+
 def _contract() -> tuple[Table, list[str]]:
     table = Table(
         "name", "use", "state", title="SGLang names this plug-in touches", title_justify="left"
@@ -60,18 +69,10 @@ def _contract() -> tuple[Table, list[str]]:
     return table, missing
 
 
-def _portable(device: str) -> Table:
-    from sglang_dsv4.plugin.portable.capabilities import Capabilities
+def _portable(capabilities: Capabilities) -> Table:
     from sglang_dsv4.plugin.portable.install import choose
 
-    capabilities = Capabilities.detect(device)
-    table = Table(
-        "op",
-        "replaces",
-        "because",
-        title=f"Portable ops on this machine ({device})",
-        title_justify="left",
-    )
+    table = Table("op", "replaces", "because", title="Portable ops", title_justify="left")
     for op in choose(capabilities):
         table.add_row(op.name, op.target, op.reason)
     return table
@@ -81,7 +82,9 @@ def run(_: argparse.Namespace) -> int:
     """Print the report; returns 1 where the plug-in would refuse to start."""
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    capabilities = Capabilities.detect(device)
     console.print(_versions())
+    console.print(_capabilities(capabilities))
     try:
         contract.check_version(contract.installed_version())
     except UnsupportedError as error:
@@ -89,7 +92,7 @@ def run(_: argparse.Namespace) -> int:
         return 1
     table, missing = _contract()
     console.print(table)
-    console.print(_portable(device))
+    console.print(_portable(capabilities))
     if missing:
         console.print(
             f"Would refuse to start: missing in SGLang: {', '.join(missing)}", soft_wrap=True

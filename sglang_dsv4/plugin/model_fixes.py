@@ -8,6 +8,10 @@ from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import UnsupportedError
 
+PROBED_POSITIONS = 256
+# An angle is a position below 256 times a frequency of two roundings, rounded itself: 3 * 2^-24 relative, and 4 for safety.
+ROPE_TOLERANCE = PROBED_POSITIONS * 4 * 2.0**-24
+
 
 def _complex_table(rope: RopeSpec, num_positions: int, device: torch.device) -> torch.Tensor:
     cos, sin = rope_table(rope, num_positions, device).chunk(2, dim=1)
@@ -58,9 +62,3 @@ def check_rope(model: Any, cache: CompressedKVCache) -> None:
                 f"layer {layer.layer_id}: expected SGLang's RoPE table to equal the cache's within {ROPE_TOLERANCE:.1e}, "
                 f"got a difference of {error:.1e}"
             )
-
-
-PROBED_POSITIONS = 256
-ROPE_TOLERANCE = (
-    PROBED_POSITIONS * 2.0**-24 * 4
-)  # angle up to 255, rounded to fp32; frequencies to 2 ulp
