@@ -26,6 +26,8 @@ from sglang_dsv4.cache.view import LayerView
 from sglang_dsv4.errors import StalePlanError
 from sglang_dsv4.spec import CacheSpec
 
+CHECK_LEVELS = ("off", "pages", "memory")
+
 
 class CompressedKVCache:
     """Window rows, compressed entries, index keys and stream state of many requests.
@@ -39,8 +41,14 @@ class CompressedKVCache:
     """
 
     def __init__(
-        self, spec: CacheSpec, pages: PageOwner, device: torch.device | str = "cpu"
+        self,
+        spec: CacheSpec,
+        pages: PageOwner,
+        device: torch.device | str = "cpu",
+        checks: str = "off",
     ) -> None:
+        if checks not in CHECK_LEVELS:
+            raise ValueError(f"checks: expected one of {CHECK_LEVELS}, got {checks!r}")
         self.spec = spec
         self.device = torch.device(device)
         self.pages = pages
@@ -57,6 +65,8 @@ class CompressedKVCache:
         )
         self._ledger = Ledger(spec, pages) if isinstance(pages, PageAllocator) else None
         self._transfer = Transfer(spec, self.layers)
+        self._checks = checks
+        self._bytes_copied = {"fork": 0, "snapshot": 0, "restore": 0, "copy_on_write": 0}
 
     @classmethod
     def create(
@@ -67,6 +77,7 @@ class CompressedKVCache:
         max_requests: int,
         num_window_pages: int | None = None,
         device: torch.device | str = "cpu",
+        checks: str = "off",
     ) -> "CompressedKVCache":
         """Make a cache that owns its pages.
 
@@ -77,10 +88,12 @@ class CompressedKVCache:
             num_window_pages (int | None): window pages; by default as many as history pages, so that a prefill of any
                 length fits in one step. Between steps a request holds at most two.
             device (torch.device | str): where the memory lives.
+            checks (str): ``"pages"`` checks the books after every operation that changes them, ``"memory"`` also that all
+                a request could read is finite; ``"off"`` leaves it to `check_integrity`.
         """
         window_pages = num_pages if num_window_pages is None else num_window_pages
         capacity = Capacity(num_pages, window_pages, max_requests, num_pages * spec.page_tokens)
-        return cls(spec, PageAllocator(capacity, spec.page_tokens), device)
+        return cls(spec, PageAllocator(capacity, spec.page_tokens), device, checks)
 
     @property
     def ledger(self) -> Ledger:
@@ -101,7 +114,9 @@ class CompressedKVCache:
         Raises:
             OutOfPagesError: every state slot is taken; nothing was changed.
         """
-        return self.ledger.open()
+        request = self.ledger.open()
+        self._after()
+        return request
 
     def close(self, request: Request) -> None:
         """End a sequence and free what it alone holds.
@@ -110,6 +125,7 @@ class CompressedKVCache:
             UnknownRequestError: not open here.
         """
         self.ledger.close(request)
+        self._after()
 
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
         """Prepare a step; changes nothing.
@@ -147,6 +163,7 @@ class CompressedKVCache:
         twin = self.ledger.open(request.seq_len, request.min_len, request.pages)
         for state in self._stream_state():
             state[twin.state_slot] = state[request.state_slot]
+        self._after("fork")
         return twin
 
     def truncate(self, request: Request, to: int | Snapshot) -> None:
@@ -163,9 +180,11 @@ class CompressedKVCache:
         """
         if isinstance(to, int):
             self.ledger.shorten(request, to)
+            self._after()
             return
         self.ledger.rewind(request, to)
         self._put_state(request, to)
+        self._after("restore")
 
     def snapshot(self, request: Request) -> Snapshot:
         """Hold on to a sequence as it is now: its pages, shared, and a copy of its stream state.
@@ -184,6 +203,7 @@ class CompressedKVCache:
             state=tuple(state[request.state_slot].clone() for state in self._stream_state()),
         )
         ledger.keep(taken)
+        self._after("snapshot")
         return taken
 
     def restore(self, snapshot: Snapshot) -> Request:
@@ -196,6 +216,7 @@ class CompressedKVCache:
         self.ledger.check_kept(snapshot)
         request = self.ledger.open(snapshot.seq_len, snapshot.min_len, snapshot.pages)
         self._put_state(request, snapshot)
+        self._after("restore")
         return request
 
     def release(self, snapshot: Snapshot) -> None:
@@ -205,6 +226,7 @@ class CompressedKVCache:
             UnknownRequestError: the snapshot was released already, or is another cache's.
         """
         self.ledger.release(snapshot)
+        self._after()
 
     def save(self, request: Request, path: Path | str, extra: dict[str, str] | None = None) -> None:
         """Write a sequence to disk: the manifest at ``path``, its pages in the folder ``dsv4kv-pages`` beside it.
@@ -236,7 +258,9 @@ class CompressedKVCache:
             SavedFileError: missing, damaged, of a newer format or of another spec; nothing was changed.
             OutOfPagesError: no room; nothing was changed.
         """
-        return archive.load_request(self.spec, self.ledger, self._transfer, Path(path))
+        loaded = archive.load_request(self.spec, self.ledger, self._transfer, Path(path))
+        self._after()
+        return loaded
 
     def plan_tables(
         self,
@@ -305,7 +329,7 @@ class CompressedKVCache:
         if plan.items:
             self.ledger.begin(plan.items)
         if plan.copies is not None and not any(done == layer_id for done, _ in plan.appended):
-            cache.copy_shared(plan.copies)
+            self._bytes_copied["copy_on_write"] += cache.copy_shared(plan.copies)
         for part, value in parts.items():
             if isinstance(value, WindowInput):
                 cache.append_window(plan, value)
@@ -352,39 +376,12 @@ class CompressedKVCache:
                 f"commit: expected every part of every layer appended, missing (layer, part) {missing}"
             )
         ledger.commit(plan.items)
+        self._after()
 
     def report(self) -> report.CacheReport:
         """Where the bytes are; equal to what is really allocated."""
-        spec, counts = self.spec, self.pages.counts()
-        by_pool = self.storage.bytes_by_pool()
-        capacity = self.pages.capacity
-        window_rows = len(self.layers) * self.storage.num_window_rows * spec.rows.row_bytes
-        entries = sum(
-            capacity.history_pages * (spec.page_tokens // layer.ratio) * spec.rows.row_bytes
-            for layer in spec.layers
-            if layer.ratio
-        )
-        return report.CacheReport(
-            row_format=spec.row_format,
-            index_format=spec.index_format,
-            page_tokens=spec.page_tokens,
-            max_tokens=(capacity.history_pages - capacity.reserved_pages) * spec.page_tokens,
-            bytes_by_pool=by_pool,
-            bytes_in_row_pools={
-                "window_rows": window_rows,
-                "entries": entries,
-                "padding": by_pool["row_pools"] - window_rows - entries,
-            },
-            total_bytes=sum(by_pool.values()),
-            history_bytes_per_token=spec.history_bytes_per_token(),
-            window_page_bytes=report.window_page_bytes(spec),
-            history_page_bytes=report.history_page_bytes(spec),
-            stream_bytes_per_request=report.stream_bytes_per_request(spec),
-            counts=counts,
-            requests=tuple(
-                report.report_request(spec, request)
-                for request in (self._ledger.requests if self._ledger else ())
-            ),
+        return report.build_report(
+            self.spec, self.storage, self.pages, self._ledger, self._bytes_copied
         )
 
     def check_integrity(self, *, memory: bool = False) -> None:
@@ -406,6 +403,13 @@ class CompressedKVCache:
         if not 0 <= layer_id < len(self.layers):
             raise ValueError(f"layer_id: expected 0 .. {len(self.layers) - 1}, got {layer_id}")
         return self.layers[layer_id]
+
+    def _after(self, copied_state_by: str | None = None) -> None:
+        """Count a copy of one request's stream state, and check what the user asked to have checked."""
+        if copied_state_by is not None:
+            self._bytes_copied[copied_state_by] += report.stream_bytes_per_request(self.spec)
+        if self._checks != "off":
+            self.check_integrity(memory=self._checks == "memory")
 
     def _stream_state(self) -> list[torch.Tensor]:
         return [state for layer in self.storage.layers for state in layer.tensors()["stream_state"]]

@@ -57,20 +57,26 @@ class LayerCache:
         check_tensor(f"{name} kv_score", given.kv_score, (plan.num_tokens, width), _FLOATS, device)
         check_tensor(f"{name} slot_bias", given.slot_bias, (slots, dim), (torch.float32,), device)
 
-    def copy_shared(self, copies: RowCopies) -> None:
-        """Bring over the rows of shared pages that this step writes into."""
+    def copy_shared(self, copies: RowCopies) -> int:
+        """Bring over the rows of shared pages that this step writes into; returns how many bytes."""
         storage, rows, ratio = self.storage, self.spec.rows, self.layer.ratio
         naive_copy_rows(storage.pool, *copies.window, rows)
+        copied = len(copies.window[0]) * rows.row_bytes
         if ratio:
             sources, targets = copies.history[ratio]
             base = self.num_window_rows
             naive_copy_rows(storage.pool, base + sources, base + targets, rows)
+            copied += len(sources) * rows.row_bytes
             if storage.index_pool is not None:
-                naive_copy_rows(storage.index_pool, sources, targets, self.spec.index_keys)
+                keys = self.spec.index_keys
+                naive_copy_rows(storage.index_pool, sources, targets, keys)
+                copied += len(sources) * keys.row_bytes
         sources, targets = copies.boundary
         for state in (storage.main, storage.index):
             if state is not None:
                 state.boundary[targets] = state.boundary[sources]
+                copied += len(sources) * state.boundary[0].nbytes
+        return copied
 
     def append_window(self, plan: StepPlan, given: WindowInput) -> None:
         """Store the window rows of the new tokens."""

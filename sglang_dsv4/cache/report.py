@@ -1,8 +1,13 @@
 """Where the bytes are."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
 
+from sglang_dsv4.cache.ledger import Ledger
+from sglang_dsv4.cache.pages import PageAllocator, PageOwner
 from sglang_dsv4.cache.request import Request
+from sglang_dsv4.cache.storage import CacheStorage
 from sglang_dsv4.spec import CacheSpec
 
 
@@ -14,18 +19,24 @@ class RequestReport:
         req_id (int): the request.
         seq_len (int): committed tokens.
         tail_lens (dict[int, int]): tokens of the open block, by ratio.
-        history_pages (int): pages of entries it owns.
-        window_pages (int): window pages it owns.
+        tokens_to_flush (dict[int, int]): tokens until the open block closes, by ratio.
+        history_pages (int): pages of entries it holds.
+        window_pages (int): window pages it holds.
+        shared_pages (int): how many of these another request or snapshot holds too.
         page_bytes (int): bytes of those pages, rows of closed blocks and room for open ones alike.
+        own_bytes (int): bytes that closing it would free: pages that it alone holds, and its stream state.
         stream_bytes (int): bytes of its stream state.
     """
 
     req_id: int
     seq_len: int
     tail_lens: dict[int, int]
+    tokens_to_flush: dict[int, int]
     history_pages: int
     window_pages: int
+    shared_pages: int
     page_bytes: int
+    own_bytes: int
     stream_bytes: int
 
 
@@ -46,6 +57,8 @@ class CacheReport:
         history_page_bytes (int): one history page.
         stream_bytes_per_request (int): stream state of one request.
         counts (dict[str, int]): pages and slots, total and free where the owner knows them.
+        bytes_copied (dict[str, int]): since the cache was made: stream state by ``fork``, ``snapshot`` and ``restore``, and
+            rows by ``copy_on_write``.
         requests (tuple[RequestReport, ...]): open requests.
     """
 
@@ -61,7 +74,43 @@ class CacheReport:
     history_page_bytes: int
     stream_bytes_per_request: int
     counts: dict[str, int]
+    bytes_copied: dict[str, int]
     requests: tuple[RequestReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<32}{value:>20}" for name, value in self._lines())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td style='text-align:right'>{escape(value)}</td></tr>"
+            for name, value in self._lines()
+        )
+        return f"<table>{rows}</table>"
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = [
+            ("rows / index keys", f"{self.row_format} / {self.index_format}"),
+            ("tokens, at most", f"{self.max_tokens:,}"),
+            ("bytes of a token's history", f"{self.history_bytes_per_token:,.1f}"),
+            *((f"bytes of {name}", f"{size:,}") for name, size in self.bytes_by_pool.items()),
+            ("bytes in all", f"{self.total_bytes:,}"),
+            *((name.replace("_", " "), f"{count:,}") for name, count in self.counts.items()),
+            *((f"bytes copied by {name}", f"{size:,}") for name, size in self.bytes_copied.items()),
+        ]
+        for request in self.requests:
+            tail = ", ".join(f"{length} of {ratio}" for ratio, length in request.tail_lens.items())
+            lines.append((f"request {request.req_id}", f"{request.seq_len:,} tokens"))
+            lines.append(("  open blocks", tail))
+            held = request.history_pages + request.window_pages
+            lines.append(("  pages, of them shared", f"{held}, {request.shared_pages}"))
+            lines.append(
+                ("  bytes, of them its own", f"{request.page_bytes:,}, {request.own_bytes:,}")
+            )
+        return lines
 
 
 def history_page_bytes(spec: CacheSpec) -> int:
@@ -85,18 +134,68 @@ def stream_bytes_per_request(spec: CacheSpec) -> int:
     return sum(spec.stream_bytes(layer) for layer in spec.layers)
 
 
-def report_request(spec: CacheSpec, request: Request) -> RequestReport:
+def report_request(spec: CacheSpec, allocator: PageAllocator, request: Request) -> RequestReport:
     """One request's share of the cache."""
-    window_pages = sum(page >= 0 for page in request.pages.window)
-    history_pages = len(request.pages.history)
+    history, window = request.pages.history, [page for page in request.pages.window if page >= 0]
+    shared_history = sum(allocator.history.owners[page] > 1 for page in history)
+    shared_window = sum(allocator.window.owners[page] > 1 for page in window)
+    per_history, per_window = history_page_bytes(spec), window_page_bytes(spec)
+    stream_bytes = stream_bytes_per_request(spec)
+    page_bytes = len(history) * per_history + len(window) * per_window
     ratios = sorted({layer.ratio for layer in spec.layers if layer.ratio})
     return RequestReport(
         req_id=request.req_id,
         seq_len=request.seq_len,
         tail_lens={ratio: request.tail_len(ratio) for ratio in ratios},
-        history_pages=history_pages,
-        window_pages=window_pages,
-        page_bytes=history_pages * history_page_bytes(spec)
-        + window_pages * window_page_bytes(spec),
-        stream_bytes=stream_bytes_per_request(spec),
+        tokens_to_flush={ratio: ratio - request.tail_len(ratio) for ratio in ratios},
+        history_pages=len(history),
+        window_pages=len(window),
+        shared_pages=shared_history + shared_window,
+        page_bytes=page_bytes,
+        own_bytes=page_bytes
+        - shared_history * per_history
+        - shared_window * per_window
+        + stream_bytes,
+        stream_bytes=stream_bytes,
+    )
+
+
+def build_report(
+    spec: CacheSpec,
+    storage: CacheStorage,
+    pages: PageOwner,
+    ledger: Ledger | None,
+    bytes_copied: dict[str, int],
+) -> CacheReport:
+    """Where the bytes of a cache are."""
+    capacity, by_pool = pages.capacity, storage.bytes_by_pool()
+    snapshots = ledger.snapshots if ledger is not None else ()
+    by_pool["snapshots"] = sum(state.nbytes for taken in snapshots for state in taken.state)
+    window_rows = len(spec.layers) * storage.num_window_rows * spec.rows.row_bytes
+    entries = sum(
+        capacity.history_pages * (spec.page_tokens // layer.ratio) * spec.rows.row_bytes
+        for layer in spec.layers
+        if layer.ratio
+    )
+    return CacheReport(
+        row_format=spec.row_format,
+        index_format=spec.index_format,
+        page_tokens=spec.page_tokens,
+        max_tokens=(capacity.history_pages - capacity.reserved_pages) * spec.page_tokens,
+        bytes_by_pool=by_pool,
+        bytes_in_row_pools={
+            "window_rows": window_rows,
+            "entries": entries,
+            "padding": by_pool["row_pools"] - window_rows - entries,
+        },
+        total_bytes=sum(by_pool.values()),
+        history_bytes_per_token=spec.history_bytes_per_token(),
+        window_page_bytes=window_page_bytes(spec),
+        history_page_bytes=history_page_bytes(spec),
+        stream_bytes_per_request=stream_bytes_per_request(spec),
+        counts=pages.counts(),
+        bytes_copied=dict(bytes_copied),
+        requests=()
+        if ledger is None
+        else tuple(report_request(spec, ledger.allocator, request) for request in ledger.requests),
     )

@@ -34,6 +34,9 @@ def test_total_is_what_is_allocated(formats):
     report = cache.report()
     assert report.total_bytes == allocated(cache)
     assert sum(report.bytes_by_pool.values()) == report.total_bytes
+    assert set(report.bytes_by_pool) == {
+        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots"
+    }  # fmt: skip
     assert sum(report.bytes_in_row_pools.values()) == report.bytes_by_pool["row_pools"]
     # Per layer: the last group of 64 rows may be part empty; and each group of 64 fp8 rows is padded by 64 bytes.
     padding = 3 * 64 * cache.spec.rows.row_bytes + report.bytes_by_pool["row_pools"] * 64 / 37440
@@ -72,8 +75,67 @@ def test_requests_are_listed_with_their_shares():
     feed(cache, [(request, random_sequence(cache.spec, 515), 515)])
     (share,) = cache.report().requests
     assert (share.seq_len, share.tail_lens, share.history_pages) == (515, {4: 3, 128: 3}, 3)
+    assert share.tokens_to_flush == {4: 1, 128: 125}
+    assert (share.shared_pages, share.own_bytes) == (0, share.page_bytes + share.stream_bytes)
     assert share.window_pages == 2
     assert (
         share.page_bytes
         == 3 * cache.report().history_page_bytes + 2 * cache.report().window_page_bytes
     )
+
+
+def test_shared_pages_and_snapshots_are_counted():
+    cache = CompressedKVCache.create(make_spec(), num_pages=6, max_requests=3)
+    request = cache.open()
+    sequence = random_sequence(cache.spec, 520)
+    feed(cache, [(request, sequence, 515)])
+    cache.fork(request)
+    taken = cache.snapshot(request)
+    report = cache.report()
+    assert [share.shared_pages for share in report.requests] == [5, 5]
+    assert all(share.own_bytes == share.stream_bytes for share in report.requests)
+    assert report.bytes_by_pool["snapshots"] == report.stream_bytes_per_request
+    assert report.bytes_copied == {
+        "fork": report.stream_bytes_per_request,
+        "snapshot": report.stream_bytes_per_request,
+        "restore": 0,
+        "copy_on_write": 0,
+    }
+    feed(cache, [(request, sequence, 1)])
+    # Of the page that starts at 512 no block was closed: window rows 512 .. 514 of three layers, and its boundary state.
+    copied = cache.report().bytes_copied["copy_on_write"]
+    assert copied == 3 * 3 * 1024 + 4 * 2 * (512 + 128) * 4
+    cache.release(taken)
+    assert cache.report().bytes_by_pool["snapshots"] == 0
+
+
+def test_the_report_reads_as_text_as_html_and_as_a_dictionary():
+    cache = CompressedKVCache.create(make_spec(), num_pages=2, max_requests=1)
+    cache.open()
+    report = cache.report()
+    assert f"{report.total_bytes:,}" in str(report)
+    assert report._repr_html_().count("<tr>") == len(str(report).splitlines())
+    assert report.to_dict()["requests"][0]["seq_len"] == 0
+
+
+def test_checks_run_by_themselves_at_the_level_asked_for():
+    from sglang_dsv4.errors import CacheInvariantError
+
+    for checks, found in (("off", False), ("pages", False), ("memory", True)):
+        cache = CompressedKVCache.create(make_spec(), num_pages=2, max_requests=1, checks=checks)
+        request = cache.open()
+        sequence = random_sequence(cache.spec, 12)
+        feed(cache, [(request, sequence, 8)])
+        cache.storage.layers[0].pool[request.pages.window[0] * 256].fill_(float("nan"))
+        if found:
+            with pytest.raises(CacheInvariantError, match="^I6"):
+                feed(cache, [(request, sequence, 1)])
+        else:
+            feed(cache, [(request, sequence, 1)])
+    cache = CompressedKVCache.create(make_spec(), num_pages=2, max_requests=1, checks="pages")
+    request = cache.open()
+    cache.pages.history.free.pop()
+    with pytest.raises(CacheInvariantError, match="^I1"):
+        cache.close(request)
+    with pytest.raises(ValueError, match="checks: expected one of"):
+        CompressedKVCache.create(make_spec(), num_pages=2, max_requests=1, checks="on")
