@@ -14,6 +14,8 @@ torch.set_num_threads(1)
 
 # The same examples on every run and machine: a failure is never a matter of luck.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
+# `make stress-cache`: new examples on every run.
+settings.register_profile("long", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 

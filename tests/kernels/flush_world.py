@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from dsv4_kernels.flush import CompressorParams
-from dsv4_kernels.flush.fused import CsaFlush, flush_csa, flush_csa_layer, flush_hca
+from dsv4_kernels.flush.fused import CsaFlush, flush_csa, flush_csa_layer, flush_hca, hca_workspace
 from dsv4_kernels.flush.naive import naive_flush_csa, naive_flush_hca
 from dsv4_kernels.layout import (
     BF16_INDEX,
@@ -153,7 +153,8 @@ class World:
         else:
             for part in (main, index):
                 flush_csa(step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
-        flush_hca(step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"])
+        work = hca_workspace(len(step.seq_lens), len(step.positions), self.device) if together else None
+        flush_hca(step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"], work)
 
 
 def random_schedule(lengths, rng, most):
