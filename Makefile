@@ -29,8 +29,9 @@ lint: env
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
+# Two processes, a file in one of them; the files that start servers first, in the order of `pytest_collection_modifyitems`.
 test: lint
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 stress-cache: env
 	.venv/bin/python -m pytest tests/cache/test_machine.py --hypothesis-profile=long --hypothesis-show-statistics $(ARGS)

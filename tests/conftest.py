@@ -20,7 +20,9 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no CUDA device."""
+    """Put the modules with slow tests first, for two processes that share the files; skip `gpu` tests without a GPU."""
+    slow = {item.module for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.module not in slow)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

@@ -6,7 +6,14 @@ import torch
 from dsv4_kernels.memory import set_poison
 from sglang_dsv4.cache import CompressedKVCache, CompressorInput, WindowInput
 from sglang_dsv4.errors import OutOfPagesError, StalePlanError, TruncateError, UnknownRequestError
-from tests.cache.driver import TokenInputs, feed, make_spec, random_sequence, reachable_bytes
+from tests.cache.driver import (
+    TokenInputs,
+    append_all,
+    feed,
+    make_spec,
+    random_sequence,
+    reachable_bytes,
+)
 
 DRAFT = 5
 VOCABULARY = 7
@@ -213,3 +220,44 @@ def test_no_operation_between_append_and_commit():
     for action in (cache.fork, cache.snapshot, lambda r: cache.truncate(r, 0)):
         with pytest.raises(StalePlanError, match="expected commit or close"):
             action(request)
+
+
+def test_forking_at_each_of_the_first_300_positions():
+    """A trunk that grows by one token; at every position a branch goes its own way, and equals a cold run of its text."""
+    cache = make_cache()
+    text = Words(cache.spec)
+    trunk, tokens = cache.open(), []
+    for position in range(300):
+        tokens = text.append(cache, trunk, tokens, [position * 3 % VOCABULARY])
+        branch = cache.fork(trunk)
+        both = text.append(cache, branch, tokens, words(6, position))
+        assert reachable_bytes(cache, branch) == text.expected(cache, both), position + 1
+        cache.close(branch)
+    assert reachable_bytes(cache, trunk) == text.expected(cache, tokens)
+
+
+@pytest.mark.parametrize("length", [1_000, 10_000, 100_001])
+def test_what_fork_and_truncate_copy_does_not_depend_on_the_length(length):
+    """A fork copies the stream state; the first write after it, at most one page; truncating to a length, nothing."""
+    spec = make_spec(max_draft_tokens=DRAFT)
+    pages = length // spec.page_tokens + 3
+    cache = CompressedKVCache.create(spec, num_pages=pages, max_requests=2, num_window_pages=4)
+    text = Words(spec)
+    trunk = cache.ledger.adopt(length, length - DRAFT)
+    twin = cache.fork(trunk)
+    report = cache.report()
+    assert report.bytes_copied == {
+        "fork": report.stream_bytes_per_request,
+        "snapshot": 0,
+        "restore": 0,
+        "copy_on_write": 0,
+    }
+    assert report.counts["history_pages_free"] == 3 - (length % spec.page_tokens > 0)
+    cache.truncate(twin, length - DRAFT)
+    assert cache.report().bytes_copied == report.bytes_copied
+    plan = cache.plan([(twin, 1)])
+    append_all(cache, plan, [(text.inputs([1]), 0, 1)])
+    cache.commit(plan)
+    copied = cache.report().bytes_copied["copy_on_write"]
+    assert copied <= report.history_page_bytes + report.window_page_bytes
+    assert (copied > 0) == (length % spec.page_tokens > 0)

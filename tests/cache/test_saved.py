@@ -111,6 +111,29 @@ def test_ten_branches_store_their_common_pages_once(tmp_path):
     )  # its history is there; its two window pages and its state are not
 
 
+def test_ten_branches_of_10000_tokens_take_little_more_than_one(tmp_path):
+    """Less than 1.2 times one branch, plus the pages and the state that are each branch's own."""
+    cache = make_cache(num_pages=100, max_requests=12)
+    text = Words(cache.spec)
+    trunk, tokens = cache.open(), []
+    for _ in range(5):
+        tokens = text.append(cache, trunk, tokens, words(2000))
+    sizes, own = [], []
+    for branch in range(10):
+        twin = cache.fork(trunk)
+        text.append(cache, twin, tokens, words(30, branch))
+        before = {blob.name for blob in blobs(tmp_path)} if branch else set()
+        cache.save(twin, tmp_path / f"{branch}.dsv4kv")
+        sizes.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()))
+        new = [blob for blob in blobs(tmp_path) if blob.name not in before]
+        own.append(sum(blob.stat().st_size for blob in new))
+        cache.close(twin)
+    assert sizes[-1] < 1.2 * (sizes[0] + sum(own[1:]))
+    # What is a branch's own: its last history page, the window pages it reaches, and its state, of 79 history pages.
+    pages = cache.report().history_page_bytes + 2 * cache.report().window_page_bytes
+    assert max(own[1:]) < pages + cache.report().stream_bytes_per_request + 64 * 1024
+
+
 def test_nothing_of_another_request_is_saved(tmp_path):
     """The same sequence gives the same blobs, whatever its slot and pages held before."""
     names = []
