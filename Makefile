@@ -11,7 +11,7 @@ export OMP_NUM_THREADS
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
 	@echo 'make test    lint, types and all tests; ARGS="-k name" goes to pytest'
-	@echo 'make stress-cache   24,000 random operations on the cache, checked after each'
+	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make env     make .venv (the others do it by themselves); PYTHON=python3.12 names another Python'
 	@echo 'make clean   remove .venv, caches and build folders'
@@ -34,7 +34,7 @@ test: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 stress-cache: env
-	.venv/bin/python -m pytest tests/cache/test_machine.py --hypothesis-profile=long --hypothesis-show-statistics $(ARGS)
+	.venv/bin/python -m pytest tests/cache/test_machine.py --hypothesis-profile=long -rP $(ARGS)
 
 clean:
 	rm -rf .venv .venv.lock build dist cpu-shims/build cpu-shims/*.egg-info *.egg-info
