@@ -20,6 +20,10 @@ COMMANDS = {
         "sglang_dsv4.demo.command",
         "serve a tiny checkpoint with SGLang and check every answer",
     ),
+    "bench": (
+        "sglang_dsv4.bench.command",
+        "time the kernels on a GPU, each checked before it is timed",
+    ),
 }
 
 

@@ -1,0 +1,128 @@
+"""The flush of CSA and HCA layers, against the reference and against SGLang."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from sglang_dsv4.bench import peer_sglang
+from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, Case, cases
+from sglang_dsv4.bench.timing import num_sets, time_eager, time_graphs
+from sglang_dsv4.bench.work import FlushWork, bytes_needed, make_flush_work, make_step, rope
+
+_MAX_BYTES = 24 << 30
+_MAX_DIFFERING = 2.0**-9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in microseconds, None where not run."""
+
+    op: str
+    case: str
+    shape: str
+    row_format: str
+    input_dtype: str
+    us: float
+    p10_us: float
+    p90_us: float
+    bytes: int
+    copy_percent: float
+    sglang_us: float | None
+    torch_us: float | None
+    sglang_same_bytes: float | None = None
+
+
+def differing(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Share of bytes that differ, per tensor."""
+    shares = {}
+    for name, tensor in found.items():
+        ours, theirs = tensor.view(torch.uint8), expected[name].view(torch.uint8)
+        shares[name] = (ours != theirs).float().mean().item()
+    return shares
+
+
+def check(work: FlushWork) -> None:
+    """Raise unless the kernel writes what the reference writes.
+
+    States are copies of inputs and must be equal. A pooled value may be off by about 2^-18 of its row's largest value (the
+    exponentials); an e4m3 or bf16 rounding with 3 or 8 bits moves for at most 2^-18 * 2^9 = 1 in 512 of such values.
+    """
+    ours, theirs = work.copy(), work.copy()
+    ours.fused()
+    theirs.naive()
+    torch.cuda.synchronize()
+    found = differing(ours.outputs(), theirs.outputs())
+    if work.main.boundary is work.main.streams:
+        # HCA accumulators are sums, not copies, and the one after a block's last token is not kept; entries show them.
+        found = {name: share for name, share in found.items() if name == "main pool"}
+    for name, share in found.items():
+        allowed = _MAX_DIFFERING if name.endswith("pool") else 0.0
+        if share > allowed:
+            raise AssertionError(
+                f"{name}: {100 * share:.3f} % of the bytes differ from the reference, allowed {100 * allowed} %"
+            )
+
+
+def run(
+    layer: str,
+    case: Case,
+    row_format: str,
+    dtype: torch.dtype,
+    bandwidth: float,
+    module: object | None,
+) -> Row:
+    """Check and time one case."""
+    device = torch.device("cuda")
+    table = rope(max(s + n for s, n in zip(case.starts, case.extends, strict=True)) + 1, device)
+    step = make_step(case, device)
+    first = make_flush_work(case, layer, row_format, dtype, step, table)
+    check(first)
+    moved = bytes_needed(case, first)
+    held = (
+        sum(tensor.numel() * tensor.element_size() for tensor in first.outputs().values()) + moved
+    )
+    count = min(num_sets(moved), max(2, _MAX_BYTES // held))
+    works = [first] + [
+        make_flush_work(case, layer, row_format, dtype, step, table) for _ in range(count - 1)
+    ]
+    variants = {"ours": [work.fused for work in works]}
+    same = None
+    if module is not None and dtype == torch.float32:
+        prepared = [peer_sglang.prepare(module, case, work) for work in works]
+        variants["sglang"] = [call for call, _ in prepared]
+        if not any(case.starts) and row_format == "fp8_584" and layer != "hca":
+            prepared[0][0]()
+            first.fused()
+            mine = first.main.pool.flatten()[-prepared[0][1][0].pool.numel() :]
+            same = (mine == prepared[0][1][0].pool.flatten()).float().mean().item()
+    times = time_graphs(variants)
+    eager = time_eager(first.naive)
+    ours, theirs = times["ours"], times.get("sglang")
+    return Row(
+        op=f"flush {layer}",
+        case=case.name,
+        shape=case.describe(),
+        row_format=row_format,
+        input_dtype=str(dtype).removeprefix("torch."),
+        us=ours.median_us,
+        p10_us=ours.p10_us,
+        p90_us=ours.p90_us,
+        bytes=moved,
+        copy_percent=100 * moved / ours.median_us / bandwidth,
+        sglang_us=None if theirs is None else theirs.median_us,
+        torch_us=eager.median_us,
+        sglang_same_bytes=same,
+    )
+
+
+def rows(bandwidth: float, quick: bool, only: str) -> Iterator[dict]:
+    """Every case whose op and name contain ``only``."""
+    module, _ = peer_sglang.load()
+    for layer, ratio in (("csa", CSA_RATIO), ("csa-main", CSA_RATIO), ("hca", HCA_RATIO)):
+        for case in cases(ratio, quick):
+            if only in f"flush {layer} {case.name}":
+                yield asdict(run(layer, case, "fp8_584", torch.float32, bandwidth, module))
+                torch.cuda.empty_cache()
