@@ -6,12 +6,12 @@ ARGS ?=
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: help env demo test test-kernels lint stress-cache clean
+.PHONY: help env demo test test-long lint stress-cache clean
 
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
 	@echo 'make test    lint, types and all tests; ARGS="-k name" goes to pytest'
-	@echo 'make test-kernels   the fused kernels: interpreted, and compiled for SM80 to SM120'
+	@echo 'make test-long      a long walk of the runtime; the fused kernels interpreted, and compiled for SM80 to SM120'
 	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make env     make .venv (the others do it by themselves); PYTHON=python3.12 names another Python'
@@ -34,9 +34,9 @@ lint: env
 test: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
-# Minutes: every fused kernel under Triton's interpreter, and compiled for six architectures.
-test-kernels: env
-	.venv/bin/python -m pytest -n 2 -m long tests/kernels $(ARGS)
+# Minutes: a long random walk of the runtime, and every fused kernel under Triton's interpreter, and compiled for six architectures.
+test-long: env
+	.venv/bin/python -m pytest -n 2 -m long $(ARGS)
 
 stress-cache: env
 	.venv/bin/python -m pytest tests/cache/test_machine.py --hypothesis-profile=long -rP $(ARGS)

@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang_dsv4.cache import CompressedKVCache
+    from sglang_dsv4.runtime.runtime import Runtime
     from sglang_dsv4.spec import CacheSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["CacheSpec", "CompressedKVCache", "__version__"]
+__all__ = ["CacheSpec", "CompressedKVCache", "Runtime", "__version__"]
 
 # Imported on first use: the plug-in's entry must load without torch or the kernels, so that it can say what is missing.
 _HOME = {
     "CacheSpec": "sglang_dsv4.spec",
     "CompressedKVCache": "sglang_dsv4.cache",
+    "Runtime": "sglang_dsv4.runtime.runtime",
 }
 
 

@@ -7,8 +7,8 @@ from dsv4_kernels.sparse_attention import naive_sparse_attention
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.cache import StepPlan
 
-# fp32 values of gathered rows held at once: 256 MiB.
-_MAX_GATHERED_VALUES = 1 << 26
+# fp32 values of gathered rows held at once: 16 MiB, which stays near the cores' caches.
+_MAX_GATHERED_VALUES = 1 << 22
 
 
 class EagerAttention(Attention):

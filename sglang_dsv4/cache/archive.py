@@ -17,34 +17,31 @@ def save_request(
     spec: CacheSpec, transfer: Transfer, request: Request, path: Path, extra: dict[str, str]
 ) -> None:
     """Write a settled request; see `CompressedKVCache.save`."""
-    writer = BlobWriter(path)
-    finished = False
+    pages = request.pages
     try:
-        pages = request.pages
-        history = [writer.add(transfer.read_history(request, i)) for i in range(len(pages.history))]
-        window = [
-            "" if page == NULL_PAGE else writer.add(transfer.read_window(request, i))
-            for i, page in enumerate(pages.window)
-        ]
-        state = writer.add(transfer.read_state(request))
-        manifest = Manifest(
-            spec=spec.digest(),
-            spec_fields=json.loads(json.dumps(asdict(spec))),
-            seq_len=request.seq_len,
-            min_len=request.min_len,
-            history=history,
-            window=window,
-            state=state,
-            tensors=writer.tensors,
-            extra=extra,
-        )
-        writer.finish(manifest)
-        finished = True
+        with BlobWriter(path) as writer:
+            history = [
+                writer.add(transfer.read_history(request, index))
+                for index in range(len(pages.history))
+            ]
+            window = [
+                "" if page == NULL_PAGE else writer.add(transfer.read_window(request, index))
+                for index, page in enumerate(pages.window)
+            ]
+            manifest = Manifest(
+                spec=spec.digest(),
+                spec_fields=json.loads(json.dumps(asdict(spec))),
+                seq_len=request.seq_len,
+                min_len=request.min_len,
+                history=history,
+                window=window,
+                state=writer.add(transfer.read_state(request)),
+                tensors=writer.tensors,
+                extra=extra,
+            )
+            writer.finish(manifest)
     except OSError as error:
         raise SavedFileError(f"{path}: cannot be written, nothing was saved: {error}") from error
-    finally:
-        if not finished:
-            writer.undo()
 
 
 def load_request(

@@ -1,6 +1,7 @@
 """The compressed KV cache as one object."""
 
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ class CompressedKVCache:
             num_pages (int): history pages, of ``spec.page_tokens`` tokens each.
             max_requests (int): requests open at once.
             num_window_pages (int | None): window pages; by default as many as history pages, so that a prefill of any
-                length fits in one step. Between steps a request holds at most two.
+                length fits in one step. Between steps a request holds at most two, and one more for draft tokens.
             device (torch.device | str): where the memory lives.
             checks (str): ``"pages"`` checks the books after every operation that changes them, ``"memory"`` also that all
                 a request could read is finite; ``"off"`` leaves it to `check_integrity`.
@@ -147,6 +148,7 @@ class CompressedKVCache:
             window=self.spec.window,
             items=planned,
             epoch=self.ledger.epoch,
+            owner=self,
             copies=plan_copies(self.spec, planned, self.device),
         )
 
@@ -178,8 +180,8 @@ class CompressedKVCache:
             TruncateError: a length out of range; the message names those that are possible.
             StalePlanError, UnknownRequestError: as in `plan`.
         """
-        if isinstance(to, int):
-            self.ledger.shorten(request, to)
+        if not isinstance(to, Snapshot):
+            self.ledger.shorten(request, index(to))
             self._after()
             return
         self.ledger.rewind(request, to)
@@ -239,7 +241,7 @@ class CompressedKVCache:
             extra (dict[str, str] | None): small strings to get back from `load`.
 
         Raises:
-            SavedFileError: it cannot be written; nothing was left behind.
+            SavedFileError: it cannot be written; what was saved before is as it was, and no new file is left.
             StalePlanError, UnknownRequestError: as in `plan`.
         """
         self.ledger.check_settled(request)
@@ -291,7 +293,7 @@ class CompressedKVCache:
             page_tokens=self.spec.page_tokens,
             num_window_rows=self.storage.num_window_rows,
         )
-        return StepPlan(step=step, window=self.spec.window)
+        return StepPlan(step=step, window=self.spec.window, owner=self)
 
     def append(
         self,
@@ -318,8 +320,7 @@ class CompressedKVCache:
         cache = self._layer(layer_id)
         given = {"window": window, "main": main, "index": index}
         parts = {part: value for part, value in given.items() if value is not None}
-        if self._ledger is not None:
-            self._ledger.check_epoch(plan.epoch)
+        self._check_current(plan)
         for part, value in parts.items():
             cache.check(plan, part, value)
             if (layer_id, part) in plan.appended:
@@ -339,6 +340,7 @@ class CompressedKVCache:
 
     def view(self, layer_id: int, plan: StepPlan) -> LayerView:
         """Which rows each new token attends to in one layer."""
+        self._check_current(plan)
         return self._layer(layer_id).view(plan)
 
     def select(
@@ -355,6 +357,11 @@ class CompressedKVCache:
         Returns:
             torch.Tensor: ``[T, K]`` int64 rows of the layer's pool, in ascending entry order, -1 where there are fewer.
         """
+        self._check_current(plan)
+        if plan.num_tokens and (layer_id, "index") not in plan.appended:
+            raise StalePlanError(
+                f"layer {layer_id}: expected its index keys appended before select, got none"
+            )
         return self._layer(layer_id).select(plan, index_q, index_weights)
 
     def commit(self, plan: StepPlan) -> None:
@@ -364,7 +371,7 @@ class CompressedKVCache:
             StalePlanError: the cache has moved on, or a part of a layer was not appended; nothing was changed.
         """
         ledger = self.ledger
-        ledger.check_epoch(plan.epoch)
+        self._check_current(plan)
         missing = [
             (cache.layer.layer_id, part)
             for cache in self.layers
@@ -403,6 +410,12 @@ class CompressedKVCache:
         if not 0 <= layer_id < len(self.layers):
             raise ValueError(f"layer_id: expected 0 .. {len(self.layers) - 1}, got {layer_id}")
         return self.layers[layer_id]
+
+    def _check_current(self, plan: StepPlan) -> None:
+        if plan.owner is not self:
+            raise StalePlanError("plan: expected one of this cache, got another cache's")
+        if self._ledger is not None:
+            self._ledger.check_epoch(plan.epoch)
 
     def _after(self, copied_state_by: str | None = None) -> None:
         """Count a copy of one request's stream state, and check what the user asked to have checked."""

@@ -44,6 +44,7 @@ class StepPlan:
         window (int): raw rows a query attends to.
         items (tuple[PlannedRequest, ...]): requests and their page grants; empty when pages are owned elsewhere.
         epoch (int): the cache's epoch when the plan was made.
+        owner (object): the cache that made the plan; no other takes it.
         copies (RowCopies | None): what copy-on-write moves; None where nothing is shared.
         appended (set[tuple[int, str]]): (layer, part) pairs that were appended so far.
     """
@@ -52,6 +53,7 @@ class StepPlan:
     window: int
     items: tuple[PlannedRequest, ...] = ()
     epoch: int = 0
+    owner: object = None
     copies: RowCopies | None = None
     appended: set[tuple[int, str]] = field(default_factory=set)
 

@@ -5,9 +5,11 @@ A saved sequence is a manifest, a small JSON file at the path the user names, an
 pages once. Everything is written under a temporary name, synced, and renamed; the manifest last.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,9 @@ def _tensor_digest(tensor: torch.Tensor) -> str:
 class BlobWriter:
     """Writes blobs, and takes back what it wrote if the save does not finish.
 
+    A ``with`` block holds a lock on the blob folder: another save there waits, so that neither takes back what the other
+    counts on.
+
     Args:
         manifest_path (Path): where the manifest will be.
     """
@@ -122,7 +127,19 @@ class BlobWriter:
         self._path = manifest_path
         self._folder = manifest_path.parent / BLOB_FOLDER
         self._new: list[Path] = []
+        self._lock = -1
         self.tensors: dict[str, dict[str, str]] = {}
+
+    def __enter__(self) -> "BlobWriter":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._folder, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for target in self._new:  # none once the manifest is in place
+            target.unlink(missing_ok=True)
+        os.close(self._lock)  # releases the lock
 
     def add(self, tensors: Tensors) -> str:
         """Store tensors unless the same are stored already; returns the blob's name."""
@@ -131,37 +148,49 @@ class BlobWriter:
         self.tensors[name] = {key: _tensor_digest(value) for key, value in tensors.items()}
         target = self._folder / f"{name}.safetensors"
         if not target.exists():
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._new.append(target)
-            _write(target, stored)
+            _put(target, stored)
+        elif hashlib.sha256(target.read_bytes()).hexdigest() != name:
+            _put(target, stored)  # damaged since it was written
         return name
 
     def finish(self, manifest: Manifest) -> None:
-        """Write the manifest; from here on the sequence is saved."""
-        _write(self._path, manifest.to_json().encode())
+        """Write the manifest; when it is in place the sequence is saved.
 
-    def undo(self) -> None:
-        """Remove the blobs that this save added."""
-        for target in self._new:
-            target.unlink(missing_ok=True)
+        Raises:
+            OSError: nothing is in place.
+            SavedFileError: the sequence is saved, but the folder could not be synced.
+        """
+        _sync(self._folder)
+        _put(self._path, manifest.to_json().encode())
+        self._new.clear()
+        try:
+            _sync(self._path.parent)
+        except OSError as error:
+            raise SavedFileError(
+                f"{self._path}: saved, but it may not survive a power cut: {error}"
+            ) from error
 
 
-def _write(target: Path, content: bytes) -> None:
+def _put(target: Path, content: bytes) -> None:
     """Write a file so that it is either whole or not there."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        Path(temporary).replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 class BlobReader:

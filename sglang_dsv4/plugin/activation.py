@@ -146,6 +146,9 @@ def _create_backend(runner: Any) -> Any:
         raise SystemExit(
             f"sglang_dsv4: not active, the KV pool is {type(pool).__module__}.{type(pool).__name__}"
         )
+    # Again, because an Engine may be given arguments that were made before the plug-in was loaded.
+    refusals.check_arguments(runner.server_args)
+    refusals.check_device(str(runner.device), has_cuda=torch.cuda.is_available())
     check_installed(_installed_ops)
     unscaled = model_fixes.unscale_window_rope(runner.model, pool.cache)
     model_fixes.check_rope(runner.model, pool.cache)

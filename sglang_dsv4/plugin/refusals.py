@@ -85,6 +85,21 @@ REFUSALS = (
         lambda args: args.kv_cache_dtype not in (None, "auto", "fp8_e4m3"),
     ),
     Refusal(
+        "--prefill-attention-backend",
+        "one backend fills and reads the cache",
+        lambda args: getattr(args, "prefill_attention_backend", None) not in (None, "dsv4"),
+    ),
+    Refusal(
+        "--decode-attention-backend",
+        "one backend fills and reads the cache",
+        lambda args: getattr(args, "decode_attention_backend", None) not in (None, "dsv4"),
+    ),
+    Refusal(
+        "--enable-dp-attention",
+        "it pads batches, which was never run here",
+        _flag("enable_dp_attention"),
+    ),
+    Refusal(
         "--enable-deterministic-inference",
         "its sampler was never run with the portable ops",
         _flag("enable_deterministic_inference"),

@@ -261,3 +261,15 @@ def test_what_fork_and_truncate_copy_does_not_depend_on_the_length(length):
     copied = cache.report().bytes_copied["copy_on_write"]
     assert copied <= report.history_page_bytes + report.window_page_bytes
     assert (copied > 0) == (length % spec.page_tokens > 0)
+
+
+def test_what_was_overwritten_stays_out_of_reach():
+    """After a roll-back and a new token, the rows of the first roll-back's depth are gone for good."""
+    cache = make_cache()
+    text = Words(cache.spec)
+    request = cache.open()
+    tokens = text.append(cache, request, [], words(200))
+    cache.truncate(request, 195)
+    text.append(cache, request, tokens[:195], [3])
+    with pytest.raises(TruncateError, match="length of 195 .. 196"):
+        cache.truncate(request, 191)

@@ -274,3 +274,26 @@ def test_boundary_state_is_checked(cache):
     cache.storage.layers[1].main.boundary[request.pages.window[0]].fill_(float("nan"))
     with pytest.raises(CacheInvariantError, match="^I7 .*layer 1: boundary row"):
         cache.check_integrity(memory=True)
+
+
+def test_a_plan_of_another_cache_is_refused():
+    """Two caches at the same epoch: the numbers fit, the pages are others."""
+    caches = [CompressedKVCache.create(make_spec(), num_pages=2, max_requests=1) for _ in range(2)]
+    requests = [cache.open() for cache in caches]
+    sequence = random_sequence(caches[0].spec, 8)
+    plan = caches[0].plan([(requests[0], 8)])
+    for action in (
+        lambda: append_all(caches[1], plan, [(sequence, 0, 8)]),
+        lambda: caches[1].commit(plan),
+        lambda: caches[1].view(0, plan),
+    ):
+        with pytest.raises(StalePlanError, match="expected one of this cache, got another cache's"):
+            action()
+
+
+def test_select_before_append_is_refused(cache):
+    plan = cache.plan([(cache.open(), 8)])
+    with pytest.raises(
+        StalePlanError, match="layer 1: expected its index keys appended before select"
+    ):
+        cache.select(1, plan, torch.zeros(8, 4, 128), torch.zeros(8, 4))

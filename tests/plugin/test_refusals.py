@@ -22,6 +22,9 @@ SUPPORTED = {
     "enable_two_batch_overlap": False,
     "enable_deepseek_v4_fp4_indexer": False,
     "kv_cache_dtype": "auto",
+    "prefill_attention_backend": None,
+    "decode_attention_backend": None,
+    "enable_dp_attention": False,
     "enable_deterministic_inference": False,
     "dllm_algorithm": None,
 }
@@ -37,6 +40,9 @@ UNSUPPORTED = {
     "enable_two_batch_overlap": True,
     "enable_deepseek_v4_fp4_indexer": True,
     "kv_cache_dtype": "bfloat16",
+    "prefill_attention_backend": "triton",
+    "decode_attention_backend": "torch_native",
+    "enable_dp_attention": True,
     "enable_deterministic_inference": True,
     "dllm_algorithm": "LowConfidence",
 }

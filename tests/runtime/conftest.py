@@ -6,6 +6,7 @@ import pytest
 
 from sglang_dsv4.runtime.oracle import Oracle
 from sglang_dsv4.tiny import TinySpec, write_tiny_checkpoint
+from tests.runtime.worlds import SMALL
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(checkpoint: Path) -> Oracle:
     """It keeps its answers, so tests that ask the same share the work."""
     return Oracle(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a checkpoint of one layer of each kind, a few milliseconds a step."""
+    path = tmp_path_factory.mktemp("small")
+    write_tiny_checkpoint(path, SMALL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_oracle(small_checkpoint: Path) -> Oracle:
+    """The small checkpoint's oracle."""
+    return Oracle(small_checkpoint)

@@ -1,0 +1,123 @@
+"""A DeepSeek-V4 checkpoint in this process: transformers' model, and its tokenizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, DeepseekV4ForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
+from transformers.utils import logging
+
+from sglang_dsv4.errors import UnsupportedError
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+_MODEL_TYPE = "deepseek_v4"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` found.
+
+    Attributes:
+        name (str): as the user named it.
+        model (nn.Module): a `DeepseekV4ForCausalLM`, in evaluation mode on its device.
+        tokenizer (Any): transformers' tokenizer; None where the checkpoint has none.
+        eos_ids (frozenset[int]): tokens that end a text.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    eos_ids: frozenset[int]
+
+
+def load_checkpoint(
+    checkpoint: str | Path, device: torch.device, dtype: str | torch.dtype
+) -> Checkpoint:
+    """Load a model and its tokenizer.
+
+    Args:
+        checkpoint (str | Path): a directory, or a name that transformers resolves.
+        device (torch.device): where the weights go.
+        dtype (str | torch.dtype): ``"auto"`` (the checkpoint's), float32 or bfloat16.
+
+    Raises:
+        UnsupportedError: not a DeepSeek-V4 checkpoint, or not a whole one.
+        ValueError: another dtype.
+    """
+    name = str(checkpoint)
+    wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in _DTYPES.values():
+        raise ValueError(f"dtype: expected one of {list(_DTYPES)}, got {dtype!r}")
+    _check_config(checkpoint)
+    # The grouped kernels are made for a GPU; on a CPU a loop over the experts is faster.
+    options = {"experts_implementation": "eager"} if device.type == "cpu" else {}
+    try:
+        with _no_progress_bar():
+            model, info = DeepseekV4ForCausalLM.from_pretrained(
+                checkpoint, dtype=wanted, output_loading_info=True, **options
+            )
+    except OSError as error:
+        raise UnsupportedError(
+            f"{name}: expected the weights of a DeepSeek-V4 model, got: {_first_line(error)}"
+        ) from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info[kind]:
+            raise UnsupportedError(
+                f"{name}: expected every tensor to load, got {kind}: {sorted(map(str, info[kind]))[:3]}"
+            )
+    for module in model.modules():
+        if isinstance(module, DeepseekV4RMSNorm):
+            # transformers keeps these weights in fp32, and their product would meet bf16 matrices.
+            module.register_forward_hook(_to_input_dtype)
+    model = model.to(device).eval()
+    return Checkpoint(name, model, _load_tokenizer(checkpoint), _eos_ids(model))
+
+
+def _check_config(checkpoint: str | Path) -> None:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(
+            f"{checkpoint}: expected a DeepSeek-V4 checkpoint, got: {_first_line(error)}"
+        ) from error
+    if config.model_type != _MODEL_TYPE:
+        raise UnsupportedError(
+            f"{checkpoint}: expected model_type {_MODEL_TYPE!r}, got {config.model_type!r}"
+        )
+
+
+def _load_tokenizer(checkpoint: str | Path) -> Any:
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "tokenizer.json").exists():
+        return None
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+def _eos_ids(model: nn.Module) -> frozenset[int]:
+    found = model.generation_config.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
+
+
+def _to_input_dtype(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(args[0].dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
