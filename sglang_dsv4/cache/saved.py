@@ -78,7 +78,7 @@ class Manifest:
             raise SavedFileError(f"{path}: expected a {FORMAT}, got something else")
         if body.get("version") != VERSION:
             raise SavedFileError(
-                f"{path}: expected format version {VERSION}, got {body.get('version')}; a newer sglang-dsv4 wrote it"
+                f"{path}: expected format version {VERSION}, got {body.get('version')}; another version of sglang-dsv4 wrote it"
             )
         checksum = body.pop("checksum", None)
         if checksum != _checksum(body):

@@ -50,7 +50,7 @@ def check_rope(model: Any, cache: CompressedKVCache) -> None:
     """Compare the rotation of queries with that of the cache's rows.
 
     Raises:
-        UnsupportedError: a layer's tables differ by more than rounding: fp32 angles of position 255 are good to 2^-17.
+        UnsupportedError: a layer's tables differ by more than rounding, `ROPE_TOLERANCE`.
     """
     for layer in cache.spec.layers:
         table = cache.storage.rope_tables[layer.rope][:PROBED_POSITIONS]
