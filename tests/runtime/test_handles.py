@@ -16,6 +16,8 @@ from tests.runtime.worlds import (
     make_tokens,
 )
 
+pytestmark = pytest.mark.long
+
 DRAFT = 8
 
 

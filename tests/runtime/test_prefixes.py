@@ -11,6 +11,8 @@ from tests.runtime.worlds import (
     make_tokens,
 )
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def runtime(small_checkpoint):

@@ -15,6 +15,8 @@ from tests.runtime.worlds import (
     make_tokens,
 )
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("num_pages", [3, 4, 7])
 def test_prompts_that_do_not_fit_together_take_turns(small_checkpoint, small_oracle, num_pages):
