@@ -53,16 +53,17 @@ class _Compressor:
             "req_pool_indices": requests,
             "req_to_token": req_to_token,
             "full_to_state": identity,
-            "seq_lens": step.seq_lens,
             "swa_page_size": PAGE_TOKENS,
             "ring_size": ring,
         }
         if all(count == 1 for count in case.extends):
-            self.plan = module.CompressorDecodePlan.generate(**common)
+            self.plan = module.CompressorDecodePlan.generate(seq_lens=step.seq_lens, **common)
         else:
+            # From host lengths, as SGLang plans a prefill: from lengths on the device the plan is padded to one work item
+            # a token, and its kernels spend their time on the padding.
             self.plan = module.CompressorPrefillPlan.generate(
-                extend_lens=step.extend_lens, num_q_tokens=case.num_tokens, **common
-            )
+                seq_lens=step.seq_lens.cpu(), extend_lens=step.extend_lens.cpu(), num_q_tokens=case.num_tokens, **common
+            )  # fmt: skip
         location = req_to_token[step.token_rows, step.positions].long()
         self.out_loc = location // ratio
         self.out = torch.zeros(self.plan[1].shape[0], dim, device=device)

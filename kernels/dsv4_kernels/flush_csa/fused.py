@@ -1,12 +1,15 @@
 """Fused flush of a CSA layer: one launch for its main compressor and its indexer.
 
-A launch holds, for each compressor, one program per request and one per few tokens. The **request's program** owns
-everything that touches the request's stream rows: it pools the blocks that need rows of earlier steps (of the step's
-blocks, at most the first two), and only then overwrites the ring. The **others** pool blocks whose ``2*m`` rows are all
-new, and never read a stream. Both run the same code on rows from other addresses.
+A launch holds, for each compressor, one program per request and, unless the step is a decode step, one per ``m`` tokens.
+
+A **token program** pools the block that one of its tokens closes, if all the block's rows are new; keeps the b-stream of
+a page's last block; and keeps the stream rows of requests that start at a page boundary, whose ring nobody reads.
+A **request program** pools the blocks that need rows of earlier steps (of the step's blocks, at most the first two), and
+only then overwrites the ring rows they came from. In a decode step it does everything.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +22,7 @@ from dsv4_kernels.flush.fused import (
     compressor_arguments,
     first_token_of,
     step_pointers,
-    store_entries,
+    store_entry,
 )
 from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.layout import RowFormat
@@ -39,271 +42,276 @@ class CsaFlush:
 
 
 @triton.jit
-def load_rows(p_new, p_old, m_new, m_e, absent, D: tl.constexpr):
-    """Rows ``[E, D]`` of this step's input or of the state; ``absent`` where there is none."""
-    o_d = tl.arange(0, D)[None, :]
+def load_chunk(p_new, p_old, is_new, is_there, absent, o_d):
+    """A chunk of a row of this step's input or of the state; ``absent`` where there is none."""
     if p_new.dtype.element_ty == tl.float32:
-        return tl.load(
-            tl.where(m_new, p_new, p_old)[:, None] + o_d, mask=m_e[:, None], other=absent
-        )
-    b_old = tl.load(p_old[:, None] + o_d, mask=(m_e & (m_new == 0))[:, None], other=absent)
-    b_new = tl.load(p_new[:, None] + o_d, mask=(m_e & m_new)[:, None], other=0.0).to(tl.float32)
-    return tl.where(m_new[:, None], b_new, b_old)
+        return tl.load(tl.where(is_new, p_new, p_old) + o_d, mask=is_there, other=absent)
+    b_old = tl.load(p_old + o_d, mask=is_there & (is_new == 0), other=absent)
+    b_new = tl.load(p_new + o_d, mask=is_there & is_new, other=0.0).to(tl.float32)
+    return tl.where(is_new, b_new, b_old)
 
 
 @triton.jit
-def csa_blocks(
-    step, comp, b_row, b_slot, b_position, b_token, b_start, m_e, page_stride, first_row, eps,
-    S: tl.constexpr, E: tl.constexpr, ALL_NEW: tl.constexpr, CASTS: tl.constexpr,
+def pool_old_and_new(
+    step, comp, row, slot, position, token, start, page_stride, first_row, eps,
+    S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """Pool and store ``E`` blocks, each closed by its ``b_position``; rows before ``b_start`` come from the state."""
+    """Pool and store the block that ``position`` closes; its rows before ``start`` come from the state."""
     M: tl.constexpr = S.ratio
     D: tl.constexpr = S.dim
-    o_d = tl.arange(0, D)
-    b_first = b_position - (M - 1)
-    m_previous = m_e & (b_first > 0)
-    p_new = comp.kv_score + (b_token.to(tl.int64) - (2 * M - 1)) * S.token_stride
-    if not ALL_NEW:
-        # The previous block's rows of earlier steps: at a page's start from the boundary state, else from the ring.
-        m_boundary = m_previous & (b_first % S.page_tokens == 0)
-        p_table = step.window_pages + b_row * page_stride + b_first // S.page_tokens - 1
-        p_page = comp.boundary + tl.load(p_table, mask=m_boundary, other=0) * (M * 2 * D)
-        p_ring = comp.state + b_slot * (S.ring * 4 * D)
-    kv, gate = (), ()
-    for j in tl.static_range(2 * M):
-        if ALL_NEW:
-            p_row = (p_new + j * S.token_stride + j // M * D)[:, None] + o_d[None, :]
-            b_gate = tl.load(p_row + 2 * D, mask=m_e[:, None], other=0.0).to(tl.float32)
-            b_kv = tl.load(p_row, mask=m_e[:, None], other=0.0).to(tl.float32)
-        else:
-            b_q = b_position - (2 * M - 1) + j
-            m_new = b_q >= b_start
-            p_new_row = p_new + j * S.token_stride
-            p_old_row = p_ring + b_q % S.ring * (4 * D)
+    first = position - (M - 1)
+    has_previous = first > 0
+    # The previous block's rows of earlier steps: at a page's start from the boundary state, else from the ring.
+    at_page = has_previous & (first % S.page_tokens == 0)
+    p_table = step.window_pages + row * page_stride + first // S.page_tokens - 1
+    p_page = comp.boundary + tl.load(p_table, mask=at_page, other=0) * (M * 2 * D)
+    p_ring = comp.state + slot * (S.ring * 4 * D)
+    p_input = comp.kv_score + (token.to(tl.int64) - (2 * M - 1)) * S.token_stride
+    chunks = ()
+    for c in tl.static_range(D // C):
+        o_d = c * C + tl.arange(0, C)
+        kv, gate = (), ()
+        for j in tl.static_range(2 * M):
+            q = position - (2 * M - 1) + j
+            is_new = q >= start
+            p_new = p_input + j * S.token_stride
+            p_old = p_ring + q % S.ring * (4 * D)
             if j < M:
-                p_kv = tl.where(m_boundary, p_page + j * 2 * D, p_old_row)
-                p_gate = tl.where(m_boundary, p_page + j * 2 * D + D, p_old_row + 2 * D)
-                b_gate = load_rows(p_new_row + 2 * D, p_gate, m_new, m_previous, float("-inf"), D)
-                b_kv = load_rows(p_new_row, p_kv, m_new, m_previous, 0.0, D)
+                p_old_kv = tl.where(at_page, p_page + j * 2 * D, p_old)
+                p_old_gate = tl.where(at_page, p_page + (j * 2 * D + D), p_old + 2 * D)
+                b_kv = load_chunk(p_new, p_old_kv, is_new, has_previous, 0.0, o_d)
+                b_gate = load_chunk(
+                    p_new + 2 * D, p_old_gate, is_new, has_previous, float("-inf"), o_d
+                )
             else:
-                b_gate = load_rows(p_new_row + 3 * D, p_old_row + 3 * D, m_new, m_e, 0.0, D)
-                b_kv = load_rows(p_new_row + D, p_old_row + D, m_new, m_e, 0.0, D)
-        gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d)[None, :],)
-        kv = kv + (b_kv,)
-    store_entries(
-        csa_pool(kv, gate),
-        step,
-        comp,
-        b_row,
-        b_first,
-        m_e,
-        page_stride,
-        first_row,
-        eps,
-        S,
-        E,
-        CASTS,
-    )
-    m_last = m_e & ((b_position + 1) % S.page_tokens == 0)
-    if tl.max(m_last.to(tl.int32), axis=0) > 0:
-        keep_boundary(
-            step,
-            comp,
-            b_row,
-            b_first,
-            b_position + 1,
-            b_token - (M - 1),
-            b_start,
-            m_last,
-            page_stride,
-            S,
-        )
+                b_kv = load_chunk(p_new + D, p_old + D, is_new, q >= 0, 0.0, o_d)
+                b_gate = load_chunk(p_new + 3 * D, p_old + 3 * D, is_new, q >= 0, 0.0, o_d)
+            kv = kv + (b_kv,)
+            gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d),)
+        chunks = chunks + (csa_pool(kv, gate),)
+    store_entry(chunks, step, comp, row, first, page_stride, first_row, eps, S, CASTS)
 
 
 @triton.jit
-def keep_boundary(
-    step, comp, b_row, b_first, b_end, b_token, b_start, m_e, page_stride, S: tl.constexpr
-):
-    """Copy the b-stream of the new positions of blocks that end a page to the boundary state.
-
-    A block's positions are ``b_first .. b_end-1``, and ``b_token`` is the token of ``b_first``, or would be.
-    """
+def pool_new(
+    step, comp, row, position, token, page_stride, first_row, eps, S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr
+):  # fmt: skip
+    """Pool and store the block that ``position`` closes, all of whose rows are this step's."""
     M: tl.constexpr = S.ratio
-    o_d = tl.arange(0, S.dim)[None, :]
-    p_table = step.window_pages + b_row * page_stride + b_first // S.page_tokens
-    p_page = comp.boundary + tl.load(p_table, mask=m_e, other=0) * (S.ratio * 2 * S.dim)
-    for j in tl.static_range(M):
-        m_j = (m_e & (b_first + j >= b_start) & (b_first + j < b_end))[:, None]
-        p_row = (comp.kv_score + (b_token.to(tl.int64) + j) * S.token_stride)[:, None] + o_d
-        p_kept = (p_page + j * 2 * S.dim)[:, None] + o_d
-        tl.store(p_kept, tl.load(p_row, mask=m_j, other=0.0).to(tl.float32), mask=m_j)
-        tl.store(
-            p_kept + S.dim, tl.load(p_row + 2 * S.dim, mask=m_j, other=0.0).to(tl.float32), mask=m_j
-        )
+    D: tl.constexpr = S.dim
+    has_previous = position >= M
+    p_input = comp.kv_score + (token.to(tl.int64) - (2 * M - 1)) * S.token_stride
+    chunks = ()
+    for c in tl.static_range(D // C):
+        o_d = c * C + tl.arange(0, C)
+        kv, gate = (), ()
+        for j in tl.static_range(2 * M):
+            p_row = p_input + j * S.token_stride + o_d
+            if j < M:
+                b_kv = tl.load(p_row, mask=has_previous, other=0.0)
+                b_gate = tl.load(p_row + 2 * D, mask=has_previous, other=float("-inf"))
+            else:
+                b_kv = tl.load(p_row + D)
+                b_gate = tl.load(p_row + 3 * D)
+            kv = kv + (b_kv.to(tl.float32),)
+            gate = gate + (b_gate.to(tl.float32) + tl.load(comp.slot_bias + j * D + o_d),)
+        chunks = chunks + (csa_pool(kv, gate),)
+    first = position - (M - 1)
+    store_entry(chunks, step, comp, row, first, page_stride, first_row, eps, S, CASTS)
 
 
 @triton.jit
-def load_survivors(comp, part, start, seq_len, token_end, S: tl.constexpr, BR: tl.constexpr):
-    """One part ``[BR, D]`` of the last rows of a request, and which of them the ring keeps."""
-    o_q = seq_len - S.ring + tl.arange(0, BR)
-    m_q = (o_q >= start) & (o_q < seq_len)
-    p_row = comp.kv_score + (token_end - seq_len + o_q).to(tl.int64) * S.token_stride
-    o_d = part * S.dim + tl.arange(0, S.dim)
-    return tl.load(p_row[:, None] + o_d[None, :], mask=m_q[:, None], other=0.0).to(tl.float32)
+def load_row(comp, token, is_there, S: tl.constexpr):
+    """A token's row in two halves ``[2*D]``: both kv streams, both gates."""
+    o_h = tl.arange(0, 2 * S.dim)
+    p_row = comp.kv_score + token.to(tl.int64) * S.token_stride + o_h
+    b_kv = tl.load(p_row, mask=is_there, other=0.0)
+    b_gate = tl.load(p_row + 2 * S.dim, mask=is_there, other=0.0)
+    return b_kv.to(tl.float32), b_gate.to(tl.float32)
 
 
 @triton.jit
-def store_survivors(b_rows, comp, part, slot, start, seq_len, S: tl.constexpr, BR: tl.constexpr):
-    """Write what `load_survivors` read into the ring."""
-    o_q = seq_len - S.ring + tl.arange(0, BR)
-    m_q = (o_q >= start) & (o_q < seq_len)
-    p_ring = comp.state + (slot * S.ring + o_q % S.ring) * (4 * S.dim)
-    o_d = part * S.dim + tl.arange(0, S.dim)
-    tl.store(p_ring[:, None] + o_d[None, :], b_rows, mask=m_q[:, None])
+def keep_in_ring(comp, slot, position, b_kv, b_gate, S: tl.constexpr):
+    """Write a token's row, as `load_row` gives it, to its request's stream rows."""
+    o_h = tl.arange(0, 2 * S.dim)
+    p_ring = comp.state + (slot * S.ring + position % S.ring) * (4 * S.dim) + o_h
+    tl.store(p_ring, b_kv)
+    tl.store(p_ring + 2 * S.dim, b_gate)
+
+
+@triton.jit
+def keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S: tl.constexpr):
+    """Write the b-stream of a token of its page's last block to the page's boundary state."""
+    o_h = tl.arange(0, 2 * S.dim)
+    page = tl.load(step.window_pages + row * page_stride + position // S.page_tokens)
+    p_kept = comp.boundary + (page * S.ratio + position % S.ratio) * (2 * S.dim) + o_h
+    tl.store(p_kept, b_kv, mask=o_h < S.dim)
+    tl.store(p_kept + S.dim, b_gate, mask=o_h < S.dim)
 
 
 @triton.jit
 def csa_request(
     step, comp, row, num_tokens, page_stride, first_row, eps,
-    S: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr, BR: tl.constexpr,
+    S: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Pool a request's blocks that read its ring, then write the ring."""
+    """Pool a request's blocks that need rows of earlier steps, then overwrite the ring."""
     M: tl.constexpr = S.ratio
+    if REQUESTS_ONLY:
+        # Read before anything waits: where every request has one token, this row is the request's.
+        b_kv, b_gate = load_row(comp, row, row < num_tokens, S)
     seq_len = tl.load(step.seq_lens + row).to(tl.int32)
     extend_len = tl.load(step.extend_lens + row).to(tl.int32)
     slot = tl.load(step.state_slots + row)
-    first_token = first_token_of(step, row, num_tokens, SCAN)
     start = seq_len - extend_len
-    token_end = first_token + extend_len
-    if extend_len > 0:
-        o_w = tl.arange(0, 4 * S.dim)
+    if (extend_len > 0) & (REQUESTS_ONLY | (start > 0)):
+        first_token = first_token_of(step, row, num_tokens, SCAN)
+        last_token = first_token + extend_len - 1
         if REQUESTS_ONLY:
-            # Read before anything waits: in decode this is the only row there is.
-            b_last = tl.load(
-                comp.kv_score + (token_end - 1).to(tl.int64) * S.token_stride + o_w
-            ).to(tl.float32)
-        b_one = tl.zeros([1], tl.int32)
-        closing = start // M * M + (M - 1)
+            if last_token != row:
+                b_kv, b_gate = load_row(comp, last_token, last_token >= 0, S)
         end = seq_len
         if not REQUESTS_ONLY:
             end = tl.minimum(seq_len, start + 2 * M - 1)
-        for position in range(closing, end, M):
-            csa_blocks(
-                step, comp, b_one + row, b_one + slot, b_one + position, b_one + (first_token + position - start),
-                b_one + start, b_one == 0, page_stride, first_row, eps, S, 1, False, CASTS,
+        none = seq_len * 0  # the interpreter's loop variables are plain numbers
+        for i in range(start // M * M + (M - 1), end, M):
+            position = none + i
+            pool_old_and_new(
+                step, comp, row, slot, position, first_token + position - start, start, page_stride, first_row, eps,
+                S, C, CASTS,
             )  # fmt: skip
         # Survivors may land on ring rows that this program's blocks, in any of its threads, have just read.
         tl.debug_barrier()
         if REQUESTS_ONLY:
-            p_ring = comp.state + slot * (S.ring * 4 * S.dim)
-            for q in range(tl.maximum(start, seq_len - S.ring), seq_len - 1):
-                b_row = tl.load(
-                    comp.kv_score + (token_end - seq_len + q).to(tl.int64) * S.token_stride + o_w
-                ).to(tl.float32)
-                tl.store(p_ring + q % S.ring * (4 * S.dim) + o_w, b_row)
-            tl.store(p_ring + (seq_len - 1) % S.ring * (4 * S.dim) + o_w, b_last)
-        else:
-            b_rows = load_survivors(comp, 0, start, seq_len, token_end, S, BR)
-            for part in tl.static_range(1, 4):
-                b_next = load_survivors(comp, part, start, seq_len, token_end, S, BR)
-                store_survivors(b_rows, comp, part - 1, slot, start, seq_len, S, BR)
-                b_rows = b_next
-            store_survivors(b_rows, comp, 3, slot, start, seq_len, S, BR)
-        open_first = seq_len // M * M
-        if (open_first + M) % S.page_tokens == 0:
-            keep_boundary(
-                step, comp, b_one + row, b_one + open_first, b_one + seq_len, b_one + (first_token + open_first - start),
-                b_one + start, b_one == 0, page_stride, S,
-            )  # fmt: skip
+            for i in range(start, seq_len - 1):
+                q = none + i
+                b_kv_before, b_gate_before = load_row(comp, first_token + q - start, q >= 0, S)
+                if q >= seq_len - S.ring:
+                    keep_in_ring(comp, slot, q, b_kv_before, b_gate_before, S)
+                if q % S.page_tokens >= S.page_tokens - M:
+                    keep_in_boundary(step, comp, row, q, b_kv_before, b_gate_before, page_stride, S)
+            keep_in_ring(comp, slot, seq_len - 1, b_kv, b_gate, S)
+            if (seq_len - 1) % S.page_tokens >= S.page_tokens - M:
+                keep_in_boundary(step, comp, row, seq_len - 1, b_kv, b_gate, page_stride, S)
+        elif start % S.page_tokens != 0:
+            first_kept = tl.maximum(start, seq_len - S.ring)
+            b_kv, b_gate = load_row(comp, first_token + first_kept - start, first_kept >= 0, S)
+            for i in range(first_kept, seq_len):
+                q = none + i
+                b_kv_next, b_gate_next = load_row(
+                    comp, first_token + q + 1 - start, q + 1 < seq_len, S
+                )
+                keep_in_ring(comp, slot, q, b_kv, b_gate, S)
+                b_kv, b_gate = b_kv_next, b_gate_next
 
 
 @triton.jit
 def csa_tokens(
-    step, comp, i_g, num_tokens, page_stride, first_row, eps, S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr
+    step, comp, i_g, num_tokens, page_stride, first_row, eps, S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr
 ):  # fmt: skip
-    """Pool the blocks that tokens ``i_g*E*m ..`` close and whose rows are all new: at most one in each ``m`` tokens."""
+    """What ``m`` tokens close and keep. At most one of them closes a block whose rows are all new."""
     M: tl.constexpr = S.ratio
-    o_t = (
-        (i_g * (E * M)).to(tl.int32) + tl.arange(0, E)[:, None] * M + tl.arange(0, M)[None, :]
-    )  # [E, M]
+    o_t = i_g * M + tl.arange(0, M)
     m_t = o_t < num_tokens
     b_position = tl.load(step.positions + o_t, mask=m_t, other=-1).to(tl.int32)
-    b_row = tl.load(step.token_rows + o_t, mask=m_t, other=-1)
-    # One request's tokens lie together: if the first of the two blocks' rows is this request's, all are, and are new.
-    b_row_before = tl.load(
-        step.token_rows + o_t - (2 * M - 1), mask=m_t & (o_t >= 2 * M - 1), other=-2
+    b_row = tl.load(step.token_rows + o_t, mask=m_t, other=0)
+    # A request's tokens lie together: if the oldest row of the block, or of the two, is this request's, all of them are.
+    b_row_own = tl.load(step.token_rows + o_t - (M - 1), mask=m_t & (o_t >= M - 1), other=-1)
+    b_row_both = tl.load(
+        step.token_rows + o_t - (2 * M - 1), mask=m_t & (o_t >= 2 * M - 1), other=-1
     )
-    m_t = (b_position >= 0) & (b_position % M == M - 1) & (b_row_before == b_row)
-    b_token = tl.max(tl.where(m_t, o_t, -1), axis=1)
-    m_e = b_token >= 0
-    if tl.max(b_token, axis=0) >= 0:
-        b_closing = tl.sum(tl.where(m_t, b_position, 0), axis=1)
-        b_request = tl.sum(tl.where(m_t, b_row, 0), axis=1)
-        csa_blocks(
-            step, comp, b_request, b_request, b_closing, b_token, b_closing * 0, m_e, page_stride, first_row, eps,
-            S, E, True, CASTS,
+    m_t = b_position >= 0
+    m_new = (b_row_both == b_row) | ((b_row_own == b_row) & (b_position == M - 1))
+    m_new = m_new & (b_position % M == M - 1) & m_t
+    b_seq_len = tl.load(step.seq_lens + b_row, mask=m_t, other=0).to(tl.int32)
+    b_start = b_seq_len - tl.load(step.extend_lens + b_row, mask=m_t, other=0).to(tl.int32)
+    m_ring = m_t & (b_position >= b_seq_len - S.ring) & (b_start % S.page_tokens == 0)
+    m_last = m_t & (b_position % S.page_tokens >= S.page_tokens - M)
+    if tl.max(m_new.to(tl.int32), axis=0) > 0:
+        pool_new(
+            step, comp, tl.max(tl.where(m_new, b_row, 0), axis=0), tl.max(tl.where(m_new, b_position, 0), axis=0),
+            tl.max(tl.where(m_new, o_t, 0), axis=0), page_stride, first_row, eps, S, C, CASTS,
         )  # fmt: skip
+    if tl.max((m_ring | m_last).to(tl.int32), axis=0) > 0:
+        for j in range(tl.minimum(num_tokens - i_g * M, M)):
+            token = i_g * M + j
+            position = tl.sum(tl.where(o_t == token, b_position, 0), axis=0)
+            row = tl.sum(tl.where(o_t == token, b_row, 0), axis=0)
+            b_kv, b_gate = load_row(comp, token, position >= 0, S)
+            if tl.max((m_ring & (o_t == token)).to(tl.int32), axis=0) > 0:
+                slot = tl.load(step.state_slots + row)
+                keep_in_ring(comp, slot, position, b_kv, b_gate, S)
+            if tl.max((m_last & (o_t == token)).to(tl.int32), axis=0) > 0:
+                keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_csa_kernel(
-    step, main, index, num_requests, num_tokens, page_stride, num_window_rows, main_eps,
-    index_eps, MAIN: tl.constexpr, INDEX: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr,
-    SCAN: tl.constexpr, BR: tl.constexpr, MAIN_ROWS: tl.constexpr, INDEX_ROWS: tl.constexpr,
+    step, main, index, num_requests, num_tokens, page_stride, num_window_rows, main_eps, index_eps,
+    MAIN: tl.constexpr, INDEX: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     """Requests of the main compressor, requests of the indexer, then their tokens: those that wait longest go first."""
     PARTS: tl.constexpr = (MAIN is not None) + (INDEX is not None)
-    i_p = tl.program_id(0).to(tl.int64)
+    i_p = tl.program_id(0)
     no_row = num_window_rows * 0
     # The compiler decides the outer tests; joined with the inner ones by "and" they would be left to the GPU.
     if i_p < PARTS * num_requests:
         if MAIN is not None:  # noqa: SIM102
             if i_p < num_requests:
                 csa_request(
-                    step, main, i_p, num_tokens, page_stride, num_window_rows, main_eps,
-                    MAIN, REQUESTS_ONLY, CASTS, SCAN, BR,
+                    step, main, i_p.to(tl.int64), num_tokens, page_stride, num_window_rows, main_eps,
+                    MAIN, min(C, MAIN.dim), REQUESTS_ONLY, CASTS, SCAN,
                 )  # fmt: skip
         if INDEX is not None:  # noqa: SIM102
             if i_p >= (PARTS - 1) * num_requests:
                 csa_request(
-                    step, index, i_p - (PARTS - 1) * num_requests, num_tokens, page_stride, no_row, index_eps,
-                    INDEX, REQUESTS_ONLY, CASTS, SCAN, BR,
+                    step, index, (i_p - (PARTS - 1) * num_requests).to(tl.int64), num_tokens, page_stride, no_row,
+                    index_eps, INDEX, min(C, INDEX.dim), REQUESTS_ONLY, CASTS, SCAN,
                 )  # fmt: skip
     elif not REQUESTS_ONLY:
         i_g = i_p - PARTS * num_requests
         if MAIN is not None:
-            groups = tl.cdiv(num_tokens, MAIN_ROWS * MAIN.ratio)
+            groups = tl.cdiv(num_tokens, MAIN.ratio)
             if i_g < groups:
                 csa_tokens(
-                    step,
-                    main,
-                    i_g,
-                    num_tokens,
-                    page_stride,
-                    num_window_rows,
-                    main_eps,
-                    MAIN,
-                    MAIN_ROWS,
-                    CASTS,
-                )
+                    step, main, i_g, num_tokens, page_stride, num_window_rows, main_eps, MAIN, min(C, MAIN.dim), CASTS
+                )  # fmt: skip
             i_g -= groups
         if INDEX is not None:  # noqa: SIM102
             if i_g >= 0:
                 csa_tokens(
-                    step,
-                    index,
-                    i_g,
-                    num_tokens,
-                    page_stride,
-                    no_row,
-                    index_eps,
-                    INDEX,
-                    INDEX_ROWS,
-                    CASTS,
-                )
+                    step, index, i_g, num_tokens, page_stride, no_row, index_eps, INDEX, min(C, INDEX.dim), CASTS
+                )  # fmt: skip
 
 
-def _launch_csa(step: StepTensors, main: CsaFlush | None, index: CsaFlush | None) -> None:
+class CsaTuning(NamedTuple):
+    """How a launch is cut; the bytes written do not depend on it.
+
+    Attributes:
+        warps (int): warps per program.
+        chunk (int): channels that a program holds at once, of the eight rows that it pools.
+        options (dict[str, int]): of the compiler.
+    """
+
+    warps: int
+    chunk: int
+    options: dict[str, int]
+
+
+def csa_tuning(num_tokens: int, num_requests: int, input_bytes: int) -> CsaTuning:
+    """The tuning for a step of this shape and inputs of this many bytes a value.
+
+    A decode step waits for one block's latency: a program takes all channels at once. A prefill needs many loads in
+    flight: one warp, which waits for no other, takes 16 bytes a thread at a time, and many fit on a multiprocessor.
+    """
+    if num_tokens <= 8 * num_requests:
+        return CsaTuning(4, 512, {})
+    return CsaTuning(1, 512 // input_bytes, {})
+
+
+def _launch_csa(
+    step: StepTensors, main: CsaFlush | None, index: CsaFlush | None, tuning: CsaTuning | None
+) -> None:
     parts = [
         (part.params.eps, part.kv_score, *compressor_arguments(
             step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params,
@@ -311,23 +319,16 @@ def _launch_csa(step: StepTensors, main: CsaFlush | None, index: CsaFlush | None
         ))
         for part in (main, index) if part is not None
     ]  # fmt: skip
-    (
-        (main_eps, main_rows, main_pointers, main_shape),
-        (index_eps, _, index_pointers, index_shape),
-    ) = (
-        parts[0],
-        parts[-1],
-    )
+    main_eps, main_rows, main_pointers, main_shape = parts[0]
+    index_eps, _, index_pointers, index_shape = parts[-1]
     num_tokens, num_requests = len(main_rows), len(step.seq_lens)
     if num_tokens == 0 or num_requests == 0:
         return
     requests_only = num_tokens <= num_requests
-    warps, main_rows_each, index_rows_each, options = csa_tuning(num_tokens, num_requests)
-    groups = 0
-    for part, rows in ((main, main_rows_each), (index, index_rows_each)):
-        if part is not None and not requests_only:
-            groups += triton.cdiv(num_tokens, rows * main_shape.ratio)
-    flush_csa_kernel[(len(parts) * num_requests + groups,)](
+    if tuning is None:
+        tuning = csa_tuning(num_tokens, num_requests, main_rows.element_size())
+    groups = 0 if requests_only else triton.cdiv(num_tokens, main_shape.ratio)
+    flush_csa_kernel[(len(parts) * (num_requests + groups),)](
         step=step_pointers(step),
         main=main_pointers,
         index=index_pointers,
@@ -339,25 +340,14 @@ def _launch_csa(step: StepTensors, main: CsaFlush | None, index: CsaFlush | None
         index_eps=index_eps,
         MAIN=None if main is None else main_shape,
         INDEX=None if index is None else index_shape,
+        C=tuning.chunk,
         REQUESTS_ONLY=requests_only,
         CASTS=hardware_casts(main_rows.device),
         SCAN=SCAN,
-        BR=triton.next_power_of_2(main_shape.ring),
-        MAIN_ROWS=main_rows_each,
-        INDEX_ROWS=index_rows_each,
-        num_warps=warps,
-        **options,
+        num_warps=tuning.warps,
+        **tuning.options,
         **EXACT,
     )
-
-
-def csa_tuning(num_tokens: int, num_requests: int) -> tuple[int, int, int, dict[str, int]]:
-    """Warps per program, the main entries and index keys that one program pools together, and compiler options.
-
-    A decode step waits for one block's latency. A prefill needs many loads in flight, so several programs on every
-    multiprocessor: the register limit is spent by code that few of its programs run.
-    """
-    return (4, 1, 4, {}) if num_tokens <= 8 * num_requests else (8, 1, 4, {"maxnreg": 64})
 
 
 def flush_csa(
@@ -368,22 +358,26 @@ def flush_csa(
     pool: torch.Tensor,
     pool_format: RowFormat,
     params: CompressorParams,
+    tuning: CsaTuning | None = None,
 ) -> None:
     """`naive_flush_csa` in one launch; arguments as there.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: pool, streams, boundary.
     """
     part = CsaFlush(kv_score, streams, boundary, pool, pool_format, params)
-    _launch_csa(step, None if params.rotate else part, part if params.rotate else None)
+    _launch_csa(step, None if params.rotate else part, part if params.rotate else None, tuning)
 
 
-def flush_csa_layer(step: StepTensors, main: CsaFlush, index: CsaFlush) -> None:
+def flush_csa_layer(
+    step: StepTensors, main: CsaFlush, index: CsaFlush, tuning: CsaTuning | None = None
+) -> None:
     """`naive_flush_csa` of a layer's main compressor and of its indexer, in one launch together.
 
     Args:
         step (StepTensors): the step.
         main (CsaFlush): the main compressor.
         index (CsaFlush): the indexer's compressor, ``params.rotate`` set.
+        tuning (CsaTuning | None): by default what `csa_tuning` says.
 
     Raises:
         ValueError: the two inputs differ in length, or a tensor is laid out otherwise than expected; nothing was written.
@@ -396,4 +390,4 @@ def flush_csa_layer(step: StepTensors, main: CsaFlush, index: CsaFlush) -> None:
         )
     if main.params.rotate or not index.params.rotate:
         raise ValueError("rotate: expected False for main and True for index")
-    _launch_csa(step, main, index)
+    _launch_csa(step, main, index, tuning)

@@ -18,7 +18,7 @@ from dsv4_kernels.flush.fused import (
     compressor_arguments,
     first_token_of,
     step_pointers,
-    store_entries,
+    store_entry,
 )
 from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.layout import HEAD_DIM, RowFormat
@@ -57,9 +57,19 @@ def hca_take(b_m, b_s, b_a, rows, j: tl.constexpr):
 
 
 @triton.jit
+def gathered_row(work, work_row, S: tl.constexpr, C: tl.constexpr):
+    """A row that several programs have written, in chunks."""
+    chunks = ()
+    for c in tl.static_range(S.dim // C):
+        p_chunk = work.rows + work_row * S.dim + c * C + tl.arange(0, C)
+        chunks = chunks + (tl.load(p_chunk, cache_modifier=".cg"),)
+    return chunks
+
+
+@triton.jit
 def hca_segment(
     step, comp, work, i_d, row, slot, position, token, count, seq_len, work_row, page_stride, first_row, eps,
-    S: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, CASTS: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
     """Take ``count`` tokens of one block into its accumulator, keep it after each of the request's last tokens, and
     store the entry if the block closes. All this for one of ``SPLIT`` parts of the channels.
@@ -110,12 +120,9 @@ def hca_segment(
             tl.store(p_kept + 2 * S.dim, b_a, mask=is_kept)
     if closes:
         b_raw = b_a / b_s
+        first = position - offset
         if SPLIT == 1:
-            b_one = tl.zeros([1], tl.int32)
-            store_entries(
-                b_raw[None, :], step, comp, b_one + row, b_one + (position - offset), b_one == 0, page_stride, first_row,
-                eps, S, 1, CASTS,
-            )  # fmt: skip
+            store_entry((b_raw,), step, comp, row, first, page_stride, first_row, eps, S, CASTS)
         else:
             # The norm needs the whole row: whichever part comes last finishes it, and leaves the counter at 0.
             tl.store(work.rows + work_row * S.dim + o_d, b_raw)
@@ -123,13 +130,8 @@ def hca_segment(
             arrived = tl.atomic_add(work.arrived + work_row, 1, sem="acq_rel", scope="gpu")
             if arrived == SPLIT - 1:
                 tl.store(work.arrived + work_row, 0)
-                b_row = tl.load(
-                    work.rows + work_row * S.dim + tl.arange(0, S.dim), cache_modifier=".cg"
-                )
-                b_one = tl.zeros([1], tl.int32)
-                store_entries(
-                    b_row[None, :], step, comp, b_one + row, b_one + (position - offset), b_one == 0, page_stride,
-                    first_row, eps, S, 1, CASTS,
+                store_entry(
+                    gathered_row(work, work_row, S, C), step, comp, row, first, page_stride, first_row, eps, S, CASTS
                 )  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def first_kept_block(start, seq_len, S: tl.constexpr):
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_hca_kernel(
     step, comp, work, num_requests, num_tokens, page_stride, num_window_rows, eps, S: tl.constexpr, U: tl.constexpr,
-    SPLIT: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
+    SPLIT: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One program per request, then one per ``m`` tokens for the blocks that begin among them; ``SPLIT`` of each."""
     M: tl.constexpr = S.ratio
@@ -196,7 +198,7 @@ def flush_hca_kernel(
         if count > 0:
             hca_segment(
                 step, comp, work, i_d, row, slot, position, token, count, seq_len, work_row, page_stride,
-                num_window_rows, eps, S, U, SPLIT, CASTS,
+                num_window_rows, eps, S, U, SPLIT, C, CASTS,
             )  # fmt: skip
             tl.debug_barrier()
         if REQUESTS_ONLY:
@@ -222,6 +224,37 @@ def hca_workspace(max_requests: int, max_tokens: int, device: torch.device) -> H
     )
 
 
+class HcaTuning(NamedTuple):
+    """How a launch is cut; the bytes written do not depend on it.
+
+    Attributes:
+        unroll (int): tokens that are loaded ahead.
+        warps (int): warps per program.
+        split (int): programs that share a block's channels.
+        chunk (int): channels of a row that the last of them finishes at once.
+    """
+
+    unroll: int
+    warps: int
+    split: int
+    chunk: int
+
+
+def hca_tuning(num_tokens: int, num_requests: int) -> HcaTuning:
+    """The tuning for a step of this shape.
+
+    A decode step takes one token per request. A prefill's blocks take 128 tokens one after another, and are few: the
+    fewer, the more programs share the channels of each, and the more tokens each of these must have in flight.
+    """
+    if num_tokens <= num_requests:
+        return HcaTuning(1, 4, 1, 512)
+    if num_tokens <= 8 * num_requests:
+        return HcaTuning(4, 4, 1, 512)
+    if num_tokens <= 16384:
+        return HcaTuning(16, 1, 16, 128)
+    return HcaTuning(8, 1, 8, 128)
+
+
 def flush_hca(
     step: StepTensors,
     kv_score: torch.Tensor,
@@ -230,12 +263,14 @@ def flush_hca(
     pool_format: RowFormat,
     params: CompressorParams,
     workspace: HcaWorkspace | None = None,
+    tuning: HcaTuning | None = None,
 ) -> None:
     """`naive_flush_hca` in one launch; arguments as there.
 
     Args:
         workspace (HcaWorkspace | None): lets several programs share a block's channels, which a prefill of few blocks
             needs to fill a GPU; the bytes written are the same without.
+        tuning (HcaTuning | None): by default what `hca_tuning` says.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: pool, accumulators, workspace.
     """
@@ -248,9 +283,11 @@ def flush_hca(
     )
     requests_only = num_tokens <= num_requests
     programs = num_requests + (0 if requests_only else triton.cdiv(num_tokens, ratio))
-    unroll, warps, split = hca_tuning(num_tokens, num_requests)
-    if workspace is None or split == 1:
-        workspace, split, warps = HcaWorkspace(accumulators, step.token_rows), 1, warps * split
+    unroll, warps, split, chunk = tuning or hca_tuning(num_tokens, num_requests)
+    if split > 1 and workspace is None:
+        workspace, unroll, warps, split = HcaWorkspace(accumulators, step.token_rows), 4, 4, 1
+    elif split == 1:
+        workspace = HcaWorkspace(accumulators, step.token_rows)  # not used
     elif len(workspace.rows) < programs:
         raise ValueError(f"workspace: expected at least {programs} rows, got {len(workspace.rows)}")
     flush_hca_kernel[(programs * split,)](
@@ -265,19 +302,10 @@ def flush_hca(
         S=shape,
         U=unroll,
         SPLIT=split,
+        C=chunk,
         REQUESTS_ONLY=requests_only,
         CASTS=hardware_casts(kv_score.device),
         SCAN=SCAN,
         num_warps=warps,
         **EXACT,
     )
-
-
-def hca_tuning(num_tokens: int, num_requests: int) -> tuple[int, int, int]:
-    """Tokens loaded ahead, warps per program, and programs that share a block's channels.
-
-    A decode step takes one token per request; a prefill's blocks take 128 tokens one after another, and are few.
-    """
-    if num_tokens <= num_requests:
-        return 1, 4, 1
-    return (4, 4, 1) if num_tokens <= 8 * num_requests else (16, 4, 4)
