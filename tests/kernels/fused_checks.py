@@ -15,11 +15,11 @@ import triton.language as tl
 from dsv4_kernels import memory
 from dsv4_kernels.device import EXACT
 from dsv4_kernels.hadamard import naive_hadamard
-from dsv4_kernels.hadamard.fused import hadamard_row
+from dsv4_kernels.hadamard.fused import hadamard_rows
 from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
 from dsv4_kernels.norm_rope.fused import tree_sum
 from dsv4_kernels.row_codec import naive_store_rows
-from dsv4_kernels.row_codec.fused import store_chunk, store_format
+from dsv4_kernels.row_codec.fused import store_format, store_rows
 from tests.kernels.flush_world import HCA_RATIO, World, nan_pool, one_step, random_schedule
 
 POOLS = ("csa_pool", "index_pool", "hca_pool")
@@ -31,24 +31,22 @@ POOL_ERROR = 2.0**-15
 
 @triton.jit
 def store_kernel(
-    p_pool, p_slot, p_x, FORMAT: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
+    p_pool, p_slot, p_x, FORMAT: tl.constexpr, E: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
 ):
-    """Store a row chunk by chunk."""
-    i = tl.program_id(0)
-    slot = tl.load(p_slot + i)
-    for c in tl.static_range(D // C):
-        b_x = tl.load(p_x + i * D + c * C + tl.arange(0, C))
-        store_chunk(p_pool, slot, b_x, c * C, FORMAT, C, D, CASTS)
+    """Store ``E`` rows."""
+    o_e = tl.program_id(0) * E + tl.arange(0, E)
+    b_x = tl.load(p_x + o_e[:, None] * D + tl.arange(0, D)[None, :])
+    store_rows(p_pool, tl.load(p_slot + o_e), b_x, o_e >= 0, FORMAT, E, D, CASTS)
 
 
 @triton.jit
-def rotate_kernel(p_x, p_y, p_sum, D: tl.constexpr):
-    """Rotate a row, and sum it."""
-    i = tl.program_id(0)
-    o_d = tl.arange(0, D)
-    b_x = tl.load(p_x + i * D + o_d)
-    tl.store(p_y + i * D + o_d, hadamard_row(b_x, D, D**-0.5))
-    tl.store(p_sum + i, tree_sum(b_x, D))
+def rotate_kernel(p_x, p_y, p_sum, E: tl.constexpr, D: tl.constexpr):
+    """Rotate ``E`` rows, and sum them."""
+    o_e = tl.arange(0, E)
+    o_x = o_e[:, None] * D + tl.arange(0, D)[None, :]
+    b_x = tl.load(p_x + o_x)
+    tl.store(p_y + o_x, hadamard_rows(b_x, E, D, D**-0.5))
+    tl.store(p_sum + o_e, tree_sum(b_x, E, D))
 
 
 def hard_rows(dim, device, count=64):
@@ -68,12 +66,12 @@ def hard_rows(dim, device, count=64):
     return rows.to(device)
 
 
-def stored_bytes(fmt, rows, device, chunk, hardware_casts):
+def stored_bytes(fmt, rows, device, hardware_casts):
     """The pool after storing ``rows``, as bytes, by the kernel."""
     pool = nan_pool(fmt, len(rows), device)
     slots = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(device)
-    store_kernel[(len(rows),)](
-        pool, slots, rows, store_format(fmt), chunk, fmt.dim, hardware_casts, **EXACT
+    store_kernel[(len(rows) // 4,)](
+        pool, slots, rows, store_format(fmt), 4, fmt.dim, hardware_casts, **EXACT
     )
     return pool.view(torch.uint8), slots
 
@@ -82,19 +80,18 @@ def check_row_bytes(device="cpu", hardware_casts=False):
     """Every format, to the bit."""
     for fmt in (*ROW_FORMATS.values(), *INDEX_FORMATS.values()):
         rows = hard_rows(fmt.dim, device)
-        for chunk in {128, fmt.dim}:
-            found, slots = stored_bytes(fmt, rows, device, chunk, hardware_casts)
-            expected = nan_pool(fmt, len(rows), device)
-            naive_store_rows(expected, slots, rows, fmt)
-            differing = (found != expected.view(torch.uint8)).sum().item()
-            assert differing == 0, f"{fmt.name}-{fmt.dim}, {chunk}: {differing} bytes differ"
+        found, slots = stored_bytes(fmt, rows, device, hardware_casts)
+        expected = nan_pool(fmt, len(rows), device)
+        naive_store_rows(expected, slots, rows, fmt)
+        differing = (found != expected.view(torch.uint8)).sum().item()
+        assert differing == 0, f"{fmt.name}-{fmt.dim}: {differing} bytes differ"
 
 
 def check_hadamard_and_sum(device="cpu"):
     """The rotation, to the bit; the sum, within the rounding of its seven additions."""
     x = torch.randn(8, 128, device=device)
     rotated, total = torch.full_like(x, float("nan")), torch.full((8,), float("nan"), device=device)
-    rotate_kernel[(8,)](x, rotated, total, 128, **EXACT)
+    rotate_kernel[(1,)](x, rotated, total, 8, 128, **EXACT)
     assert torch.equal(rotated, naive_hadamard(x)), "rotation"
     assert ((total - x.double().sum(1)).abs() <= 7 * 2.0**-24 * x.abs().sum(1)).all(), "sum"
 

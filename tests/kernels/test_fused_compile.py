@@ -26,7 +26,7 @@ def shape(dim, ratio, fmt, *, rotate=False):
     parts, ring = (4, 8) if ratio == 4 else (2, 1)
     return CompressorShape(
         dim=dim, rope_dim=64, ratio=ratio, token_stride=parts * dim, ring=ring, page_tokens=256, rotate=rotate,
-        store=store_format(fmt),
+        hadamard_scale=dim**-0.5, store=store_format(fmt),
     )  # fmt: skip
 
 
@@ -57,14 +57,15 @@ def machine_code(kernel, arguments, constants, architecture, warps, **options):
 @pytest.mark.parametrize("formats", FORMATS)
 def test_flush_csa(architecture, tokens, formats):
     rows, keys, pool = FORMATS[formats]
-    tuning = csa_tuning(tokens, 64, input_bytes=4)
+    tuning = csa_tuning(tokens, 64)
     arguments = {
         "step": STEP, "main": pointers("*fp32", pool), "index": pointers("*fp32", pool), **SIZES, "main_eps": "fp32",
         "index_eps": "fp32",
     }  # fmt: skip
     constants = {
         "MAIN": shape(512, 4, rows), "INDEX": shape(128, 4, keys, rotate=True), "REQUESTS_ONLY": tokens <= 64,
-        "CASTS": architecture >= 89, "SCAN": 256, "C": tuning.chunk,
+        "CASTS": architecture >= 89, "SCAN": 256, "MAIN_BLOCKS": tuning.main_blocks,
+        "INDEX_BLOCKS": tuning.index_blocks,
     }  # fmt: skip
     assert machine_code(
         flush_csa_kernel, arguments, constants, architecture, tuning.warps, **tuning.options
@@ -75,7 +76,7 @@ def test_flush_csa(architecture, tokens, formats):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tokens", [64, 4096], ids=["decode", "prefill"])
 def test_flush_hca(architecture, tokens):
-    unroll, warps, split, chunk = hca_tuning(tokens, 64)
+    unroll, warps, split = hca_tuning(tokens, 64)
     work = HcaWorkspace("*fp32", "*i32")
     arguments = {
         "step": STEP,
@@ -85,7 +86,7 @@ def test_flush_hca(architecture, tokens):
         "eps": "fp32",
     }
     constants = {
-        "S": shape(512, 128, FP8_584_ROW), "U": unroll, "SPLIT": split, "C": chunk, "REQUESTS_ONLY": tokens <= 64,
+        "S": shape(512, 128, FP8_584_ROW), "U": unroll, "SPLIT": split, "REQUESTS_ONLY": tokens <= 64,
         "CASTS": architecture >= 89, "SCAN": 256,
     }  # fmt: skip
     assert machine_code(flush_hca_kernel, arguments, constants, architecture, warps)
@@ -93,12 +94,13 @@ def test_flush_hca(architecture, tokens):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_window_store(architecture):
-    warps, chunk = window_tuning(4096)
+    rows, warps = window_tuning(4096)
     arguments = {
         "p_positions": "*i64", "p_token_rows": "*i64", "p_window_pages": "*i64", "page_stride": "i32", "p_kv": "*bf16",
         "token_stride": "i32", "p_weight": "*bf16", "eps": "fp32", "p_cos_sin": "*fp32", "p_pool": "*u8",
+        "num_tokens": "i32",
     }  # fmt: skip
     constants = {
-        "D": 512, "C": chunk, "R": 64, "PAGE": 256, "FORMAT": store_format(FP8_584_ROW), "CASTS": architecture >= 89,
+        "E": rows, "D": 512, "R": 64, "PAGE": 256, "FORMAT": store_format(FP8_584_ROW), "CASTS": architecture >= 89,
     }  # fmt: skip
     assert machine_code(window_store_kernel, arguments, constants, architecture, warps)

@@ -14,10 +14,10 @@ import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous, check_rows
 from dsv4_kernels.flush.naive import CompressorParams
-from dsv4_kernels.hadamard.fused import hadamard_row
+from dsv4_kernels.hadamard.fused import hadamard_rows
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.norm_rope.fused import norm_scale, rope_chunk
-from dsv4_kernels.row_codec.fused import StoreFormat, store_chunk, store_format
+from dsv4_kernels.norm_rope.fused import rms_norm_rows, rope_rows
+from dsv4_kernels.row_codec.fused import StoreFormat, store_format, store_rows
 from dsv4_kernels.step import StepTensors
 
 # Requests whose lengths are added up at once to find a request's first token.
@@ -59,6 +59,7 @@ class CompressorShape:
     ring: int
     page_tokens: int
     rotate: bool
+    hadamard_scale: float
     store: StoreFormat
 
 
@@ -79,35 +80,33 @@ def first_token_of(step, row, num_tokens, BR: tl.constexpr):
 
 
 @triton.jit
-def store_row(
-    chunks, p_weight, eps, p_cos_sin, p_pool, slot,
-    D: tl.constexpr, R: tl.constexpr, ROTATE: tl.constexpr, FORMAT: tl.constexpr, CASTS: tl.constexpr,
+def store_entries(
+    b_raw, step, comp, b_row, b_first, m_e, page_stride, first_row, eps,
+    S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """Norm, rotate and store one row, a tuple of chunks of its ``D`` channels; ``p_cos_sin`` is its row of the table."""
-    C: tl.constexpr = D // len(chunks)
-    scale = norm_scale(chunks, eps, D, C)
-    for c in tl.static_range(len(chunks)):
-        b_weight = tl.load(p_weight + c * C + tl.arange(0, C)).to(tl.float32)
-        b_x = rope_chunk(chunks[c] * scale * b_weight, p_cos_sin, c * C, C, D, R)
-        if ROTATE:
-            b_x = hadamard_row(b_x, D, D**-0.5)  # an index key is one chunk
-        store_chunk(p_pool, slot, b_x, c * C, FORMAT, C, D, CASTS)
-
-
-@triton.jit
-def store_entry(
-    chunks, step, comp, row, first, page_stride, first_row, eps, S: tl.constexpr, CASTS: tl.constexpr
-):  # fmt: skip
-    """Norm, rotate and store the pooled row of the block whose first position is ``first``."""
+    """Norm, rotate and store the pooled rows ``[E, D]`` of the blocks whose first positions are ``b_first`` ``[E]``."""
     PER_PAGE: tl.constexpr = S.page_tokens // S.ratio
     STORE: tl.constexpr = S.store
-    entry = first // S.ratio
-    page = tl.load(step.history_pages + row * page_stride + entry // PER_PAGE)
-    slot = first_row + page * PER_PAGE + entry % PER_PAGE
-    p_cos_sin = comp.cos_sin + first.to(tl.int64) * S.rope_dim
-    store_row(
-        chunks, comp.norm_weight, eps, p_cos_sin, comp.pool, slot, S.dim, S.rope_dim, S.rotate, STORE, CASTS
-    )  # fmt: skip
+    b_entry = b_first // S.ratio
+    b_page = tl.load(
+        step.history_pages + b_row * page_stride + b_entry // PER_PAGE, mask=m_e, other=0
+    )
+    b_x = rms_norm_rows(b_raw, comp.norm_weight, eps, E, S.dim)
+    b_x = rope_rows(
+        b_x, comp.cos_sin + b_first.to(tl.int64) * S.rope_dim, m_e, E, S.dim, S.rope_dim
+    )
+    if S.rotate:
+        b_x = hadamard_rows(b_x, E, S.dim, S.hadamard_scale)
+    store_rows(
+        comp.pool,
+        first_row + b_page * PER_PAGE + b_entry % PER_PAGE,
+        b_x,
+        m_e,
+        STORE,
+        E,
+        S.dim,
+        CASTS,
+    )
 
 
 def step_pointers(step: StepTensors) -> StepPointers:
@@ -153,6 +152,7 @@ def compressor_arguments(
         ring=state.shape[1],
         page_tokens=step.page_tokens,
         rotate=params.rotate,
+        hadamard_scale=dim**-0.5,
         store=store_format(pool_format),
     )
     return pointers, shape

@@ -22,7 +22,7 @@ from dsv4_kernels.flush.fused import (
     compressor_arguments,
     first_token_of,
     step_pointers,
-    store_entry,
+    store_entries,
 )
 from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.layout import RowFormat
@@ -42,8 +42,8 @@ class CsaFlush:
 
 
 @triton.jit
-def load_chunk(p_new, p_old, is_new, is_there, absent, o_d):
-    """A chunk of a row of this step's input or of the state; ``absent`` where there is none."""
+def load_row(p_new, p_old, is_new, is_there, absent, o_d):
+    """A part of a row of this step's input or of the state; ``absent`` where there is none."""
     if p_new.dtype.element_ty == tl.float32:
         return tl.load(tl.where(is_new, p_new, p_old) + o_d, mask=is_there, other=absent)
     b_old = tl.load(p_old + o_d, mask=is_there & (is_new == 0), other=absent)
@@ -54,7 +54,7 @@ def load_chunk(p_new, p_old, is_new, is_there, absent, o_d):
 @triton.jit
 def pool_old_and_new(
     step, comp, row, slot, position, token, start, page_stride, first_row, eps,
-    S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr,
+    S: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
     """Pool and store the block that ``position`` closes; its rows before ``start`` come from the state."""
     M: tl.constexpr = S.ratio
@@ -67,61 +67,59 @@ def pool_old_and_new(
     p_page = comp.boundary + tl.load(p_table, mask=at_page, other=0) * (M * 2 * D)
     p_ring = comp.state + slot * (S.ring * 4 * D)
     p_input = comp.kv_score + (token.to(tl.int64) - (2 * M - 1)) * S.token_stride
-    chunks = ()
-    for c in tl.static_range(D // C):
-        o_d = c * C + tl.arange(0, C)
-        kv, gate = (), ()
-        for j in tl.static_range(2 * M):
-            q = position - (2 * M - 1) + j
-            is_new = q >= start
-            p_new = p_input + j * S.token_stride
-            p_old = p_ring + q % S.ring * (4 * D)
-            if j < M:
-                p_old_kv = tl.where(at_page, p_page + j * 2 * D, p_old)
-                p_old_gate = tl.where(at_page, p_page + (j * 2 * D + D), p_old + 2 * D)
-                b_kv = load_chunk(p_new, p_old_kv, is_new, has_previous, 0.0, o_d)
-                b_gate = load_chunk(
-                    p_new + 2 * D, p_old_gate, is_new, has_previous, float("-inf"), o_d
-                )
-            else:
-                b_kv = load_chunk(p_new + D, p_old + D, is_new, q >= 0, 0.0, o_d)
-                b_gate = load_chunk(p_new + 3 * D, p_old + 3 * D, is_new, q >= 0, 0.0, o_d)
-            kv = kv + (b_kv,)
-            gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d),)
-        chunks = chunks + (csa_pool(kv, gate),)
-    store_entry(chunks, step, comp, row, first, page_stride, first_row, eps, S, CASTS)
+    o_d = tl.arange(0, D)
+    kv, gate = (), ()
+    for j in tl.static_range(2 * M):
+        q = position - (2 * M - 1) + j
+        is_new = q >= start
+        p_new = p_input + j * S.token_stride
+        p_old = p_ring + q % S.ring * (4 * D)
+        if j < M:
+            p_old_kv = tl.where(at_page, p_page + j * 2 * D, p_old)
+            p_old_gate = tl.where(at_page, p_page + (j * 2 * D + D), p_old + 2 * D)
+            b_kv = load_row(p_new, p_old_kv, is_new, has_previous, 0.0, o_d)
+            b_gate = load_row(p_new + 2 * D, p_old_gate, is_new, has_previous, float("-inf"), o_d)
+        else:
+            b_kv = load_row(p_new + D, p_old + D, is_new, q >= 0, 0.0, o_d)
+            b_gate = load_row(p_new + 3 * D, p_old + 3 * D, is_new, q >= 0, 0.0, o_d)
+        kv = kv + (b_kv,)
+        gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d),)
+    b_one = tl.zeros([1], tl.int32)
+    store_entries(
+        csa_pool(kv, gate)[None, :], step, comp, b_one + row, b_one + first, b_one == 0, page_stride, first_row, eps,
+        S, 1, CASTS,
+    )  # fmt: skip
 
 
 @triton.jit
 def pool_new(
-    step, comp, row, position, token, page_stride, first_row, eps, S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr
+    step, comp, b_row, b_position, b_token, m_e, page_stride, first_row, eps,
+    S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """Pool and store the block that ``position`` closes, all of whose rows are this step's."""
+    """Pool and store ``E`` blocks all of whose rows are this step's; the loads of all are in flight together."""
     M: tl.constexpr = S.ratio
     D: tl.constexpr = S.dim
-    has_previous = position >= M
-    p_input = comp.kv_score + (token.to(tl.int64) - (2 * M - 1)) * S.token_stride
-    chunks = ()
-    for c in tl.static_range(D // C):
-        o_d = c * C + tl.arange(0, C)
-        kv, gate = (), ()
-        for j in tl.static_range(2 * M):
-            p_row = p_input + j * S.token_stride + o_d
-            if j < M:
-                b_kv = tl.load(p_row, mask=has_previous, other=0.0)
-                b_gate = tl.load(p_row + 2 * D, mask=has_previous, other=float("-inf"))
-            else:
-                b_kv = tl.load(p_row + D)
-                b_gate = tl.load(p_row + 3 * D)
-            kv = kv + (b_kv.to(tl.float32),)
-            gate = gate + (b_gate.to(tl.float32) + tl.load(comp.slot_bias + j * D + o_d),)
-        chunks = chunks + (csa_pool(kv, gate),)
-    first = position - (M - 1)
-    store_entry(chunks, step, comp, row, first, page_stride, first_row, eps, S, CASTS)
+    o_d = tl.arange(0, D)
+    m_previous = (m_e & (b_position >= M))[:, None]
+    p_input = comp.kv_score + (b_token.to(tl.int64) - (2 * M - 1)) * S.token_stride
+    kv, gate = (), ()
+    for j in tl.static_range(2 * M):
+        p_row = (p_input + j * S.token_stride)[:, None] + o_d[None, :]
+        if j < M:
+            b_kv = tl.load(p_row, mask=m_previous, other=0.0)
+            b_gate = tl.load(p_row + 2 * D, mask=m_previous, other=float("-inf"))
+        else:
+            b_kv = tl.load(p_row + D, mask=m_e[:, None], other=0.0)
+            b_gate = tl.load(p_row + 3 * D, mask=m_e[:, None], other=0.0)
+        kv = kv + (b_kv.to(tl.float32),)
+        gate = gate + (b_gate.to(tl.float32) + tl.load(comp.slot_bias + j * D + o_d)[None, :],)
+    store_entries(
+        csa_pool(kv, gate), step, comp, b_row, b_position - (M - 1), m_e, page_stride, first_row, eps, S, E, CASTS
+    )  # fmt: skip
 
 
 @triton.jit
-def load_row(comp, token, is_there, S: tl.constexpr):
+def load_token(comp, token, is_there, S: tl.constexpr):
     """A token's row in two halves ``[2*D]``: both kv streams, both gates."""
     o_h = tl.arange(0, 2 * S.dim)
     p_row = comp.kv_score + token.to(tl.int64) * S.token_stride + o_h
@@ -132,7 +130,7 @@ def load_row(comp, token, is_there, S: tl.constexpr):
 
 @triton.jit
 def keep_in_ring(comp, slot, position, b_kv, b_gate, S: tl.constexpr):
-    """Write a token's row, as `load_row` gives it, to its request's stream rows."""
+    """Write a token's row, as `load_token` gives it, to its request's stream rows."""
     o_h = tl.arange(0, 2 * S.dim)
     p_ring = comp.state + (slot * S.ring + position % S.ring) * (4 * S.dim) + o_h
     tl.store(p_ring, b_kv)
@@ -152,13 +150,13 @@ def keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S: tl
 @triton.jit
 def csa_request(
     step, comp, row, num_tokens, page_stride, first_row, eps,
-    S: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
+    S: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Pool a request's blocks that need rows of earlier steps, then overwrite the ring."""
     M: tl.constexpr = S.ratio
     if REQUESTS_ONLY:
         # Read before anything waits: where every request has one token, this row is the request's.
-        b_kv, b_gate = load_row(comp, row, row < num_tokens, S)
+        b_kv, b_gate = load_token(comp, row, row < num_tokens, S)
     seq_len = tl.load(step.seq_lens + row).to(tl.int32)
     extend_len = tl.load(step.extend_lens + row).to(tl.int32)
     slot = tl.load(step.state_slots + row)
@@ -166,9 +164,9 @@ def csa_request(
     if (extend_len > 0) & (REQUESTS_ONLY | (start > 0)):
         first_token = first_token_of(step, row, num_tokens, SCAN)
         last_token = first_token + extend_len - 1
-        if REQUESTS_ONLY:
+        if REQUESTS_ONLY:  # noqa: SIM102
             if last_token != row:
-                b_kv, b_gate = load_row(comp, last_token, last_token >= 0, S)
+                b_kv, b_gate = load_token(comp, last_token, last_token >= 0, S)
         end = seq_len
         if not REQUESTS_ONLY:
             end = tl.minimum(seq_len, start + 2 * M - 1)
@@ -177,14 +175,14 @@ def csa_request(
             position = none + i
             pool_old_and_new(
                 step, comp, row, slot, position, first_token + position - start, start, page_stride, first_row, eps,
-                S, C, CASTS,
+                S, CASTS,
             )  # fmt: skip
         # Survivors may land on ring rows that this program's blocks, in any of its threads, have just read.
         tl.debug_barrier()
         if REQUESTS_ONLY:
             for i in range(start, seq_len - 1):
                 q = none + i
-                b_kv_before, b_gate_before = load_row(comp, first_token + q - start, q >= 0, S)
+                b_kv_before, b_gate_before = load_token(comp, first_token + q - start, q >= 0, S)
                 if q >= seq_len - S.ring:
                     keep_in_ring(comp, slot, q, b_kv_before, b_gate_before, S)
                 if q % S.page_tokens >= S.page_tokens - M:
@@ -194,10 +192,10 @@ def csa_request(
                 keep_in_boundary(step, comp, row, seq_len - 1, b_kv, b_gate, page_stride, S)
         elif start % S.page_tokens != 0:
             first_kept = tl.maximum(start, seq_len - S.ring)
-            b_kv, b_gate = load_row(comp, first_token + first_kept - start, first_kept >= 0, S)
+            b_kv, b_gate = load_token(comp, first_token + first_kept - start, first_kept >= 0, S)
             for i in range(first_kept, seq_len):
                 q = none + i
-                b_kv_next, b_gate_next = load_row(
+                b_kv_next, b_gate_next = load_token(
                     comp, first_token + q + 1 - start, q + 1 < seq_len, S
                 )
                 keep_in_ring(comp, slot, q, b_kv, b_gate, S)
@@ -206,11 +204,12 @@ def csa_request(
 
 @triton.jit
 def csa_tokens(
-    step, comp, i_g, num_tokens, page_stride, first_row, eps, S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr
+    step, comp, i_g, num_tokens, page_stride, first_row, eps,
+    S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """What ``m`` tokens close and keep. At most one of them closes a block whose rows are all new."""
+    """What ``E`` times ``m`` tokens close and keep. At most one of each ``m`` closes a block whose rows are all new."""
     M: tl.constexpr = S.ratio
-    o_t = i_g * M + tl.arange(0, M)
+    o_t = i_g * (E * M) + tl.arange(0, E)[:, None] * M + tl.arange(0, M)[None, :]  # [E, M]
     m_t = o_t < num_tokens
     b_position = tl.load(step.positions + o_t, mask=m_t, other=-1).to(tl.int32)
     b_row = tl.load(step.token_rows + o_t, mask=m_t, other=0)
@@ -224,30 +223,37 @@ def csa_tokens(
     m_new = m_new & (b_position % M == M - 1) & m_t
     b_seq_len = tl.load(step.seq_lens + b_row, mask=m_t, other=0).to(tl.int32)
     b_start = b_seq_len - tl.load(step.extend_lens + b_row, mask=m_t, other=0).to(tl.int32)
-    m_ring = m_t & (b_position >= b_seq_len - S.ring) & (b_start % S.page_tokens == 0)
-    m_last = m_t & (b_position % S.page_tokens >= S.page_tokens - M)
-    if tl.max(m_new.to(tl.int32), axis=0) > 0:
+    b_ring = (m_t & (b_position >= b_seq_len - S.ring) & (b_start % S.page_tokens == 0)).to(
+        tl.int32
+    )
+    b_last = (m_t & (b_position % S.page_tokens >= S.page_tokens - M)).to(tl.int32)
+    b_token = tl.max(tl.where(m_new, o_t, -1), axis=1)  # [E]
+    if tl.max(b_token, axis=0) >= 0:
+        b_request = tl.max(tl.where(m_new, b_row, 0), axis=1)
+        b_closing = tl.max(tl.where(m_new, b_position, -1), axis=1)
         pool_new(
-            step, comp, tl.max(tl.where(m_new, b_row, 0), axis=0), tl.max(tl.where(m_new, b_position, 0), axis=0),
-            tl.max(tl.where(m_new, o_t, 0), axis=0), page_stride, first_row, eps, S, C, CASTS,
+            step, comp, b_request, b_closing, b_token, b_token >= 0, page_stride, first_row, eps, S, E, CASTS
         )  # fmt: skip
-    if tl.max((m_ring | m_last).to(tl.int32), axis=0) > 0:
-        for j in range(tl.minimum(num_tokens - i_g * M, M)):
-            token = i_g * M + j
-            position = tl.sum(tl.where(o_t == token, b_position, 0), axis=0)
-            row = tl.sum(tl.where(o_t == token, b_row, 0), axis=0)
-            b_kv, b_gate = load_row(comp, token, position >= 0, S)
-            if tl.max((m_ring & (o_t == token)).to(tl.int32), axis=0) > 0:
-                slot = tl.load(step.state_slots + row)
-                keep_in_ring(comp, slot, position, b_kv, b_gate, S)
-            if tl.max((m_last & (o_t == token)).to(tl.int32), axis=0) > 0:
-                keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S)
+    if tl.max(tl.max(b_ring | b_last, axis=1), axis=0) > 0:
+        for j in range(tl.minimum(num_tokens - i_g * (E * M), E * M)):
+            token = i_g * (E * M) + j
+            in_ring = tl.sum(tl.sum(tl.where(o_t == token, b_ring, 0), axis=1), axis=0) > 0
+            is_last = tl.sum(tl.sum(tl.where(o_t == token, b_last, 0), axis=1), axis=0) > 0
+            if in_ring | is_last:
+                position = tl.load(step.positions + token).to(tl.int32)
+                row = tl.load(step.token_rows + token)
+                b_kv, b_gate = load_token(comp, token, position >= 0, S)
+                if in_ring:
+                    slot = tl.load(step.state_slots + row)
+                    keep_in_ring(comp, slot, position, b_kv, b_gate, S)
+                if is_last:
+                    keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_csa_kernel(
     step, main, index, num_requests, num_tokens, page_stride, num_window_rows, main_eps, index_eps,
-    MAIN: tl.constexpr, INDEX: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr,
+    MAIN: tl.constexpr, INDEX: tl.constexpr, MAIN_BLOCKS: tl.constexpr, INDEX_BLOCKS: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
     """Requests of the main compressor, requests of the indexer, then their tokens: those that wait longest go first."""
@@ -260,27 +266,27 @@ def flush_csa_kernel(
             if i_p < num_requests:
                 csa_request(
                     step, main, i_p.to(tl.int64), num_tokens, page_stride, num_window_rows, main_eps,
-                    MAIN, min(C, MAIN.dim), REQUESTS_ONLY, CASTS, SCAN,
+                    MAIN, REQUESTS_ONLY, CASTS, SCAN,
                 )  # fmt: skip
         if INDEX is not None:  # noqa: SIM102
             if i_p >= (PARTS - 1) * num_requests:
                 csa_request(
                     step, index, (i_p - (PARTS - 1) * num_requests).to(tl.int64), num_tokens, page_stride, no_row,
-                    index_eps, INDEX, min(C, INDEX.dim), REQUESTS_ONLY, CASTS, SCAN,
+                    index_eps, INDEX, REQUESTS_ONLY, CASTS, SCAN,
                 )  # fmt: skip
     elif not REQUESTS_ONLY:
         i_g = i_p - PARTS * num_requests
         if MAIN is not None:
-            groups = tl.cdiv(num_tokens, MAIN.ratio)
+            groups = tl.cdiv(num_tokens, MAIN_BLOCKS * MAIN.ratio)
             if i_g < groups:
                 csa_tokens(
-                    step, main, i_g, num_tokens, page_stride, num_window_rows, main_eps, MAIN, min(C, MAIN.dim), CASTS
+                    step, main, i_g, num_tokens, page_stride, num_window_rows, main_eps, MAIN, MAIN_BLOCKS, CASTS
                 )  # fmt: skip
             i_g -= groups
         if INDEX is not None:  # noqa: SIM102
             if i_g >= 0:
                 csa_tokens(
-                    step, index, i_g, num_tokens, page_stride, no_row, index_eps, INDEX, min(C, INDEX.dim), CASTS
+                    step, index, i_g, num_tokens, page_stride, no_row, index_eps, INDEX, INDEX_BLOCKS, CASTS
                 )  # fmt: skip
 
 
@@ -289,24 +295,24 @@ class CsaTuning(NamedTuple):
 
     Attributes:
         warps (int): warps per program.
-        chunk (int): channels that a program holds at once, of the eight rows that it pools.
+        main_blocks (int): entries that a token program pools together.
+        index_blocks (int): index keys that a token program pools together.
         options (dict[str, int]): of the compiler.
     """
 
     warps: int
-    chunk: int
+    main_blocks: int
+    index_blocks: int
     options: dict[str, int]
 
 
-def csa_tuning(num_tokens: int, num_requests: int, input_bytes: int) -> CsaTuning:
-    """The tuning for a step of this shape and inputs of this many bytes a value.
+def csa_tuning(num_tokens: int, num_requests: int) -> CsaTuning:
+    """The tuning for a step of this shape.
 
-    A decode step waits for one block's latency: a program takes all channels at once. A prefill needs many loads in
-    flight: one warp, which waits for no other, takes 16 bytes a thread at a time, and many fit on a multiprocessor.
+    A decode step waits for one block's latency. A prefill needs many bytes in flight: a program loads 64 KiB before it
+    waits for any, 16 bytes a thread at a time.
     """
-    if num_tokens <= 8 * num_requests:
-        return CsaTuning(4, 512, {})
-    return CsaTuning(1, 512 // input_bytes, {})
+    return CsaTuning(4, 1, 4, {}) if num_tokens <= 8 * num_requests else CsaTuning(4, 2, 8, {})
 
 
 def _launch_csa(
@@ -326,9 +332,12 @@ def _launch_csa(
         return
     requests_only = num_tokens <= num_requests
     if tuning is None:
-        tuning = csa_tuning(num_tokens, num_requests, main_rows.element_size())
-    groups = 0 if requests_only else triton.cdiv(num_tokens, main_shape.ratio)
-    flush_csa_kernel[(len(parts) * (num_requests + groups),)](
+        tuning = csa_tuning(num_tokens, num_requests)
+    groups = 0
+    for part, blocks in ((main, tuning.main_blocks), (index, tuning.index_blocks)):
+        if part is not None and not requests_only:
+            groups += triton.cdiv(num_tokens, blocks * main_shape.ratio)
+    flush_csa_kernel[(len(parts) * num_requests + groups,)](
         step=step_pointers(step),
         main=main_pointers,
         index=index_pointers,
@@ -340,7 +349,8 @@ def _launch_csa(
         index_eps=index_eps,
         MAIN=None if main is None else main_shape,
         INDEX=None if index is None else index_shape,
-        C=tuning.chunk,
+        MAIN_BLOCKS=tuning.main_blocks,
+        INDEX_BLOCKS=tuning.index_blocks,
         REQUESTS_ONLY=requests_only,
         CASTS=hardware_casts(main_rows.device),
         SCAN=SCAN,

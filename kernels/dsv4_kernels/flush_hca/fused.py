@@ -18,7 +18,7 @@ from dsv4_kernels.flush.fused import (
     compressor_arguments,
     first_token_of,
     step_pointers,
-    store_entry,
+    store_entries,
 )
 from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.layout import HEAD_DIM, RowFormat
@@ -57,19 +57,9 @@ def hca_take(b_m, b_s, b_a, rows, j: tl.constexpr):
 
 
 @triton.jit
-def gathered_row(work, work_row, S: tl.constexpr, C: tl.constexpr):
-    """A row that several programs have written, in chunks."""
-    chunks = ()
-    for c in tl.static_range(S.dim // C):
-        p_chunk = work.rows + work_row * S.dim + c * C + tl.arange(0, C)
-        chunks = chunks + (tl.load(p_chunk, cache_modifier=".cg"),)
-    return chunks
-
-
-@triton.jit
 def hca_segment(
     step, comp, work, i_d, row, slot, position, token, count, seq_len, work_row, page_stride, first_row, eps,
-    S: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr,
+    S: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
     """Take ``count`` tokens of one block into its accumulator, keep it after each of the request's last tokens, and
     store the entry if the block closes. All this for one of ``SPLIT`` parts of the channels.
@@ -119,10 +109,14 @@ def hca_segment(
             tl.store(p_kept + S.dim, b_s, mask=is_kept)
             tl.store(p_kept + 2 * S.dim, b_a, mask=is_kept)
     if closes:
+        b_one = tl.zeros([1], tl.int32)
+        b_row = b_one + row
+        b_first = b_one + (position - offset)
         b_raw = b_a / b_s
-        first = position - offset
         if SPLIT == 1:
-            store_entry((b_raw,), step, comp, row, first, page_stride, first_row, eps, S, CASTS)
+            store_entries(
+                b_raw[None, :], step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
+            )  # fmt: skip
         else:
             # The norm needs the whole row: whichever part comes last finishes it, and leaves the counter at 0.
             tl.store(work.rows + work_row * S.dim + o_d, b_raw)
@@ -130,8 +124,10 @@ def hca_segment(
             arrived = tl.atomic_add(work.arrived + work_row, 1, sem="acq_rel", scope="gpu")
             if arrived == SPLIT - 1:
                 tl.store(work.arrived + work_row, 0)
-                store_entry(
-                    gathered_row(work, work_row, S, C), step, comp, row, first, page_stride, first_row, eps, S, CASTS
+                p_row = work.rows + work_row * S.dim + tl.arange(0, S.dim)
+                b_whole = tl.load(p_row, cache_modifier=".cg")
+                store_entries(
+                    b_whole[None, :], step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
                 )  # fmt: skip
 
 
@@ -150,7 +146,7 @@ def first_kept_block(start, seq_len, S: tl.constexpr):
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_hca_kernel(
     step, comp, work, num_requests, num_tokens, page_stride, num_window_rows, eps, S: tl.constexpr, U: tl.constexpr,
-    SPLIT: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
+    SPLIT: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """One program per request, then one per ``m`` tokens for the blocks that begin among them; ``SPLIT`` of each."""
     M: tl.constexpr = S.ratio
@@ -198,7 +194,7 @@ def flush_hca_kernel(
         if count > 0:
             hca_segment(
                 step, comp, work, i_d, row, slot, position, token, count, seq_len, work_row, page_stride,
-                num_window_rows, eps, S, U, SPLIT, C, CASTS,
+                num_window_rows, eps, S, U, SPLIT, CASTS,
             )  # fmt: skip
             tl.debug_barrier()
         if REQUESTS_ONLY:
@@ -231,13 +227,11 @@ class HcaTuning(NamedTuple):
         unroll (int): tokens that are loaded ahead.
         warps (int): warps per program.
         split (int): programs that share a block's channels.
-        chunk (int): channels of a row that the last of them finishes at once.
     """
 
     unroll: int
     warps: int
     split: int
-    chunk: int
 
 
 def hca_tuning(num_tokens: int, num_requests: int) -> HcaTuning:
@@ -247,12 +241,12 @@ def hca_tuning(num_tokens: int, num_requests: int) -> HcaTuning:
     fewer, the more programs share the channels of each, and the more tokens each of these must have in flight.
     """
     if num_tokens <= num_requests:
-        return HcaTuning(1, 4, 1, 512)
+        return HcaTuning(1, 2, 1)
     if num_tokens <= 8 * num_requests:
-        return HcaTuning(4, 4, 1, 512)
+        return HcaTuning(4, 4, 1)
     if num_tokens <= 16384:
-        return HcaTuning(16, 1, 16, 128)
-    return HcaTuning(8, 1, 8, 128)
+        return HcaTuning(16, 1, 16)
+    return HcaTuning(4, 1, 4)
 
 
 def flush_hca(
@@ -283,7 +277,7 @@ def flush_hca(
     )
     requests_only = num_tokens <= num_requests
     programs = num_requests + (0 if requests_only else triton.cdiv(num_tokens, ratio))
-    unroll, warps, split, chunk = tuning or hca_tuning(num_tokens, num_requests)
+    unroll, warps, split = tuning or hca_tuning(num_tokens, num_requests)
     if split > 1 and workspace is None:
         workspace, unroll, warps, split = HcaWorkspace(accumulators, step.token_rows), 4, 4, 1
     elif split == 1:
@@ -302,7 +296,6 @@ def flush_hca(
         S=shape,
         U=unroll,
         SPLIT=split,
-        C=chunk,
         REQUESTS_ONLY=requests_only,
         CASTS=hardware_casts(kv_score.device),
         SCAN=SCAN,

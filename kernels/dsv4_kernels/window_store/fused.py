@@ -5,32 +5,31 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts
-from dsv4_kernels.flush.fused import store_row
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.row_codec.fused import store_format
+from dsv4_kernels.norm_rope.fused import rms_norm_rows, rope_rows
+from dsv4_kernels.row_codec.fused import store_format, store_rows
 from dsv4_kernels.step import StepTensors
 
 
-@triton.jit(do_not_specialize=["page_stride"])
+@triton.jit(do_not_specialize=["num_tokens", "page_stride"])
 def window_store_kernel(
     p_positions, p_token_rows, p_window_pages, page_stride, p_kv, token_stride, p_weight, eps, p_cos_sin, p_pool,
-    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, CASTS: tl.constexpr,
+    num_tokens, E: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """One token per program, in chunks of ``C`` channels; a token of position -1 is padding."""
-    token = tl.program_id(0).to(tl.int64)
-    # Read before anything waits.
-    chunks = ()
-    for c in tl.static_range(D // C):
-        p_row = p_kv + token * token_stride + c * C + tl.arange(0, C)
-        chunks = chunks + (tl.load(p_row).to(tl.float32),)
-    position = tl.load(p_positions + token)
-    if position >= 0:
-        row = tl.load(p_token_rows + token)
-        page = tl.load(p_window_pages + row * page_stride + position // PAGE)
-        slot = page * PAGE + position % PAGE
-        store_row(
-            chunks, p_weight, eps, p_cos_sin + position * R, p_pool, slot, D, R, False, FORMAT, CASTS
-        )  # fmt: skip
+    """``E`` tokens per program; a token of position -1 is padding."""
+    o_t = tl.program_id(0) * E + tl.arange(0, E)
+    m_t = o_t < num_tokens
+    b_position = tl.load(p_positions + o_t, mask=m_t, other=-1)
+    b_row = tl.load(p_token_rows + o_t, mask=m_t, other=0)
+    p_row = p_kv + o_t.to(tl.int64) * token_stride
+    b_x = tl.load(p_row[:, None] + tl.arange(0, D)[None, :], mask=m_t[:, None], other=0.0).to(
+        tl.float32
+    )  # [E, D]
+    m_t = b_position >= 0
+    b_page = tl.load(p_window_pages + b_row * page_stride + b_position // PAGE, mask=m_t, other=0)
+    b_x = rms_norm_rows(b_x, p_weight, eps, E, D)
+    b_x = rope_rows(b_x, p_cos_sin + b_position * R, m_t, E, D, R)
+    store_rows(p_pool, b_page * PAGE + b_position % PAGE, b_x, m_t, FORMAT, E, D, CASTS)
 
 
 def window_store(
@@ -52,8 +51,8 @@ def window_store(
         check_contiguous(name, tensor)
     if len(kv) == 0:
         return
-    warps, chunk = window_tuning(len(kv))
-    window_store_kernel[(len(kv),)](
+    rows, warps = window_tuning(len(kv))
+    window_store_kernel[(triton.cdiv(len(kv), rows),)](
         p_positions=step.positions,
         p_token_rows=step.token_rows,
         p_window_pages=step.window_pages,
@@ -64,8 +63,9 @@ def window_store(
         eps=eps,
         p_cos_sin=cos_sin,
         p_pool=pool,
+        num_tokens=len(kv),
+        E=rows,
         D=kv.shape[1],
-        C=chunk,
         R=cos_sin.shape[1],
         PAGE=step.page_tokens,
         FORMAT=store_format(pool_format),
@@ -76,5 +76,5 @@ def window_store(
 
 
 def window_tuning(num_tokens: int) -> tuple[int, int]:
-    """Warps per program, and channels that it holds at once."""
-    return (4, 512) if num_tokens <= 512 else (1, 256)
+    """Rows and warps per program."""
+    return (1, 4) if num_tokens <= 512 else (4, 4)
