@@ -10,6 +10,8 @@ from sglang_dsv4.cache.request import Request
 from sglang_dsv4.cache.storage import CacheStorage
 from sglang_dsv4.spec import CacheSpec
 
+COPIED_BY = ("fork", "snapshot", "restore", "copy_on_write", "undo")
+
 
 @dataclass(frozen=True)
 class RequestReport:
@@ -57,8 +59,8 @@ class CacheReport:
         history_page_bytes (int): one history page.
         stream_bytes_per_request (int): stream state of one request.
         counts (dict[str, int]): pages and slots, total and free where the owner knows them.
-        bytes_copied (dict[str, int]): since the cache was made: stream state by ``fork``, ``snapshot`` and ``restore``, and
-            rows by ``copy_on_write``.
+        bytes_copied (dict[str, int]): since the cache was made: stream state by ``fork``, ``snapshot`` and ``restore``, rows
+            by ``copy_on_write``, and by ``undo`` the stream state that steps could have to put back.
         requests (tuple[RequestReport, ...]): open requests.
     """
 
@@ -165,12 +167,14 @@ def build_report(
     storage: CacheStorage,
     pages: PageOwner,
     ledger: Ledger | None,
+    undo_bytes: int,
     bytes_copied: dict[str, int],
 ) -> CacheReport:
     """Where the bytes of a cache are."""
     capacity, by_pool = pages.capacity, storage.bytes_by_pool()
     snapshots = ledger.snapshots if ledger is not None else ()
     by_pool["snapshots"] = sum(state.nbytes for taken in snapshots for state in taken.state)
+    by_pool["undo"] = undo_bytes
     window_rows = len(spec.layers) * storage.num_window_rows * spec.rows.row_bytes
     entries = sum(
         capacity.history_pages * (spec.page_tokens // layer.ratio) * spec.rows.row_bytes

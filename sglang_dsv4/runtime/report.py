@@ -78,6 +78,7 @@ class RuntimeReport:
             "padding": (cache.bytes_in_row_pools["padding"], ""),
             "RoPE tables": (cache.bytes_by_pool["rope_tables"], ""),
             "snapshots": (cache.bytes_by_pool["snapshots"], "stream state"),
+            "undo copies": (cache.bytes_by_pool["undo"], "stream state"),
         }
         for name, (size, use) in parts.items():
             rows.append([name, format_bytes(size), f"{100 * size / total:.1f} %", use])

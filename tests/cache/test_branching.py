@@ -218,7 +218,7 @@ def test_no_operation_between_append_and_commit():
     given = text.inputs(words(4))
     cache.append(0, plan, window=given.cut(0, "window", 0, 4))
     for action in (cache.fork, cache.snapshot, lambda r: cache.truncate(r, 0)):
-        with pytest.raises(StalePlanError, match="expected commit or close"):
+        with pytest.raises(StalePlanError, match="expected commit, abandon or close"):
             action(request)
 
 
@@ -251,6 +251,7 @@ def test_what_fork_and_truncate_copy_does_not_depend_on_the_length(length):
         "snapshot": 0,
         "restore": 0,
         "copy_on_write": 0,
+        "undo": 0,
     }
     assert report.counts["history_pages_free"] == 3 - (length % spec.page_tokens > 0)
     cache.truncate(twin, length - DRAFT)

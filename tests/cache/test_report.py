@@ -35,7 +35,7 @@ def test_total_is_what_is_allocated(formats):
     assert report.total_bytes == allocated(cache)
     assert sum(report.bytes_by_pool.values()) == report.total_bytes
     assert set(report.bytes_by_pool) == {
-        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots"
+        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots", "undo"
     }  # fmt: skip
     assert sum(report.bytes_in_row_pools.values()) == report.bytes_by_pool["row_pools"]
     # Per layer: the last group of 64 rows may be part empty; and each group of 64 fp8 rows is padded by 64 bytes.
@@ -100,6 +100,7 @@ def test_shared_pages_and_snapshots_are_counted():
         "snapshot": report.stream_bytes_per_request,
         "restore": 0,
         "copy_on_write": 0,
+        "undo": 0,
     }
     feed(cache, [(request, sequence, 1)])
     # Of the page that starts at 512 no block was closed: window rows 512 .. 514 of three layers, and its boundary state.
