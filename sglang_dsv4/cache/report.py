@@ -51,7 +51,8 @@ class CacheReport:
         index_format (str): format of index keys.
         page_tokens (int): tokens per page.
         max_tokens (int): tokens that fit in the history pages.
-        bytes_by_pool (dict[str, int]): sizes of the tensors; ``row_pools`` holds window rows and entries together.
+        bytes_by_pool (dict[str, int]): sizes of the tensors; ``row_pools`` holds window rows and entries together, and
+            ``snapshots`` and ``undo`` are copies of stream state beside the pools.
         bytes_in_row_pools (dict[str, int]): how ``row_pools`` divides: ``window_rows``, ``entries``, ``padding``.
         total_bytes (int): sum of ``bytes_by_pool``.
         history_bytes_per_token (float): entries and index keys of one token of context.
@@ -98,21 +99,38 @@ class CacheReport:
             ("rows / index keys", f"{self.row_format} / {self.index_format}"),
             ("tokens, at most", f"{self.max_tokens:,}"),
             ("bytes of a token's history", f"{self.history_bytes_per_token:,.1f}"),
-            *((f"bytes of {name}", f"{size:,}") for name, size in self.bytes_by_pool.items()),
-            ("bytes in all", f"{self.total_bytes:,}"),
-            *((name.replace("_", " "), f"{count:,}") for name, count in self.counts.items()),
-            *((f"bytes copied by {name}", f"{size:,}") for name, size in self.bytes_copied.items()),
+        ]
+        for name, size in self.bytes_by_pool.items():
+            lines.append((f"bytes of {_words(name)}", f"{size:,}"))
+            if name == "row_pools":
+                lines += [
+                    (f"  {_words(part)}", f"{of_it:,}")
+                    for part, of_it in self.bytes_in_row_pools.items()
+                ]
+        lines.append(("bytes in all", f"{self.total_bytes:,}"))
+        lines += [(_words(name), f"{count:,}") for name, count in self.counts.items()]
+        lines += [
+            (f"bytes copied by {_words(name)}", f"{size:,}")
+            for name, size in self.bytes_copied.items()
         ]
         for request in self.requests:
             tail = ", ".join(f"{length} of {ratio}" for ratio, length in request.tail_lens.items())
-            lines.append((f"request {request.req_id}", f"{request.seq_len:,} tokens"))
-            lines.append(("  open blocks", tail))
+            flush = ", ".join(str(count) for count in request.tokens_to_flush.values())
             held = request.history_pages + request.window_pages
-            lines.append(("  pages, of them shared", f"{held}, {request.shared_pages}"))
-            lines.append(
-                ("  bytes, of them its own", f"{request.page_bytes:,}, {request.own_bytes:,}")
-            )
+            lines += [
+                (f"request {request.req_id}", f"{request.seq_len:,} tokens"),
+                ("  pending tail rows", tail),
+                ("  tokens to the next flush", flush),
+                ("  pages, of them shared", f"{held}, {request.shared_pages}"),
+                ("  bytes of its pages", f"{request.page_bytes:,}"),
+                ("  bytes that closing frees", f"{request.own_bytes:,}"),
+                ("  bytes of its stream state", f"{request.stream_bytes:,}"),
+            ]
         return lines
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def history_page_bytes(spec: CacheSpec) -> int:
