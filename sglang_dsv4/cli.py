@@ -20,6 +20,10 @@ COMMANDS = {
         "sglang_dsv4.demo.command",
         "serve a tiny checkpoint with SGLang and check every answer",
     ),
+    "prune": (
+        "sglang_dsv4.cache.prune_command",
+        "remove pages of saved sequences that no manifest names any more",
+    ),
     "bench": (
         "sglang_dsv4.bench.command",
         "time the kernels on a GPU, each checked before it is timed",

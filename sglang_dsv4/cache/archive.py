@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from sglang_dsv4.cache.contents import history_shapes, state_shapes, window_shapes
 from sglang_dsv4.cache.ledger import Ledger
 from sglang_dsv4.cache.pages import NULL_PAGE
 from sglang_dsv4.cache.request import Request
@@ -47,21 +48,32 @@ def save_request(
 def load_request(
     spec: CacheSpec, ledger: Ledger, transfer: Transfer, path: Path
 ) -> tuple[Request, dict[str, str]]:
-    """Read a sequence into fresh pages; see `CompressedKVCache.load`."""
+    """Read a sequence into fresh pages; see `CompressedKVCache.load`.
+
+    Every blob is read once, checked, and held on the host until all are: as much memory as the sequence takes on disk.
+    """
     manifest = Manifest.read(path, spec)
     _check_page_counts(manifest, spec, path)
     reader = BlobReader(path, manifest)
-    for name in sorted(manifest.blobs()):  # every byte, before anything is changed
-        reader.read(name)
-    request = ledger.adopt(manifest.seq_len, manifest.min_len)
+    seq_len, min_len = manifest.seq_len, manifest.min_len
+    history = [
+        reader.read(name, history_shapes(spec, seq_len, index))
+        for index, name in enumerate(manifest.history)
+    ]
+    window = {
+        index: reader.read(name, window_shapes(spec, seq_len, min_len, index))
+        for index, name in enumerate(manifest.window)
+        if name
+    }
+    state = reader.read(manifest.state, state_shapes(spec, seq_len, min_len))
+    request = ledger.adopt(seq_len, min_len)
     finished = False
     try:
-        for index, name in enumerate(manifest.history):
-            transfer.write_history(request, index, reader.read(name))
-        for index, name in enumerate(manifest.window):
-            if name:
-                transfer.write_window(request, index, reader.read(name))
-        transfer.write_state(request, reader.read(manifest.state))
+        for index, tensors in enumerate(history):
+            transfer.write_history(request, index, tensors)
+        for index, tensors in window.items():
+            transfer.write_window(request, index, tensors)
+        transfer.write_state(request, state)
         finished = True
     finally:
         if not finished:
@@ -70,12 +82,18 @@ def load_request(
 
 
 def _check_page_counts(manifest: Manifest, spec: CacheSpec, path: Path) -> None:
-    count = -(-manifest.seq_len // spec.page_tokens)
-    first = spec.first_window_position(manifest.min_len) // spec.page_tokens
+    seq_len, min_len = manifest.seq_len, manifest.min_len
+    if not max(0, seq_len - spec.max_draft_tokens) <= min_len <= seq_len:
+        raise SavedFileError(
+            f"{path}: expected a sequence that can be cut back by at most {spec.max_draft_tokens} tokens, "
+            f"got one of {seq_len} tokens with min_len {min_len}"
+        )
+    count = -(-seq_len // spec.page_tokens)
+    first = spec.first_window_position(min_len) // spec.page_tokens
     held = [index >= first for index in range(count)]
     got = [bool(name) for name in manifest.window]
     if len(manifest.history) != count or got != held:
         raise SavedFileError(
-            f"{path}: expected {count} history pages and window pages {held} for {manifest.seq_len} tokens, "
+            f"{path}: expected {count} history pages and window pages {held} for {seq_len} tokens, "
             f"got {len(manifest.history)} and {got}"
         )

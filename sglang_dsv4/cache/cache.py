@@ -1,13 +1,11 @@
 """The compressed KV cache as one object."""
 
 from collections.abc import Sequence
-from operator import index
-from pathlib import Path
 
 import torch
 
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache import archive, integrity, report
+from sglang_dsv4.cache import integrity, report
 from sglang_dsv4.cache.copies import plan_copies
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
 from sglang_dsv4.cache.layer import LayerCache
@@ -20,9 +18,11 @@ from sglang_dsv4.cache.pages import (
     stack_tables,
 )
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
-from sglang_dsv4.cache.request import Request, Snapshot
+from sglang_dsv4.cache.request import Request
+from sglang_dsv4.cache.sequences import CacheSequences
 from sglang_dsv4.cache.storage import CacheStorage, Capacity
 from sglang_dsv4.cache.transfer import Transfer
+from sglang_dsv4.cache.undo import UndoCopies
 from sglang_dsv4.cache.view import LayerView
 from sglang_dsv4.errors import StalePlanError
 from sglang_dsv4.spec import CacheSpec
@@ -30,12 +30,16 @@ from sglang_dsv4.spec import CacheSpec
 CHECK_LEVELS = ("off", "pages", "memory")
 
 
-class CompressedKVCache:
+class CompressedKVCache(CacheSequences):
     """Window rows, compressed entries, index keys and stream state of many requests.
 
     A step is ``plan`` (host, may fail, changes nothing), ``append`` for every part of every layer (device, cannot fail
-    once it has begun), then ``commit`` (host). Between ``append`` and attention, ``view`` and ``select`` say which rows
-    each new token attends to.
+    once it has begun), then ``commit`` (host), or ``abandon``, which takes all of it back. Between ``append`` and
+    attention, ``view`` and ``select`` say which rows each new token attends to.
+
+    A plan is good as long as its requests stay as they are and the pages it counts on stay free. From its first append on
+    it holds its pages: whatever happens to other requests, it can be finished. Its own requests can only be closed then,
+    or cut back to a snapshot.
 
     With `PageAllocator` the cache owns its pages, and ``open``, ``plan``, ``commit`` and ``close`` manage requests. With
     `ExternalPages` somebody else does, and passes page tables to ``plan_tables``; there is nothing to commit.
@@ -67,7 +71,8 @@ class CompressedKVCache:
         self._ledger = Ledger(spec, pages) if isinstance(pages, PageAllocator) else None
         self._transfer = Transfer(spec, self.layers)
         self._checks = checks
-        self._bytes_copied = {"fork": 0, "snapshot": 0, "restore": 0, "copy_on_write": 0}
+        self._undo = UndoCopies(spec, self._stream_state())
+        self._bytes_copied = dict.fromkeys(report.COPIED_BY, 0)
 
     @classmethod
     def create(
@@ -96,38 +101,6 @@ class CompressedKVCache:
         capacity = Capacity(num_pages, window_pages, max_requests, num_pages * spec.page_tokens)
         return cls(spec, PageAllocator(capacity, spec.page_tokens), device, checks)
 
-    @property
-    def ledger(self) -> Ledger:
-        """The books of a cache that owns its pages.
-
-        Raises:
-            TypeError: somebody else owns them.
-        """
-        if self._ledger is None:
-            raise TypeError(
-                f"expected a cache that owns its pages, got one over {type(self.pages).__name__}"
-            )
-        return self._ledger
-
-    def open(self) -> Request:
-        """Start an empty sequence.
-
-        Raises:
-            OutOfPagesError: every state slot is taken; nothing was changed.
-        """
-        request = self.ledger.open()
-        self._after()
-        return request
-
-    def close(self, request: Request) -> None:
-        """End a sequence and free what it alone holds.
-
-        Raises:
-            UnknownRequestError: not open here.
-        """
-        self.ledger.close(request)
-        self._after()
-
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
         """Prepare a step; changes nothing.
 
@@ -151,118 +124,6 @@ class CompressedKVCache:
             owner=self,
             copies=plan_copies(self.spec, planned, self.device),
         )
-
-    def fork(self, request: Request) -> Request:
-        """Start a second sequence that continues from the same tokens.
-
-        Pages are shared until one of the two writes; only the stream state is copied.
-
-        Raises:
-            OutOfPagesError: every state slot is taken; nothing was changed.
-            StalePlanError: the request's last plan was appended but not committed.
-        """
-        self.ledger.check_settled(request)
-        twin = self.ledger.open(request.seq_len, request.min_len, request.pages)
-        for state in self._stream_state():
-            state[twin.state_slot] = state[request.state_slot]
-        self._after("fork")
-        return twin
-
-    def truncate(self, request: Request, to: int | Snapshot) -> None:
-        """Cut a sequence back.
-
-        Args:
-            request (Request): the sequence.
-            to (int | Snapshot): a length from ``request.min_len`` (the committed length less ``max_draft_tokens``) to
-                ``request.seq_len``, which moves nothing; or a snapshot, also one of another request.
-
-        Raises:
-            TruncateError: a length out of range; the message names those that are possible.
-            StalePlanError, UnknownRequestError: as in `plan`.
-        """
-        if not isinstance(to, Snapshot):
-            self.ledger.shorten(request, index(to))
-            self._after()
-            return
-        self.ledger.rewind(request, to)
-        self._put_state(request, to)
-        self._after("restore")
-
-    def snapshot(self, request: Request) -> Snapshot:
-        """Hold on to a sequence as it is now: its pages, shared, and a copy of its stream state.
-
-        Raises:
-            StalePlanError, UnknownRequestError: as in `plan`.
-        """
-        ledger = self.ledger
-        ledger.check_settled(request)
-        taken = Snapshot(
-            snapshot_id=ledger.new_id(),
-            req_id=request.req_id,
-            seq_len=request.seq_len,
-            min_len=request.min_len,
-            pages=ledger.allocator.share(request.pages),
-            state=tuple(state[request.state_slot].clone() for state in self._stream_state()),
-        )
-        ledger.keep(taken)
-        self._after("snapshot")
-        return taken
-
-    def restore(self, snapshot: Snapshot) -> Request:
-        """Start a sequence that continues from a snapshot; the snapshot stays.
-
-        Raises:
-            OutOfPagesError: every state slot is taken; nothing was changed.
-            UnknownRequestError: the snapshot was released, or is another cache's.
-        """
-        self.ledger.check_kept(snapshot)
-        request = self.ledger.open(snapshot.seq_len, snapshot.min_len, snapshot.pages)
-        self._put_state(request, snapshot)
-        self._after("restore")
-        return request
-
-    def release(self, snapshot: Snapshot) -> None:
-        """Drop a snapshot and free what it alone holds.
-
-        Raises:
-            UnknownRequestError: the snapshot was released already, or is another cache's.
-        """
-        self.ledger.release(snapshot)
-        self._after()
-
-    def save(self, request: Request, path: Path | str, extra: dict[str, str] | None = None) -> None:
-        """Write a sequence to disk: the manifest at ``path``, its pages in the folder ``dsv4kv-pages`` beside it.
-
-        Pages that another sequence saved there already are not stored again.
-
-        Args:
-            request (Request): the sequence.
-            path (Path | str): the manifest; replaced if it exists.
-            extra (dict[str, str] | None): small strings to get back from `load`.
-
-        Raises:
-            SavedFileError: it cannot be written; what was saved before is as it was, and no new file is left.
-            StalePlanError, UnknownRequestError: as in `plan`.
-        """
-        self.ledger.check_settled(request)
-        archive.save_request(self.spec, self._transfer, request, Path(path), dict(extra or {}))
-
-    def load(self, path: Path | str) -> tuple[Request, dict[str, str]]:
-        """Read a sequence that `save` wrote, also in another process, into a cache of the same spec.
-
-        Args:
-            path (Path | str): the manifest.
-
-        Returns:
-            tuple[Request, dict[str, str]]: a new sequence, and what was saved as ``extra``.
-
-        Raises:
-            SavedFileError: missing, damaged, of a newer format or of another spec; nothing was changed.
-            OutOfPagesError: no room; nothing was changed.
-        """
-        loaded = archive.load_request(self.spec, self.ledger, self._transfer, Path(path))
-        self._after()
-        return loaded
 
     def plan_tables(
         self,
@@ -314,7 +175,7 @@ class CompressedKVCache:
             index (CompressorInput | None): the indexer's compressor's projections; CSA layers.
 
         Raises:
-            StalePlanError: the cache has moved on since ``plan``, or a part was appended already; nothing was changed.
+            StalePlanError: what the plan rests on has changed, or a part was appended already; nothing was changed.
             ValueError, TypeError: an input does not fit; nothing was changed.
         """
         cache = self._layer(layer_id)
@@ -328,7 +189,7 @@ class CompressedKVCache:
                     f"layer {layer_id} {part}: expected once per step, got a second append"
                 )
         if plan.items:
-            self.ledger.begin(plan.items)
+            self._begin(plan)
         if plan.copies is not None and not any(done == layer_id for done, _ in plan.appended):
             self._bytes_copied["copy_on_write"] += cache.copy_shared(plan.copies)
         for part, value in parts.items():
@@ -368,7 +229,7 @@ class CompressedKVCache:
         """Make a step's tokens part of their sequences, and free window pages that no query can reach any more.
 
         Raises:
-            StalePlanError: the cache has moved on, or a part of a layer was not appended; nothing was changed.
+            StalePlanError: what the plan rests on has changed, or a part of a layer was not appended; nothing was changed.
         """
         ledger = self.ledger
         self._check_current(plan)
@@ -382,13 +243,32 @@ class CompressedKVCache:
             raise StalePlanError(
                 f"commit: expected every part of every layer appended, missing (layer, part) {missing}"
             )
-        ledger.commit(plan.items)
+        self._begin(plan)
+        ledger.commit(plan)
+        self._after()
+
+    def abandon(self, plan: StepPlan) -> None:
+        """Take back a step that will not be committed: its requests go on from their committed lengths, exactly.
+
+        For a step that failed, was interrupted, or lost one of its requests half way. A request that got no more tokens than
+        ``max_draft_tokens`` can afterwards be rolled back as if they had come and been cut off; any other one as before.
+        A plan of which nothing was appended needs no taking back; this does nothing then.
+
+        Raises:
+            StalePlanError: it was committed or abandoned, or all its requests are closed; nothing was changed.
+        """
+        self._check_owner(plan)
+        if not plan.appended:
+            return
+        for item in self.ledger.abandon(plan):
+            if not self._undo.put_back(plan, item):
+                self.ledger.narrow(item)
         self._after()
 
     def report(self) -> report.CacheReport:
         """Where the bytes are; equal to what is really allocated."""
         return report.build_report(
-            self.spec, self.storage, self.pages, self._ledger, self._bytes_copied
+            self.spec, self.storage, self.pages, self._ledger, self._undo.nbytes, self._bytes_copied
         )
 
     def check_integrity(self, *, memory: bool = False) -> None:
@@ -402,7 +282,9 @@ class CompressedKVCache:
         """
         ledger = self.ledger
         requests = ledger.requests
-        integrity.check_pages(self.spec, ledger.allocator, requests, ledger.snapshots)
+        integrity.check_pages(
+            self.spec, ledger.allocator, requests, ledger.snapshots, ledger.grants
+        )
         if memory:
             integrity.check_memory(self.spec, self.layers, self.storage.num_window_rows, requests)
 
@@ -411,25 +293,28 @@ class CompressedKVCache:
             raise ValueError(f"layer_id: expected 0 .. {len(self.layers) - 1}, got {layer_id}")
         return self.layers[layer_id]
 
-    def _check_current(self, plan: StepPlan) -> None:
+    def _check_owner(self, plan: StepPlan) -> None:
         if plan.owner is not self:
             raise StalePlanError("plan: expected one of this cache, got another cache's")
+
+    def _check_current(self, plan: StepPlan) -> None:
+        self._check_owner(plan)
         if self._ledger is not None:
-            self._ledger.check_epoch(plan.epoch)
+            self._ledger.check_plan(plan)
+
+    def _begin(self, plan: StepPlan) -> None:
+        """Before a step's first write: hold its pages, and what `abandon` will need."""
+        if not self.ledger.is_begun(plan):
+            self._bytes_copied["undo"] += self._undo.keep(plan)
+            self.ledger.begin(plan)
 
     def _after(self, copied_state_by: str | None = None) -> None:
         """Count a copy of one request's stream state, and check what the user asked to have checked."""
         if copied_state_by is not None:
             self._bytes_copied[copied_state_by] += report.stream_bytes_per_request(self.spec)
+        self._undo.drop_all_but(self.ledger.steps)
         if self._checks != "off":
             self.check_integrity(memory=self._checks == "memory")
-
-    def _stream_state(self) -> list[torch.Tensor]:
-        return [state for layer in self.storage.layers for state in layer.tensors()["stream_state"]]
-
-    def _put_state(self, request: Request, snapshot: Snapshot) -> None:
-        for state, kept in zip(self._stream_state(), snapshot.state, strict=True):
-            state[request.state_slot] = kept
 
     def _step_tensors(self, planned: Sequence[PlannedRequest], tables: PageTables) -> StepTensors:
         def tensor(values: list[int]) -> torch.Tensor:

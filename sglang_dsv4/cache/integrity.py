@@ -46,8 +46,9 @@ def check_pages(
     allocator: PageAllocator,
     requests: Sequence[Request],
     snapshots: Sequence[Snapshot],
+    grants: Sequence[PageGrant],
 ) -> None:
-    """I1 to I5.
+    """I1 to I5; ``grants`` are what steps under way hold beside the requests' own pages.
 
     Raises:
         CacheInvariantError: the message starts with the label of the broken invariant.
@@ -55,6 +56,8 @@ def check_pages(
     holders: list[Request | Snapshot] = [*requests, *snapshots]
     history = [page for holder in holders for page in holder.pages.history]
     window = [page for holder in holders for page in holder.pages.window if page != NULL_PAGE]
+    history += [page for grant in grants for page in grant.history_pages()]
+    window += [page for grant in grants for page in grant.window_pages()]
     _check_partition(
         "I1", "history pages", allocator.history.free, history, allocator.history.owners
     )

@@ -47,7 +47,7 @@ class PageList:
 
 @dataclass(frozen=True)
 class PageGrant:
-    """Pages that a plan will take for one sequence when it is committed.
+    """Pages that a plan takes for one sequence.
 
     Attributes:
         history (tuple[int, ...]): new history pages, appended to the sequence's.
@@ -60,6 +60,18 @@ class PageGrant:
     window: tuple[int, ...] = ()
     history_copy: int = NULL_PAGE
     window_copy: int = NULL_PAGE
+
+    def history_pages(self) -> tuple[int, ...]:
+        """Every history page it names, in the order in which they are taken."""
+        return _with_copy(self.history_copy, self.history)
+
+    def window_pages(self) -> tuple[int, ...]:
+        """Every window page it names, likewise."""
+        return _with_copy(self.window_copy, self.window)
+
+
+def _with_copy(copy: int, new: tuple[int, ...]) -> tuple[int, ...]:
+    return new if copy == NULL_PAGE else (copy, *new)
 
 
 class FreeList:
@@ -85,10 +97,13 @@ class FreeList:
         return tuple(reversed(self.free[end - count : end]))
 
     def take(self, numbers: Sequence[int]) -> None:
-        """Hand out numbers that `peek` named, in its order."""
+        """Hand out numbers that `peek` named; others may have come free since, and lie before them."""
         for number in numbers:
-            taken = self.free.pop()
-            assert taken == number, f"{self.name}: granted {number}, the free list gives {taken}"
+            assert self.owners[number] == 0, f"{self.name}: {number} was granted and is not free"
+            if self.free[-1] == number:
+                self.free.pop()
+            else:
+                self.free.remove(number)
             self.owners[number] = 1
 
     def share(self, number: int) -> None:
@@ -175,22 +190,35 @@ class PageAllocator:
             window=window.name(count),
         )
 
-    def take(self, grants: Sequence[tuple[PageList, PageGrant]]) -> None:
-        """Give granted pages to sequences, in the order in which they were granted."""
-        replaced: list[tuple[FreeList, int]] = []
-        for pages, grant in grants:
-            for free, held, copy, new in (
-                (self.history, pages.history, grant.history_copy, grant.history),
-                (self.window, pages.window, grant.window_copy, grant.window),
-            ):
-                if copy != NULL_PAGE:
-                    free.take((copy,))
-                    replaced.append((free, held[-1]))
-                    held[-1] = copy
-                free.take(new)
-                held.extend(new)
-        for free, page in replaced:  # only now: a page freed in between would be handed out next
-            free.release(page)
+    def can_reserve(self, grant: PageGrant) -> bool:
+        """Whether every page of a grant is free still."""
+        return not any(self.history.owners[page] for page in grant.history_pages()) and not any(
+            self.window.owners[page] for page in grant.window_pages()
+        )
+
+    def reserve(self, grants: Sequence[PageGrant]) -> None:
+        """Take granted pages off the free lists."""
+        for grant in grants:
+            self.history.take(grant.history_pages())
+            self.window.take(grant.window_pages())
+
+    def withdraw(self, grant: PageGrant) -> None:
+        """Give reserved pages back; in the reverse order, so that the next plan is granted the same."""
+        for page in reversed(grant.history_pages()):
+            self.history.release(page)
+        for page in reversed(grant.window_pages()):
+            self.window.release(page)
+
+    def settle(self, pages: PageList, grant: PageGrant) -> None:
+        """Give reserved pages to a sequence."""
+        for free, held, copy, new in (
+            (self.history, pages.history, grant.history_copy, grant.history),
+            (self.window, pages.window, grant.window_copy, grant.window),
+        ):
+            if copy != NULL_PAGE:
+                free.release(held[-1])
+                held[-1] = copy
+            held.extend(new)
 
     def share(self, pages: PageList) -> PageList:
         """The same pages with one more owner."""

@@ -10,6 +10,8 @@ from sglang_dsv4.cache.request import Request
 from sglang_dsv4.cache.storage import CacheStorage
 from sglang_dsv4.spec import CacheSpec
 
+COPIED_BY = ("fork", "snapshot", "restore", "copy_on_write", "undo")
+
 
 @dataclass(frozen=True)
 class RequestReport:
@@ -49,7 +51,8 @@ class CacheReport:
         index_format (str): format of index keys.
         page_tokens (int): tokens per page.
         max_tokens (int): tokens that fit in the history pages.
-        bytes_by_pool (dict[str, int]): sizes of the tensors; ``row_pools`` holds window rows and entries together.
+        bytes_by_pool (dict[str, int]): sizes of the tensors; ``row_pools`` holds window rows and entries together, and
+            ``snapshots`` and ``undo`` are copies of stream state beside the pools.
         bytes_in_row_pools (dict[str, int]): how ``row_pools`` divides: ``window_rows``, ``entries``, ``padding``.
         total_bytes (int): sum of ``bytes_by_pool``.
         history_bytes_per_token (float): entries and index keys of one token of context.
@@ -57,8 +60,8 @@ class CacheReport:
         history_page_bytes (int): one history page.
         stream_bytes_per_request (int): stream state of one request.
         counts (dict[str, int]): pages and slots, total and free where the owner knows them.
-        bytes_copied (dict[str, int]): since the cache was made: stream state by ``fork``, ``snapshot`` and ``restore``, and
-            rows by ``copy_on_write``.
+        bytes_copied (dict[str, int]): since the cache was made: stream state by ``fork``, ``snapshot`` and ``restore``, rows
+            by ``copy_on_write``, and by ``undo`` the stream state that steps could have to put back.
         requests (tuple[RequestReport, ...]): open requests.
     """
 
@@ -96,21 +99,38 @@ class CacheReport:
             ("rows / index keys", f"{self.row_format} / {self.index_format}"),
             ("tokens, at most", f"{self.max_tokens:,}"),
             ("bytes of a token's history", f"{self.history_bytes_per_token:,.1f}"),
-            *((f"bytes of {name}", f"{size:,}") for name, size in self.bytes_by_pool.items()),
-            ("bytes in all", f"{self.total_bytes:,}"),
-            *((name.replace("_", " "), f"{count:,}") for name, count in self.counts.items()),
-            *((f"bytes copied by {name}", f"{size:,}") for name, size in self.bytes_copied.items()),
+        ]
+        for name, size in self.bytes_by_pool.items():
+            lines.append((f"bytes of {_words(name)}", f"{size:,}"))
+            if name == "row_pools":
+                lines += [
+                    (f"  {_words(part)}", f"{of_it:,}")
+                    for part, of_it in self.bytes_in_row_pools.items()
+                ]
+        lines.append(("bytes in all", f"{self.total_bytes:,}"))
+        lines += [(_words(name), f"{count:,}") for name, count in self.counts.items()]
+        lines += [
+            (f"bytes copied by {_words(name)}", f"{size:,}")
+            for name, size in self.bytes_copied.items()
         ]
         for request in self.requests:
             tail = ", ".join(f"{length} of {ratio}" for ratio, length in request.tail_lens.items())
-            lines.append((f"request {request.req_id}", f"{request.seq_len:,} tokens"))
-            lines.append(("  open blocks", tail))
+            flush = ", ".join(str(count) for count in request.tokens_to_flush.values())
             held = request.history_pages + request.window_pages
-            lines.append(("  pages, of them shared", f"{held}, {request.shared_pages}"))
-            lines.append(
-                ("  bytes, of them its own", f"{request.page_bytes:,}, {request.own_bytes:,}")
-            )
+            lines += [
+                (f"request {request.req_id}", f"{request.seq_len:,} tokens"),
+                ("  pending tail rows", tail),
+                ("  tokens to the next flush", flush),
+                ("  pages, of them shared", f"{held}, {request.shared_pages}"),
+                ("  bytes of its pages", f"{request.page_bytes:,}"),
+                ("  bytes that closing frees", f"{request.own_bytes:,}"),
+                ("  bytes of its stream state", f"{request.stream_bytes:,}"),
+            ]
         return lines
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def history_page_bytes(spec: CacheSpec) -> int:
@@ -165,12 +185,14 @@ def build_report(
     storage: CacheStorage,
     pages: PageOwner,
     ledger: Ledger | None,
+    undo_bytes: int,
     bytes_copied: dict[str, int],
 ) -> CacheReport:
     """Where the bytes of a cache are."""
     capacity, by_pool = pages.capacity, storage.bytes_by_pool()
     snapshots = ledger.snapshots if ledger is not None else ()
     by_pool["snapshots"] = sum(state.nbytes for taken in snapshots for state in taken.state)
+    by_pool["undo"] = undo_bytes
     window_rows = len(spec.layers) * storage.num_window_rows * spec.rows.row_bytes
     entries = sum(
         capacity.history_pages * (spec.page_tokens // layer.ratio) * spec.rows.row_bytes

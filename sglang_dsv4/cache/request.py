@@ -16,9 +16,10 @@ class Request:
         seq_len (int): committed tokens.
         min_len (int): the shortest length it can be truncated to without a snapshot.
         pages (PageList): its pages.
+        changed_at (int): the cache's epoch when it changed last; a plan made before is stale.
     """
 
-    __slots__ = ("min_len", "pages", "req_id", "seq_len", "state_slot")
+    __slots__ = ("changed_at", "min_len", "pages", "req_id", "seq_len", "state_slot")
 
     def __init__(self, req_id: int, state_slot: int) -> None:
         self.req_id = req_id
@@ -26,6 +27,7 @@ class Request:
         self.seq_len = 0
         self.min_len = 0
         self.pages = PageList()
+        self.changed_at = 0
 
     def tail_len(self, ratio: int) -> int:
         """Tokens of the open block: ``seq_len % ratio``."""

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 
+from sglang_dsv4.cache.contents import Shapes
 from sglang_dsv4.cache.transfer import Tensors
 from sglang_dsv4.errors import SavedFileError
 from sglang_dsv4.spec import CacheSpec
@@ -26,6 +28,8 @@ from sglang_dsv4.spec import CacheSpec
 FORMAT = "sglang-dsv4 saved sequence"
 VERSION = 1
 BLOB_FOLDER = "dsv4kv-pages"
+TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".dsv4kv-", ".tmp"  # of a file that is not whole yet
+_BLOB_NAME = re.compile(r"([0-9a-f]{64})?\Z")  # empty: a page that is not held
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,29 @@ class Manifest:
         checksum = body.pop("checksum", None)
         if checksum != _checksum(body):
             raise SavedFileError(f"{path}: damaged, its checksum does not match")
-        found = cls(**{name: body[name] for name in cls.__dataclass_fields__})
+        found = cls._of_fields(body, path)
         if found.spec != spec.digest():
             raise SavedFileError(f"{path}: {_spec_difference(found.spec_fields, spec)}")
         return found
+
+    @classmethod
+    def _of_fields(cls, body: dict[str, Any], path: Path) -> "Manifest":
+        """Check the fields that `load` computes with; ``extra`` and the rest are only passed on."""
+        for name in cls.__dataclass_fields__:
+            if name not in body:
+                raise SavedFileError(f"{path}: expected a field {name!r}, found none")
+        names = [body["state"]]
+        for pages in (body["history"], body["window"]):
+            names += pages if isinstance(pages, list) else [pages]
+        wrong = [name for name in names if not (isinstance(name, str) and _BLOB_NAME.match(name))]
+        if wrong:
+            raise SavedFileError(f"{path}: expected names of pages, got {wrong[0]!r}")
+        for name in ("seq_len", "min_len"):
+            if type(body[name]) is not int or body[name] < 0:
+                raise SavedFileError(
+                    f"{path}: {name}: expected a number of tokens, got {body[name]!r}"
+                )
+        return cls(**{name: body[name] for name in cls.__dataclass_fields__})
 
     def blobs(self) -> set[str]:
         """Every blob the sequence needs."""
@@ -132,8 +155,7 @@ class BlobWriter:
 
     def __enter__(self) -> "BlobWriter":
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = lock_folder(self._folder)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,9 +194,16 @@ class BlobWriter:
             ) from error
 
 
+def lock_folder(folder: Path) -> int:
+    """Wait until nobody else holds the folder; closing the descriptor lets it go."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
 def _put(target: Path, content: bytes) -> None:
     """Write a file so that it is either whole or not there."""
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    descriptor, temporary = tempfile.mkstemp(TEMPORARY_SUFFIX, TEMPORARY_PREFIX, target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -205,11 +234,15 @@ class BlobReader:
         self._path = manifest_path
         self._manifest = manifest
 
-    def read(self, name: str) -> Tensors:
+    def read(self, name: str, shapes: Shapes) -> Tensors:
         """A blob's tensors.
 
+        Args:
+            name (str): the blob.
+            shapes (Shapes): what it must hold.
+
         Raises:
-            SavedFileError: missing or damaged; names the file, and the tensor where that can be told.
+            SavedFileError: missing, damaged, or something else; names the file, and the tensor where that can be told.
         """
         target = self._path.parent / BLOB_FOLDER / f"{name}.safetensors"
         try:
@@ -220,7 +253,17 @@ class BlobReader:
             raise SavedFileError(f"{self._path}: {target} cannot be read: {error}") from error
         if hashlib.sha256(stored).hexdigest() != name:
             raise SavedFileError(f"{self._path}: {target} is damaged{self._where(name, stored)}")
-        return parse_tensors(stored)
+        try:
+            tensors = parse_tensors(stored)
+        except SafetensorError as error:
+            raise SavedFileError(f"{self._path}: {target} is no safetensors file") from error
+        got = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+        for key in sorted(shapes.keys() | got.keys()):
+            if got.get(key) != shapes.get(key):
+                raise SavedFileError(
+                    f"{self._path}: {target}: tensor {key}: expected {shapes.get(key, 'none')}, got {got.get(key, 'none')}"
+                )
+        return tensors
 
     def _where(self, name: str, stored: bytes) -> str:
         """Which tensor of a damaged blob is wrong, where that can be told."""

@@ -5,6 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dsv4_kernels.row_codec import naive_put_row_bytes, naive_row_bytes
+from sglang_dsv4.cache.contents import (
+    first_accumulator_position,
+    first_stream_position,
+    window_range,
+)
 from sglang_dsv4.cache.layer import LayerCache
 from sglang_dsv4.cache.pages import NULL_PAGE
 from sglang_dsv4.cache.request import Request
@@ -103,9 +108,7 @@ class Transfer:
     def _window_range(self, request: Request, index: int) -> tuple[int, int, int]:
         """First and last row of a page that a query can reach, and how many rows of its boundary state are written."""
         assert request.pages.window[index] != NULL_PAGE, "a window page that is held"
-        first = index * self._spec.page_tokens
-        begin = max(0, self._spec.first_window_position(request.min_len) - first)
-        end = min(request.seq_len - first, self._spec.page_tokens)
+        begin, end = window_range(self._spec, request.seq_len, request.min_len, index)
         return begin, end, end - self._spec.page_tokens
 
     def _window_rows(
@@ -134,11 +137,11 @@ class Transfer:
             ratio, storage = layer.layer.ratio, layer.storage
             for part, store in (("main", storage.main), ("index", storage.index)):
                 if store is not None:
-                    first = max(0, request.min_len // ratio * ratio - ratio)
+                    first = first_stream_position(request.min_len, ratio)
                     rows = self._ring(first, request.seq_len, store.streams)
                     yield f"layer.{layer.layer.layer_id}.streams.{part}", store.streams, rows
             if storage.accumulators is not None:
-                first = max(0, request.min_len - 1)
+                first = first_accumulator_position(request.min_len)
                 rows = self._ring(first, request.seq_len, storage.accumulators)
                 yield f"layer.{layer.layer.layer_id}.accumulators", storage.accumulators, rows
 

@@ -18,22 +18,12 @@ def keep_boundary(cache: CompressedKVCache, request: Request) -> Snapshot:
     Returns:
         Snapshot: to be continued with `continue_boundary`, and released with `CompressedKVCache.release`.
     """
-    ledger = cache.ledger
-    ledger.check_settled(request)
     pages = request.pages
     assert request.seq_len == len(pages.history) * cache.spec.page_tokens > 0, "at a page boundary"
     # A window reaches back less than a page.
     window = [NULL_PAGE] * (len(pages.window) - 1) + pages.window[-1:]
-    kept = Snapshot(
-        snapshot_id=ledger.new_id(),
-        req_id=request.req_id,
-        seq_len=request.seq_len,
-        min_len=request.seq_len,
-        pages=ledger.allocator.share(PageList(list(pages.history), window)),
-        state=(),
-    )
-    ledger.keep(kept)
-    return kept
+    kept = PageList(list(pages.history), window)
+    return cache.ledger.keep(request, kept, min_len=request.seq_len, state=())
 
 
 def continue_boundary(cache: CompressedKVCache, kept: Snapshot) -> Request:

@@ -105,7 +105,7 @@ class Handle:
     @property
     def is_closed(self) -> bool:
         """Whether it holds nothing any more."""
-        return not self._close.alive or self._sequence.request is None
+        return not self._close.alive
 
     def live(self) -> LiveSequence:
         """The sequence.
@@ -115,10 +115,7 @@ class Handle:
         """
         if not self._close.alive:
             raise UnknownRequestError(f"{self}: expected an open handle, got a closed one")
-        if self._sequence.request is None:
-            raise UnknownRequestError(
-                f"{self}: expected an open handle, got one whose last step failed"
-            )
+        assert self._sequence.request is not None, "only a closed handle has no request"
         return self._sequence
 
     def fork(self) -> "Handle":

@@ -78,6 +78,7 @@ class RuntimeReport:
             "padding": (cache.bytes_in_row_pools["padding"], ""),
             "RoPE tables": (cache.bytes_by_pool["rope_tables"], ""),
             "snapshots": (cache.bytes_by_pool["snapshots"], "stream state"),
+            "undo copies": (cache.bytes_by_pool["undo"], "stream state"),
         }
         for name, (size, use) in parts.items():
             rows.append([name, format_bytes(size), f"{100 * size / total:.1f} %", use])
@@ -98,16 +99,19 @@ class RuntimeReport:
         ]
 
     def _sequences(self) -> list[list[str]]:
-        rows = [["id", "tokens", "open blocks", "pages", "bytes", "its own", "text"]]
+        rows = [["id", "tokens", "open blocks", "to flush", "pages", "bytes", "its own", "text"]]
         for request in self.cache.requests:
             tails = ", ".join(f"{tail}/{ratio}" for ratio, tail in request.tail_lens.items())
+            flush = ", ".join(str(count) for count in request.tokens_to_flush.values())
             pages = f"{request.history_pages + request.window_pages}"
             if request.shared_pages:
                 pages += f", {request.shared_pages} shared"
             total = request.page_bytes + request.stream_bytes
             sizes = [format_bytes(total), format_bytes(request.own_bytes)]
             text = self.texts.get(request.req_id, "")
-            rows.append([str(request.req_id), str(request.seq_len), tails, pages, *sizes, text])
+            rows.append(
+                [str(request.req_id), str(request.seq_len), tails, flush, pages, *sizes, text]
+            )
         return rows
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from sglang_dsv4.cache import CompressedKVCache, Request, Snapshot
+from sglang_dsv4.cache import CompressedKVCache, Request, Snapshot, prune_saved
+from sglang_dsv4.cache.prune import Pruned
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError
 from sglang_dsv4.runtime.checkpoint import load_checkpoint
 from sglang_dsv4.runtime.handle import Handle, HandleSnapshot, Sink
@@ -189,6 +190,14 @@ class Runtime:
         sequence.request = request
         sequence.cached_tokens = request.seq_len
         return self.adopt(sequence)
+
+    @staticmethod
+    def prune(folder: str | Path, *, dry_run: bool = False) -> Pruned:
+        """Remove pages of saved sequences that no manifest names any more; see `sglang_dsv4.cache.prune_saved`.
+
+        Deleting a saved sequence is deleting its manifest, and this.
+        """
+        return prune_saved(folder, dry_run=dry_run)
 
     def restore(self, snapshot: HandleSnapshot) -> Handle:
         """Start a sequence that continues from a snapshot; the snapshot stays.

@@ -133,11 +133,8 @@ class Scheduler:
             logits = self._model.run(plan, tokens)
             finished = True
         finally:
-            if (
-                not finished
-            ):  # some layers are written and some are not: nobody can go on from there
-                for job, _ in shares:
-                    self._close(job)
+            if not finished:  # some layers are written and some are not
+                self._cache.abandon(plan)
         for (job, _), row in zip(shares, logits, strict=True):
             job.sequence.logits = None if job.sequence.num_pending else row.clone()
 

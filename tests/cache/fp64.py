@@ -1,7 +1,10 @@
 """Entries of a sequence in fp64, from the report's equations, without the package's own references."""
 
+from functools import cache
+
 import torch
 
+from dsv4_kernels.layout import RowFormat
 from sglang_dsv4.cache import CompressorInput
 from sglang_dsv4.spec import LayerSpec
 
@@ -44,18 +47,35 @@ def entries(given: CompressorInput, layer: LayerSpec, rotate: bool) -> torch.Ten
         raw / (raw.square().mean(-1, keepdim=True) + given.eps).sqrt() * given.norm_weight.double()
     )
     found = _rotate(normed, torch.arange(count) * m, layer)
-    if rotate:
-        signs = torch.tensor(
-            [[(-1.0) ** bin(i & j).count("1") for j in range(dim)] for i in range(dim)]
-        )
-        found = found @ signs.double() / dim**0.5
-    return found
+    return found @ _signs(dim) / dim**0.5 if rotate else found
 
 
-def excess(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> float:
+@cache
+def _signs(dim: int) -> torch.Tensor:
+    signs = [[(-1.0) ** bin(i & j).count("1") for j in range(dim)] for i in range(dim)]
+    return torch.tensor(signs, dtype=torch.float64)
+
+
+def rounding(fmt: RowFormat) -> tuple[torch.Tensor, float]:
+    """How far one rounding to a format may move a value: per channel relative to it, and relative to the row's largest.
+
+    e4m3 has three bits behind the point; its smallest step is 2^-9 of a scale, which is at most 2/448 of the largest value.
+    """
+    relative, smallest = torch.full((fmt.dim,), FP32), 0.0
+    if fmt.storage_dtype == torch.bfloat16:
+        relative = torch.full((fmt.dim,), BF16)
+    elif fmt.group_rows > 1:
+        relative, smallest = torch.full((fmt.dim,), 2.0**-4), 2.0**-10 * 2 / 448
+        if fmt.dim == 512:
+            relative[-64:] = BF16
+    return relative.double(), smallest
+
+
+def excess(found: torch.Tensor, expected: torch.Tensor, fmt: RowFormat) -> float:
     """Largest error beyond what rounding explains; not above 0 when they agree."""
     if not len(expected):
         return 0.0
+    relative, smallest = rounding(fmt)
     scale = expected.abs().amax(1, keepdim=True)
-    allowed = rounding * expected.abs() + FP32 * scale
+    allowed = relative * expected.abs() + (2 * FP32 + smallest) * scale
     return ((found.double() - expected).abs() - allowed).max().item()

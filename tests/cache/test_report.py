@@ -8,10 +8,13 @@ from tests.cache.driver import FORMATS, feed, make_spec, random_sequence
 
 
 def allocated(cache):
-    """Every tensor reachable from the storage object, found without asking it."""
-    seen, stack, total = set(), [cache.storage], 0
+    """Bytes of every tensor reachable from the cache, found without asking it."""
+    seen, stack, total, visited = set(), [cache], 0, set()
     while stack:
         item = stack.pop()
+        if id(item) in visited:
+            continue
+        visited.add(id(item))
         if isinstance(item, torch.Tensor):
             key = item.untyped_storage().data_ptr()
             if key not in seen:
@@ -35,7 +38,7 @@ def test_total_is_what_is_allocated(formats):
     assert report.total_bytes == allocated(cache)
     assert sum(report.bytes_by_pool.values()) == report.total_bytes
     assert set(report.bytes_by_pool) == {
-        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots"
+        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots", "undo"
     }  # fmt: skip
     assert sum(report.bytes_in_row_pools.values()) == report.bytes_by_pool["row_pools"]
     # Per layer: the last group of 64 rows may be part empty; and each group of 64 fp8 rows is padded by 64 bytes.
@@ -100,6 +103,7 @@ def test_shared_pages_and_snapshots_are_counted():
         "snapshot": report.stream_bytes_per_request,
         "restore": 0,
         "copy_on_write": 0,
+        "undo": 0,
     }
     feed(cache, [(request, sequence, 1)])
     # Of the page that starts at 512 no block was closed: window rows 512 .. 514 of three layers, and its boundary state.
@@ -107,6 +111,62 @@ def test_shared_pages_and_snapshots_are_counted():
     assert copied == 3 * 3 * 1024 + 4 * 2 * (512 + 128) * 4
     cache.release(taken)
     assert cache.report().bytes_by_pool["snapshots"] == 0
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_the_sums_are_what_torch_allocated(formats):
+    """Everything that a cache in use refers to, with snapshots, found by walking its objects: nothing is left out."""
+    cache = CompressedKVCache.create(make_spec(formats), num_pages=8, max_requests=4)
+    sequence = random_sequence(cache.spec, 520)
+    requests = [cache.open() for _ in range(2)]
+    for request, length in zip(requests, (515, 100), strict=True):
+        feed(cache, [(request, sequence, length)])
+    twin = cache.fork(requests[0])
+    kept = [cache.snapshot(request) for request in (twin, requests[1])]
+    report = cache.report()
+    assert report.bytes_by_pool["snapshots"] == 2 * report.stream_bytes_per_request
+    assert sum(report.bytes_by_pool.values()) == report.total_bytes == allocated(cache)
+    cache.release(kept[0])
+    assert cache.report().total_bytes == allocated(cache) < report.total_bytes
+    # By request: a page is its owner's alone, or shared; each page counted once gives the pages in use.
+    shares = cache.report().requests
+    own = sum(share.own_bytes - share.stream_bytes for share in shares)
+    counts = report.counts
+    shared = (
+        counts["history_pages_shared"] * report.history_page_bytes
+        + counts["window_pages_shared"] * report.window_page_bytes
+    )
+    in_use = (counts["history_pages"] - counts["history_pages_free"]) * report.history_page_bytes
+    in_use += (counts["window_pages"] - counts["window_pages_free"]) * report.window_page_bytes
+    assert own + shared == in_use
+    assert (
+        sum(share.shared_pages for share in shares) == 2 * 5 + 2
+    )  # the fork's, and the snapshot's
+
+
+def test_the_walk_finds_what_a_report_left_out():
+    """The twin: a tensor that nobody counts is found."""
+    cache = CompressedKVCache.create(make_spec(), num_pages=2, max_requests=1)
+    assert cache.report().total_bytes == allocated(cache)
+    cache.layers[0].forgotten = torch.zeros(3)
+    assert cache.report().total_bytes == allocated(cache) - 12
+
+
+def test_the_text_says_what_is_pending_and_what_is_padding():
+    cache = CompressedKVCache.create(make_spec(("fp8_584", "fp8")), num_pages=4, max_requests=2)
+    request = cache.open()
+    feed(cache, [(request, random_sequence(cache.spec, 515), 515)])
+    report = cache.report()
+    text, html = str(report), report._repr_html_()
+    for name, value in (
+        ("padding", f"{report.bytes_in_row_pools['padding']:,}"),
+        ("pending tail rows", "3 of 4, 3 of 128"),
+        ("tokens to the next flush", "1, 125"),
+        ("bytes that closing frees", f"{report.requests[0].own_bytes:,}"),
+    ):
+        (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
+        assert line.endswith(f" {value}")
+        assert f">{value}</td>" in html
 
 
 def test_the_report_reads_as_text_as_html_and_as_a_dictionary():

@@ -66,11 +66,16 @@ def test_stale_plan_is_refused(cache):
     plan = cache.plan([(request, 4)])
     other = cache.plan([(request, 2)])
     append_all(cache, other, [(sequence, 0, 2)])
-    cache.commit(other)
-    with pytest.raises(StalePlanError, match="epoch"):
+    with pytest.raises(StalePlanError, match="its last plan was appended"):
         append_all(cache, plan, [(sequence, 0, 4)])
-    with pytest.raises(StalePlanError, match="epoch"):
+    cache.commit(other)
+    message = r"expected one made after Request\(req_id=0, seq_len=2\) last changed, at epoch 3, got one of epoch 1"
+    with pytest.raises(StalePlanError, match=message):
+        append_all(cache, plan, [(sequence, 0, 4)])
+    with pytest.raises(StalePlanError, match=message):
         cache.commit(plan)
+    with pytest.raises(StalePlanError, match="expected a new one, got one that is over"):
+        cache.commit(other)
     assert request.seq_len == 2
 
 
@@ -93,11 +98,11 @@ def test_a_part_is_appended_once(cache):
         cache.append(0, plan, window=given)
 
 
-def test_an_appended_plan_must_be_committed_or_closed(cache):
+def test_an_appended_plan_must_be_committed_abandoned_or_closed(cache):
     request, other = cache.open(), cache.open()
     sequence = random_sequence(cache.spec, 8)
     append_all(cache, cache.plan([(request, 4)]), [(sequence, 0, 4)])
-    with pytest.raises(StalePlanError, match="expected commit or close"):
+    with pytest.raises(StalePlanError, match="expected commit, abandon or close"):
         cache.plan([(request, 4)])
     feed(cache, [(other, sequence, 4)])
     cache.close(request)

@@ -14,8 +14,9 @@ import pytest
 
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cache import saved as saved_module
+from sglang_dsv4.cache.contents import history_shapes, state_shapes, window_shapes
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError, StalePlanError
-from tests.cache.driver import make_spec, reachable_bytes
+from tests.cache.driver import FORMATS, make_spec, reachable_bytes
 from tests.cache.test_branching import DRAFT, Words, make_cache, words
 
 LENGTHS = [0, 1, 3, 4, 5, 126, 127, 128, 129, 255, 256, 257, 383, 517]
@@ -193,7 +194,23 @@ DAMAGES = {
         "damaged, its checksum does not match",
     ),
     "newer version": (lambda p: edit(p, version=2), "expected format version 1, got 2"),
-    "page counts": (lambda p: edit(p, seq_len=600), "expected 5 history pages"),
+    "page counts": (lambda p: edit(p, seq_len=600, min_len=595), "expected 5 history pages"),
+    "no field": (lambda p: edit(p, window=None), "expected names of pages, got None"),
+    "no number": (
+        lambda p: edit(p, seq_len="300"),
+        "seq_len: expected a number of tokens, got '300'",
+    ),
+    "a path": (lambda p: edit(p, state="../a"), "expected names of pages, got '../a'"),
+    "cut too far": (lambda p: edit(p, min_len=294), "cut back by at most 5 tokens, got one of 300"),
+    "not cut at all": (lambda p: edit(p, min_len=301), "got one of 300 tokens with min_len 301"),
+    "another page": (
+        lambda p: edit(p, history=(h := json.loads(p.read_text())["history"])[:2] + h[:1]),
+        r"tensor layer.1.entries: expected \(\(11, 1024\).*got \(\(32, 1024\)",
+    ),
+    "another state": (
+        lambda p: edit(p, state=json.loads(p.read_text())["history"][0]),
+        "tensor layer.1.entries: expected none, got",
+    ),
     "missing page": (lambda p: blobs(p.parent)[1].unlink(), "page missing: expected"),
     "cut page": (
         lambda p: blobs(p.parent)[1].write_bytes(blobs(p.parent)[1].read_bytes()[:50]),
@@ -202,6 +219,53 @@ DAMAGES = {
     "flipped bit": (lambda p: flip(blobs(p.parent)[2], -3), "is damaged: tensor layer"),
     "flipped header": (lambda p: flip(blobs(p.parent)[2], 20), "is damaged"),
 }
+
+
+def test_what_is_not_damaged_loads(kept):
+    """The twin of the next test: signing again is not what makes a manifest bad."""
+    cache, request, path = kept
+    edit(path, extra={"a": "b"})
+    again, extra = cache.load(path)
+    assert extra == {"a": "b"}
+    assert reachable_bytes(cache, again) == reachable_bytes(cache, request)
+
+
+def test_a_manifest_without_a_field(kept):
+    cache, _, path = kept
+    body = json.loads(path.read_text())
+    del body["tensors"], body["checksum"]
+    path.write_text(json.dumps({**body, "checksum": saved_module._checksum(body)}))
+    with pytest.raises(SavedFileError, match="expected a field 'tensors', found none"):
+        cache.load(path)
+
+
+def test_each_page_is_read_once(kept, monkeypatch):
+    cache, _, path = kept
+    stock, read = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda p: (read.append(p.name), stock(p))[1])
+    cache.load(path)
+    assert sorted(read) == [blob.name for blob in blobs(path.parent)]
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+@pytest.mark.parametrize("length", [0, 1, 5, 127, 128, 129, 256, 259])
+def test_the_shapes_checked_are_those_saved(formats, length):
+    for draft in (0, DRAFT):
+        cache = make_cache(formats, draft=draft)
+        request = cache.open()
+        if length:
+            Words(cache.spec).append(cache, request, [], words(length))
+        spec, transfer, min_len = cache.spec, cache._transfer, request.min_len
+        pairs = [(transfer.read_state(request), state_shapes(spec, length, min_len))]
+        for index, page in enumerate(request.pages.window):
+            pairs.append(
+                (transfer.read_history(request, index), history_shapes(spec, length, index))
+            )
+            if page >= 0:
+                shapes = window_shapes(spec, length, min_len, index)
+                pairs.append((transfer.read_window(request, index), shapes))
+        for tensors, shapes in pairs:
+            assert {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} == shapes
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -216,6 +280,8 @@ def test_each_damage_is_one_sentence_and_changes_nothing(kept, damage):
     assert str(path) in str(caught.value)
     assert counts(cache) == before
     cache.check_integrity()
+    for file in path.parent.rglob("*"):
+        assert not file.name.startswith(saved_module.TEMPORARY_PREFIX)
 
 
 def test_another_spec_is_named(kept):

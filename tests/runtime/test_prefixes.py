@@ -11,8 +11,6 @@ from tests.runtime.worlds import (
     make_tokens,
 )
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture
 def runtime(small_checkpoint):
@@ -100,7 +98,7 @@ def test_a_hit_can_be_rolled_back_like_a_cold_prompt(runtime, small_oracle):
     """So a boundary right before the end is not used: behind it nothing could be taken back."""
     tokens = make_tokens(300)
     runtime.open(tokens[:200]).close()
-    for length in (129, 135, 136, 137, 138):
+    for length in (129, 136, 137):
         handle = runtime.open([*tokens[:128], *make_tokens(length - 128, salt=1)])
         assert cached(handle) == (128 if length >= 137 else 0)
         handle.truncate(length - 8).append(make_tokens(2, salt=2))

@@ -9,8 +9,6 @@ import pytest
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError
 from tests.runtime.worlds import assert_nothing_held, assert_right, make_runtime, make_tokens
 
-pytestmark = pytest.mark.long
-
 PROGRAM = """
 import json, sys
 import torch
