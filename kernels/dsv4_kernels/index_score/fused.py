@@ -1,0 +1,411 @@
+"""Fused indexer: rotate queries, score the visible index keys, choose the best entries.
+
+Three launches for a decode step or for as many tokens of a prefill as the workspace has rows, and a fourth where a token
+may see more entries than one program can rank (`dsv4_kernels.index_topk`).
+
+Scores are shared out as *tiles*: some entries times a *unit* of consecutive tokens, whose keys are loaded once for all
+tokens of one request. The first launch also counts the tiles of every unit, so that each program of the second takes an
+equal run of them whatever the lengths are, on a grid that depends on shapes alone. A score is one dot product per head over
+all 128 channels, and a sum over heads in which every addition has two operands: it does not depend on what is around it.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts
+from dsv4_kernels.hadamard.fused import hadamard_rows
+from dsv4_kernels.index_score.naive import query_dtype
+from dsv4_kernels.index_topk.fused import BLOCK, TopkWorkspace, topk_entries, topk_workspace
+from dsv4_kernels.layout import INDEX_DIM, RowFormat
+from dsv4_kernels.memory import empty
+from dsv4_kernels.norm_rope.fused import rope_rows
+from dsv4_kernels.row_codec.fused import round_to_bf16, store_format
+from dsv4_kernels.step import StepTensors
+
+# The smallest number of heads that a tensor core's tile takes; missing heads are zero.
+_MIN_HEADS = 16
+# Query rows of one program of the first launch.
+_QUERY_ROWS = 16
+# Units whose tiles are counted at once.
+_COUNTED_UNITS = 256
+
+
+class IndexWorkspace(NamedTuple):
+    """Scratch of `select_entries`, from `index_workspace`. One call at a time may use it; nothing in it needs clearing."""
+
+    query: torch.Tensor
+    scores: torch.Tensor
+    first_tiles: torch.Tensor
+    topk: TopkWorkspace
+
+
+@triton.jit
+def scored_entries(p_positions, b_token, m_t, RATIO: tl.constexpr, K: tl.constexpr):
+    """Entries that tokens see, or 0 where nothing is to be chosen."""
+    b_position = tl.load(p_positions + b_token, mask=m_t, other=-1)
+    b_visible = ((b_position + 1) // RATIO).to(tl.int32)
+    return tl.where(b_visible > K, b_visible, 0)
+
+
+@triton.jit
+def count_tiles(
+    p_positions, first_token, num_tokens, p_first_tiles,
+    RATIO: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
+):  # fmt: skip
+    """Number the tiles: each unit's first, and behind the last unit the number of all."""
+    num_units = tl.cdiv(num_tokens, UNIT)
+    tl.store(p_first_tiles, 0)
+    counted = num_tokens * 0
+    for first in range(0, num_units, BU):
+        o_u = first + tl.arange(0, BU)
+        o_t = o_u[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+        b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
+        b_tiles = (tl.max(b_visible, axis=1) + BS - 1) // BS
+        tl.store(p_first_tiles + 1 + o_u, counted + tl.cumsum(b_tiles, axis=0), mask=o_u < num_units)
+        counted += tl.sum(b_tiles, axis=0)
+
+
+@triton.jit(do_not_specialize=["first_token", "num_tokens", "token_stride", "head_stride"])
+def index_query_kernel(
+    p_positions, first_token, num_tokens, p_q, token_stride, head_stride, p_cos_sin, p_query, p_first_tiles,
+    HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr,
+    RATIO: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr, CASTS: tl.constexpr,
+):  # fmt: skip
+    """``E`` heads of one token per program; the last program counts the tiles."""
+    i_t = tl.program_id(0) // (H // E)
+    if i_t == num_tokens:
+        count_tiles(p_positions, first_token, num_tokens, p_first_tiles, RATIO, K, UNIT, BS, BU)
+    else:
+        token = (first_token + i_t).to(tl.int64)
+        position = tl.load(p_positions + token)
+        if (position + 1) // RATIO > K:
+            o_h = tl.program_id(0) % (H // E) * E + tl.arange(0, E)
+            o_d = tl.arange(0, D)[None, :]
+            m_h = o_h < HEADS
+            p_row = p_q + token * token_stride + o_h * head_stride
+            b_q = tl.load(p_row[:, None] + o_d, mask=m_h[:, None], other=0.0).to(tl.float32)
+            p_angle = p_cos_sin + (o_h * 0 + position) * R
+            b_q = hadamard_rows(rope_rows(b_q, p_angle, m_h, E, D, R), E, D, SCALE)
+            if p_query.dtype.element_ty == tl.bfloat16:
+                b_q = round_to_bf16(b_q, CASTS)
+            tl.store(p_query + (i_t.to(tl.int64) * H + o_h)[:, None] * D + o_d, b_q)
+
+
+@triton.jit
+def e4m3_values(b_byte, HARDWARE_CASTS: tl.constexpr):
+    """Values of e4m3 bytes; each is a bf16 number."""
+    if HARDWARE_CASTS:
+        b_value = b_byte.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16)
+    else:
+        b_bits = b_byte.to(tl.uint32)
+        b_bits = ((b_bits & 0x80) << 24) | ((b_bits & 0x7F) << 20)
+        # The exponent's bias is 7 in place of 127; e4m3's subnormals are fp32 subnormals before the product.
+        b_value = b_bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return b_value
+
+
+@triton.jit
+def load_keys(p_pool, b_slot, m_s, FORMAT: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr):
+    """Keys ``[BS, D]`` without their scales, and the scales ``[BS]``.
+
+    A scale is a power of two: scores take it as well as keys, to the bit.
+    """
+    o_d = tl.arange(0, D)[None, :]
+    if FORMAT.kind == "plain":
+        b_key = tl.load(p_pool + b_slot[:, None] * D + o_d, mask=m_s[:, None], other=0.0)
+        b_scale = tl.where(m_s, 1.0, 0.0)
+    else:
+        b_row = b_slot % FORMAT.group_rows
+        p_group = p_pool + b_slot // FORMAT.group_rows * FORMAT.group_bytes
+        p_key = p_group + b_row * FORMAT.data_bytes
+        b_byte = tl.load(p_key[:, None] + o_d, mask=m_s[:, None], other=0)
+        b_key = e4m3_values(b_byte, CASTS)
+        p_scale = p_group + FORMAT.scale_offset + b_row * FORMAT.scale_bytes
+        b_scale = tl.load(p_scale.to(tl.pointer_type(tl.float32)), mask=m_s, other=0.0)
+    return b_key, b_scale
+
+
+@triton.jit
+def sum_heads(b_x, BS: tl.constexpr, H: tl.constexpr):
+    """Sum ``[BS, H]`` to ``[BS]``; every addition has two operands, so no layout changes its result.
+
+    Neighbours, then groups of eight by halves, then the rest of a group: the order in which a tensor core's tile has them in
+    one thread as long as possible.
+    """
+    b_x = tl.sum(tl.reshape(b_x, [BS, H // 2, 2]), axis=2)
+    for i in tl.static_range((H // 8).bit_length() - 1):
+        b_x = tl.sum(tl.reshape(b_x, [BS, 2, H >> (i + 2)]), axis=1)
+    b_x = tl.sum(tl.reshape(b_x, [BS, 2, 2]), axis=2)
+    return tl.sum(b_x, axis=1)
+
+
+@triton.jit
+def unit_of(p_first_tiles, tile, num_units, BU: tl.constexpr):
+    """The unit that a tile belongs to: as many come before it as end at or before the tile."""
+    unit = num_units * 0
+    for first in range(0, num_units, BU):
+        o_u = first + tl.arange(0, BU)
+        b_end = tl.load(p_first_tiles + 1 + o_u, mask=o_u < num_units, other=2147483647)
+        unit += tl.sum((b_end <= tile).to(tl.int32), axis=0)
+    return unit
+
+
+@triton.jit
+def dots(
+    p_pool, b_slot, m_s, b_key, p_q, H: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr
+):  # fmt: skip
+    """Dot products ``[BS, H]`` of keys and one token's heads; fp32 keys are loaded here, ``BK`` channels at a time."""
+    o_h = tl.arange(0, H)[None, :]
+    if BK == D:
+        b_q = tl.load(p_q + o_h * D + tl.arange(0, D)[:, None]).to(OPERAND)  # [D, H]
+        b_dot = tl.dot(b_key, b_q, input_precision="ieee")
+    else:
+        b_dot = tl.zeros([b_slot.shape[0], H], tl.float32)
+        for first in range(0, D, BK):
+            o_d = first + tl.arange(0, BK)
+            b_q = tl.load(p_q + o_h * D + o_d[:, None])
+            p_key = p_pool + b_slot[:, None] * D + o_d[None, :]
+            b_part = tl.load(p_key, mask=m_s[:, None], other=0.0)
+            b_dot = tl.dot(b_part, b_q, b_dot, input_precision="ieee")
+    return b_dot
+
+
+@triton.jit(do_not_specialize=["first_token", "num_tokens", "page_stride"])
+def index_scores_kernel(
+    p_positions, p_token_rows, p_pages, page_stride, first_token, num_tokens, p_first_tiles, p_query, p_weights,
+    weight_stride, p_pool, p_scores, score_stride, HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    RATIO: tl.constexpr, PER_PAGE: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr,
+    BK: tl.constexpr, BU: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr,
+):  # fmt: skip
+    """An equal share of the tiles per program."""
+    num_units = tl.cdiv(num_tokens, UNIT)
+    num_tiles = tl.load(p_first_tiles + num_units).to(tl.int64)
+    tile = (num_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
+    last_tile = (num_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)
+    unit = num_tokens * 0
+    if tile < last_tile:
+        unit = unit_of(p_first_tiles, tile, num_units, BU)
+    o_h = tl.arange(0, H)
+    while tile < last_tile:
+        first_tile = tl.load(p_first_tiles + unit)
+        stop = tl.minimum(tl.load(p_first_tiles + unit + 1), last_tile)
+        o_t = unit * UNIT + tl.arange(0, UNIT)
+        b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
+        b_row = tl.load(p_token_rows + first_token + o_t, mask=o_t < num_tokens, other=-1)
+        for number in range(tile - first_tile, stop - first_tile):
+            o_s = number * BS + tl.arange(0, BS)
+            i_t = unit * UNIT
+            end = tl.minimum(i_t + UNIT, num_tokens)
+            while i_t < end:
+                # The tokens from here on that belong to the same request.
+                row = tl.sum(tl.where(o_t == i_t, b_row, 0), axis=0)
+                run_end = tl.min(tl.where((o_t > i_t) & (b_row != row), o_t, end), axis=0)
+                m_run = (o_t >= i_t) & (o_t < run_end)
+                most = tl.max(tl.where(m_run, b_visible, 0), axis=0)
+                if number * BS < most:
+                    m_s = o_s < most
+                    p_page = p_pages + row * page_stride + o_s // PER_PAGE
+                    b_slot = tl.load(p_page, mask=m_s, other=0) * PER_PAGE + o_s % PER_PAGE
+                    b_key, b_scale = load_keys(p_pool, b_slot, m_s, FORMAT, D, CASTS)
+                    b_key = b_key.to(OPERAND)
+                    for t in range(i_t, run_end):
+                        visible = tl.sum(tl.where(o_t == t, b_visible, 0), axis=0)
+                        wide_t = t + row * 0  # int64
+                        p_q = p_query + wide_t * (H * D)
+                        b_dot = dots(p_pool, b_slot, m_s, b_key, p_q, H, D, BK, OPERAND)
+                        p_w = p_weights + (first_token + wide_t) * weight_stride + o_h
+                        b_w = tl.load(p_w, mask=o_h < HEADS, other=0.0).to(tl.float32)
+                        b_score = sum_heads(tl.maximum(b_dot, 0.0) * b_w[None, :], BS, H) * b_scale
+                        p_score = p_scores + wide_t * score_stride + o_s
+                        tl.store(p_score, b_score, mask=o_s < visible)
+                i_t = run_end
+        tile = stop
+        unit += 1
+
+
+def index_workspace(
+    max_tokens: int, max_entries: int, heads: int, k: int, key_format: RowFormat, device: torch.device
+) -> IndexWorkspace:  # fmt: skip
+    """Allocate the scratch of `select_entries`.
+
+    Args:
+        max_tokens (int): tokens that are scored together; a longer step is scored in so many pieces. 4 bytes times
+            ``max_entries`` each, so it bounds the memory of a prefill.
+        max_entries (int): entries that a token can see.
+        heads (int): index heads.
+        k (int): entries to choose.
+        key_format (RowFormat): the keys' format.
+        device (torch.device): where it lives.
+    """
+    padded = max(_MIN_HEADS, triton.next_power_of_2(heads))
+    return IndexWorkspace(
+        query=empty((max_tokens, padded, INDEX_DIM), query_dtype(key_format), device),
+        scores=empty((max_tokens, max_entries), torch.float32, device),
+        first_tiles=empty((max_tokens + 1,), torch.int32, device),
+        topk=topk_workspace(max_tokens, max_entries, k, device),
+    )
+
+
+class IndexTuning(NamedTuple):
+    """Entries of a tile, tokens of a unit, warps, stages, and programs per multiprocessor; none changes a score."""
+
+    entries: int
+    unit: int
+    warps: int
+    stages: int
+    occupancy: int
+
+
+def index_tuning(num_tokens: int, num_requests: int, exact: bool) -> IndexTuning:
+    """Tile of the scores, by shape: a decode step shares no keys and waits for memory, a prefill for tensor cores."""
+    if exact:
+        return IndexTuning(32, 1 if num_tokens <= num_requests else 16, 4, 1, 4)
+    if num_tokens <= num_requests:
+        return IndexTuning(64, 1, 4, 2, 8)
+    return IndexTuning(128, 4 if num_tokens <= 8 * num_requests else 16, 4, 2, 4)
+
+
+@cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def _programs(device: torch.device, occupancy: int) -> int:
+    if device.type != "cuda":
+        return 3
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _multiprocessors(index) * occupancy
+
+
+def select_entries(
+    step: StepTensors,
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    index_pool: torch.Tensor,
+    key_format: RowFormat,
+    cos_sin: torch.Tensor,
+    ratio: int,
+    out: torch.Tensor,
+    workspace: IndexWorkspace,
+    tuning: IndexTuning | None = None,
+    block: int = BLOCK,
+) -> None:
+    """`naive_select_entries`; arguments as there.
+
+    Args:
+        workspace (IndexWorkspace): of `index_workspace`, for the same heads, k and format.
+        tuning (IndexTuning | None): of `index_tuning` if None.
+        block (int): scores that one program ranks.
+
+    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
+    """
+    (num_tokens, heads), max_tokens = index_weights.shape, len(workspace.scores)
+    check_arguments(step, index_q, index_weights, index_pool, cos_sin, workspace)
+    if tuning is None:
+        exact = key_format.storage_dtype == torch.float32
+        tuning = index_tuning(num_tokens, len(step.seq_lens), exact)
+    for first in range(0, num_tokens, max_tokens):
+        count = min(max_tokens, num_tokens - first)
+        scores = workspace.scores[:count]
+        _launch_scores(
+            step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, tuning,
+            first, count,
+        )  # fmt: skip
+        topk_entries(step, scores, first, ratio, out, workspace.topk, block)
+
+
+def check_arguments(
+    step: StepTensors,
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    index_pool: torch.Tensor,
+    cos_sin: torch.Tensor,
+    workspace: IndexWorkspace,
+) -> None:
+    """Raise `ValueError` unless shapes fit the workspace and kernels can address the tensors."""
+    num_tokens, heads = index_weights.shape
+    if tuple(index_q.shape) != (num_tokens, heads, INDEX_DIM):
+        raise ValueError(
+            f"index_q: expected ({num_tokens}, {heads}, {INDEX_DIM}), got {tuple(index_q.shape)}"
+        )
+    padded = max(_MIN_HEADS, triton.next_power_of_2(heads))
+    if workspace.query.shape[1] != padded:
+        raise ValueError(
+            f"workspace: expected {padded} padded heads, got {workspace.query.shape[1]}"
+        )
+    check_rows("index_q", index_q)
+    check_rows("index_weights", index_weights)
+    check_rows("history_pages", step.history_pages)
+    for name, tensor in (
+        ("index_pool", index_pool),
+        ("cos_sin", cos_sin),
+        ("positions", step.positions),
+        ("token_rows", step.token_rows),
+    ):
+        check_contiguous(name, tensor)
+
+
+def _launch_scores(
+    step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, index_pool: torch.Tensor,
+    key_format: RowFormat, cos_sin: torch.Tensor, ratio: int, k: int, workspace: IndexWorkspace, tuning: IndexTuning,
+    first_token: int, num_tokens: int,
+) -> None:  # fmt: skip
+    """Rotate the queries of some tokens, and score their entries."""
+    device, heads = index_q.device, index_q.shape[1]
+    padded = workspace.query.shape[1]
+    casts = hardware_casts(device)
+    exact = key_format.storage_dtype == torch.float32
+    common = {
+        "p_positions": step.positions,
+        "first_token": first_token,
+        "num_tokens": num_tokens,
+        "p_query": workspace.query,
+        "p_first_tiles": workspace.first_tiles,
+        "HEADS": heads,
+        "H": padded,
+        "D": INDEX_DIM,
+        "RATIO": ratio,
+        "K": k,
+        "UNIT": tuning.unit,
+        "BS": tuning.entries,
+        "BU": _COUNTED_UNITS,
+        "CASTS": casts,
+    }
+    index_query_kernel[(num_tokens * (padded // _QUERY_ROWS) + 1,)](
+        p_q=index_q,
+        token_stride=index_q.stride(0),
+        head_stride=index_q.stride(1),
+        p_cos_sin=cos_sin,
+        R=cos_sin.shape[1],
+        SCALE=INDEX_DIM**-0.5,
+        E=_QUERY_ROWS,
+        num_warps=4,
+        **common,
+        **EXACT,
+    )
+    max_entries = workspace.scores.shape[1]
+    most = triton.cdiv(num_tokens, tuning.unit) * triton.cdiv(max_entries, tuning.entries)
+    index_scores_kernel[(min(most, _programs(device, tuning.occupancy)),)](
+        p_token_rows=step.token_rows,
+        p_pages=step.history_pages,
+        page_stride=step.history_pages.stride(0),
+        p_weights=index_weights,
+        weight_stride=index_weights.stride(0),
+        p_pool=index_pool,
+        p_scores=workspace.scores,
+        score_stride=workspace.scores.stride(0),
+        PER_PAGE=step.page_tokens // ratio,
+        BK=32 if exact else INDEX_DIM,
+        FORMAT=store_format(key_format),
+        # Triton's interpreter cannot multiply bf16.
+        OPERAND=tl.float32 if exact or knobs.runtime.interpret else tl.bfloat16,
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+        **common,
+        **EXACT,
+    )
