@@ -3,7 +3,8 @@
 import pytest
 import triton.language as tl
 
-from dsv4_kernels.index_score.fused import index_query_kernel, index_scores_kernel, index_tuning
+from dsv4_kernels.index_query.fused import index_query_kernel
+from dsv4_kernels.index_score.fused import index_scores_kernel, index_tuning
 from dsv4_kernels.index_topk.fused import (
     BLOCK,
     topk_chunks_kernel,

@@ -18,21 +18,16 @@ import triton.language as tl
 from triton import knobs
 
 from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts
-from dsv4_kernels.hadamard.fused import hadamard_rows
+from dsv4_kernels.index_query.fused import COUNTED_UNITS, index_query, scored_entries
 from dsv4_kernels.index_score.naive import query_dtype
 from dsv4_kernels.index_topk.fused import BLOCK, TopkWorkspace, topk_entries, topk_workspace
 from dsv4_kernels.layout import INDEX_DIM, RowFormat
 from dsv4_kernels.memory import empty
-from dsv4_kernels.norm_rope.fused import rope_rows
-from dsv4_kernels.row_codec.fused import round_to_bf16, store_format
+from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.step import StepTensors
 
 # The smallest number of heads that a tensor core's tile takes; missing heads are zero.
 _MIN_HEADS = 16
-# Query rows of one program of the first launch.
-_QUERY_ROWS = 16
-# Units whose tiles are counted at once.
-_COUNTED_UNITS = 256
 
 
 class IndexWorkspace(NamedTuple):
@@ -42,58 +37,6 @@ class IndexWorkspace(NamedTuple):
     scores: torch.Tensor
     first_tiles: torch.Tensor
     topk: TopkWorkspace
-
-
-@triton.jit
-def scored_entries(p_positions, b_token, m_t, RATIO: tl.constexpr, K: tl.constexpr):
-    """Entries that tokens see, or 0 where nothing is to be chosen."""
-    b_position = tl.load(p_positions + b_token, mask=m_t, other=-1)
-    b_visible = ((b_position + 1) // RATIO).to(tl.int32)
-    return tl.where(b_visible > K, b_visible, 0)
-
-
-@triton.jit
-def count_tiles(
-    p_positions, first_token, num_tokens, p_first_tiles,
-    RATIO: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
-):  # fmt: skip
-    """Number the tiles: each unit's first, and behind the last unit the number of all."""
-    num_units = tl.cdiv(num_tokens, UNIT)
-    tl.store(p_first_tiles, 0)
-    counted = num_tokens * 0
-    for first in range(0, num_units, BU):
-        o_u = first + tl.arange(0, BU)
-        o_t = o_u[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
-        b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
-        b_tiles = (tl.max(b_visible, axis=1) + BS - 1) // BS
-        tl.store(p_first_tiles + 1 + o_u, counted + tl.cumsum(b_tiles, axis=0), mask=o_u < num_units)
-        counted += tl.sum(b_tiles, axis=0)
-
-
-@triton.jit(do_not_specialize=["first_token", "num_tokens", "token_stride", "head_stride"])
-def index_query_kernel(
-    p_positions, first_token, num_tokens, p_q, token_stride, head_stride, p_cos_sin, p_query, p_first_tiles,
-    HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr,
-    RATIO: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
-    """``E`` heads of one token per program; the last program counts the tiles."""
-    i_t = tl.program_id(0) // (H // E)
-    if i_t == num_tokens:
-        count_tiles(p_positions, first_token, num_tokens, p_first_tiles, RATIO, K, UNIT, BS, BU)
-    else:
-        token = (first_token + i_t).to(tl.int64)
-        position = tl.load(p_positions + token)
-        if (position + 1) // RATIO > K:
-            o_h = tl.program_id(0) % (H // E) * E + tl.arange(0, E)
-            o_d = tl.arange(0, D)[None, :]
-            m_h = o_h < HEADS
-            p_row = p_q + token * token_stride + o_h * head_stride
-            b_q = tl.load(p_row[:, None] + o_d, mask=m_h[:, None], other=0.0).to(tl.float32)
-            p_angle = p_cos_sin + (o_h * 0 + position) * R
-            b_q = hadamard_rows(rope_rows(b_q, p_angle, m_h, E, D, R), E, D, SCALE)
-            if p_query.dtype.element_ty == tl.bfloat16:
-                b_q = round_to_bf16(b_q, CASTS)
-            tl.store(p_query + (i_t.to(tl.int64) * H + o_h)[:, None] * D + o_d, b_q)
 
 
 @triton.jit
@@ -156,23 +99,31 @@ def unit_of(p_first_tiles, tile, num_units, BU: tl.constexpr):
 
 
 @triton.jit
-def dots(
-    p_pool, b_slot, m_s, b_key, p_q, H: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr
+def load_query(
+    p_query, p_weights, o_h, HEADS: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr
+):
+    """One token's rotated queries ``[D, H]`` and its weights ``[H]``."""
+    b_q = tl.load(p_query + o_h[None, :] * D + tl.arange(0, D)[:, None]).to(OPERAND)
+    return b_q, tl.load(p_weights + o_h, mask=o_h < HEADS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def score_keys(
+    b_key, b_scale, b_q, b_w, p_pool, b_slot, m_s, p_query, o_h,
+    BS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Dot products ``[BS, H]`` of keys and one token's heads; fp32 keys are loaded here, ``BK`` channels at a time."""
-    o_h = tl.arange(0, H)[None, :]
+    """Scores ``[BS]`` of keys for one token. fp32 operands do not fit the registers: ``BK`` channels are loaded at a time."""
     if BK == D:
-        b_q = tl.load(p_q + o_h * D + tl.arange(0, D)[:, None]).to(OPERAND)  # [D, H]
         b_dot = tl.dot(b_key, b_q, input_precision="ieee")
     else:
-        b_dot = tl.zeros([b_slot.shape[0], H], tl.float32)
+        b_dot = tl.zeros([BS, H], tl.float32)
         for first in range(0, D, BK):
             o_d = first + tl.arange(0, BK)
-            b_q = tl.load(p_q + o_h * D + o_d[:, None])
             p_key = p_pool + b_slot[:, None] * D + o_d[None, :]
             b_part = tl.load(p_key, mask=m_s[:, None], other=0.0)
-            b_dot = tl.dot(b_part, b_q, b_dot, input_precision="ieee")
-    return b_dot
+            b_q_part = tl.load(p_query + o_h[None, :] * D + o_d[:, None])
+            b_dot = tl.dot(b_part, b_q_part, b_dot, input_precision="ieee")
+    return sum_heads(tl.maximum(b_dot, 0.0) * b_w[None, :], BS, H) * b_scale
 
 
 @triton.jit(do_not_specialize=["first_token", "num_tokens", "page_stride"])
@@ -197,33 +148,78 @@ def index_scores_kernel(
         o_t = unit * UNIT + tl.arange(0, UNIT)
         b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
         b_row = tl.load(p_token_rows + first_token + o_t, mask=o_t < num_tokens, other=-1)
-        for number in range(tile - first_tile, stop - first_tile):
-            o_s = number * BS + tl.arange(0, BS)
-            i_t = unit * UNIT
-            end = tl.minimum(i_t + UNIT, num_tokens)
-            while i_t < end:
-                # The tokens from here on that belong to the same request.
-                row = tl.sum(tl.where(o_t == i_t, b_row, 0), axis=0)
-                run_end = tl.min(tl.where((o_t > i_t) & (b_row != row), o_t, end), axis=0)
-                m_run = (o_t >= i_t) & (o_t < run_end)
-                most = tl.max(tl.where(m_run, b_visible, 0), axis=0)
-                if number * BS < most:
+        if UNIT == 1:
+            visible = tl.sum(b_visible, axis=0)
+            p_table = p_pages + tl.sum(b_row, axis=0) * page_stride
+            wide_t = unit.to(tl.int64)
+            p_q = p_query + wide_t * (H * D)
+            b_q, b_w = load_query(
+                p_q, p_weights + (first_token + wide_t) * weight_stride, o_h, HEADS, D, OPERAND
+            )
+            for number in range(tile - first_tile, stop - first_tile):
+                o_s = number * BS + tl.arange(0, BS)
+                m_s = o_s < visible
+                b_page = tl.load(p_table + o_s // PER_PAGE, mask=m_s, other=0)
+                b_slot = b_page * PER_PAGE + o_s % PER_PAGE
+                b_key, b_scale = load_keys(p_pool, b_slot, m_s, FORMAT, D, CASTS)
+                b_score = score_keys(
+                    b_key.to(OPERAND),
+                    b_scale,
+                    b_q,
+                    b_w,
+                    p_pool,
+                    b_slot,
+                    m_s,
+                    p_q,
+                    o_h,
+                    BS,
+                    H,
+                    D,
+                    BK,
+                )
+                tl.store(p_scores + wide_t * score_stride + o_s, b_score, mask=m_s)
+        else:
+            for number in range(tile - first_tile, stop - first_tile):
+                o_s = number * BS + tl.arange(0, BS)
+                i_t = unit * UNIT
+                end = tl.minimum(i_t + UNIT, num_tokens)
+                while i_t < end:
+                    # The tokens from here on that belong to the same request.
+                    row = tl.sum(tl.where(o_t == i_t, b_row, 0), axis=0)
+                    run_end = tl.min(tl.where((o_t > i_t) & (b_row != row), o_t, end), axis=0)
+                    m_run = (o_t >= i_t) & (o_t < run_end)
+                    most = tl.max(tl.where(m_run, b_visible, 0), axis=0)
                     m_s = o_s < most
-                    p_page = p_pages + row * page_stride + o_s // PER_PAGE
-                    b_slot = tl.load(p_page, mask=m_s, other=0) * PER_PAGE + o_s % PER_PAGE
-                    b_key, b_scale = load_keys(p_pool, b_slot, m_s, FORMAT, D, CASTS)
-                    b_key = b_key.to(OPERAND)
-                    for t in range(i_t, run_end):
-                        visible = tl.sum(tl.where(o_t == t, b_visible, 0), axis=0)
-                        wide_t = t + row * 0  # int64
-                        p_q = p_query + wide_t * (H * D)
-                        b_dot = dots(p_pool, b_slot, m_s, b_key, p_q, H, D, BK, OPERAND)
-                        p_w = p_weights + (first_token + wide_t) * weight_stride + o_h
-                        b_w = tl.load(p_w, mask=o_h < HEADS, other=0.0).to(tl.float32)
-                        b_score = sum_heads(tl.maximum(b_dot, 0.0) * b_w[None, :], BS, H) * b_scale
-                        p_score = p_scores + wide_t * score_stride + o_s
-                        tl.store(p_score, b_score, mask=o_s < visible)
-                i_t = run_end
+                    if number * BS < most:
+                        p_table = p_pages + row * page_stride
+                        b_page = tl.load(p_table + o_s // PER_PAGE, mask=m_s, other=0)
+                        b_slot = b_page * PER_PAGE + o_s % PER_PAGE
+                        b_key, b_scale = load_keys(p_pool, b_slot, m_s, FORMAT, D, CASTS)
+                        b_key = b_key.to(OPERAND)
+                        for t in range(i_t, run_end):
+                            visible = tl.sum(tl.where(o_t == t, b_visible, 0), axis=0)
+                            wide_t = t + row * 0
+                            p_q = p_query + wide_t * (H * D)
+                            p_w = p_weights + (first_token + wide_t) * weight_stride
+                            b_q, b_w = load_query(p_q, p_w, o_h, HEADS, D, OPERAND)
+                            b_score = score_keys(
+                                b_key,
+                                b_scale,
+                                b_q,
+                                b_w,
+                                p_pool,
+                                b_slot,
+                                m_s,
+                                p_q,
+                                o_h,
+                                BS,
+                                H,
+                                D,
+                                BK,
+                            )
+                            p_score = p_scores + wide_t * score_stride + o_s
+                            tl.store(p_score, b_score, mask=o_s < visible)
+                    i_t = run_end
         tile = stop
         unit += 1
 
@@ -266,7 +262,7 @@ def index_tuning(num_tokens: int, num_requests: int, exact: bool) -> IndexTuning
     if exact:
         return IndexTuning(32, 1 if num_tokens <= num_requests else 16, 4, 1, 4)
     if num_tokens <= num_requests:
-        return IndexTuning(64, 1, 4, 2, 8)
+        return IndexTuning(64, 1, 4, 3, 4)
     return IndexTuning(128, 4 if num_tokens <= 8 * num_requests else 16, 4, 2, 4)
 
 
@@ -304,8 +300,8 @@ def select_entries(
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
     """
-    (num_tokens, heads), max_tokens = index_weights.shape, len(workspace.scores)
-    check_arguments(step, index_q, index_weights, index_pool, cos_sin, workspace)
+    num_tokens, max_tokens = len(index_weights), len(workspace.scores)
+    check_arguments(step, index_q, index_weights, index_pool, cos_sin, ratio, workspace)
     if tuning is None:
         exact = key_format.storage_dtype == torch.float32
         tuning = index_tuning(num_tokens, len(step.seq_lens), exact)
@@ -320,27 +316,28 @@ def select_entries(
 
 
 def check_arguments(
-    step: StepTensors,
-    index_q: torch.Tensor,
-    index_weights: torch.Tensor,
-    index_pool: torch.Tensor,
-    cos_sin: torch.Tensor,
-    workspace: IndexWorkspace,
-) -> None:
+    step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, index_pool: torch.Tensor,
+    cos_sin: torch.Tensor, ratio: int, workspace: IndexWorkspace,
+) -> None:  # fmt: skip
     """Raise `ValueError` unless shapes fit the workspace and kernels can address the tensors."""
     num_tokens, heads = index_weights.shape
+    padded = max(_MIN_HEADS, triton.next_power_of_2(heads))
+    entries = step.history_pages.shape[1] * step.page_tokens // ratio
     if tuple(index_q.shape) != (num_tokens, heads, INDEX_DIM):
         raise ValueError(
             f"index_q: expected ({num_tokens}, {heads}, {INDEX_DIM}), got {tuple(index_q.shape)}"
         )
-    padded = max(_MIN_HEADS, triton.next_power_of_2(heads))
-    if workspace.query.shape[1] != padded:
+    if workspace.query.shape[1] != padded or workspace.scores.shape[1] < entries:
         raise ValueError(
-            f"workspace: expected {padded} padded heads, got {workspace.query.shape[1]}"
+            f"workspace: expected {padded} padded heads and at least {entries} entries, got "
+            f"{workspace.query.shape[1]} and {workspace.scores.shape[1]}"
         )
-    check_rows("index_q", index_q)
-    check_rows("index_weights", index_weights)
-    check_rows("history_pages", step.history_pages)
+    for name, tensor in (
+        ("index_q", index_q),
+        ("index_weights", index_weights),
+        ("history_pages", step.history_pages),
+    ):
+        check_rows(name, tensor)
     for name, tensor in (
         ("index_pool", index_pool),
         ("cos_sin", cos_sin),
@@ -357,55 +354,42 @@ def _launch_scores(
 ) -> None:  # fmt: skip
     """Rotate the queries of some tokens, and score their entries."""
     device, heads = index_q.device, index_q.shape[1]
-    padded = workspace.query.shape[1]
-    casts = hardware_casts(device)
     exact = key_format.storage_dtype == torch.float32
-    common = {
-        "p_positions": step.positions,
-        "first_token": first_token,
-        "num_tokens": num_tokens,
-        "p_query": workspace.query,
-        "p_first_tiles": workspace.first_tiles,
-        "HEADS": heads,
-        "H": padded,
-        "D": INDEX_DIM,
-        "RATIO": ratio,
-        "K": k,
-        "UNIT": tuning.unit,
-        "BS": tuning.entries,
-        "BU": _COUNTED_UNITS,
-        "CASTS": casts,
-    }
-    index_query_kernel[(num_tokens * (padded // _QUERY_ROWS) + 1,)](
-        p_q=index_q,
-        token_stride=index_q.stride(0),
-        head_stride=index_q.stride(1),
-        p_cos_sin=cos_sin,
-        R=cos_sin.shape[1],
-        SCALE=INDEX_DIM**-0.5,
-        E=_QUERY_ROWS,
-        num_warps=4,
-        **common,
-        **EXACT,
-    )
+    index_query(
+        step, index_q, cos_sin, ratio, k, workspace.query, workspace.first_tiles, tuning.unit, tuning.entries, first_token,
+        num_tokens,
+    )  # fmt: skip
     max_entries = workspace.scores.shape[1]
     most = triton.cdiv(num_tokens, tuning.unit) * triton.cdiv(max_entries, tuning.entries)
     index_scores_kernel[(min(most, _programs(device, tuning.occupancy)),)](
+        p_positions=step.positions,
         p_token_rows=step.token_rows,
         p_pages=step.history_pages,
         page_stride=step.history_pages.stride(0),
+        first_token=first_token,
+        num_tokens=num_tokens,
+        p_first_tiles=workspace.first_tiles,
+        p_query=workspace.query,
         p_weights=index_weights,
         weight_stride=index_weights.stride(0),
         p_pool=index_pool,
         p_scores=workspace.scores,
         score_stride=workspace.scores.stride(0),
+        HEADS=heads,
+        H=workspace.query.shape[1],
+        D=INDEX_DIM,
+        RATIO=ratio,
         PER_PAGE=step.page_tokens // ratio,
+        K=k,
+        UNIT=tuning.unit,
+        BS=tuning.entries,
         BK=32 if exact else INDEX_DIM,
+        BU=COUNTED_UNITS,
         FORMAT=store_format(key_format),
         # Triton's interpreter cannot multiply bf16.
         OPERAND=tl.float32 if exact or knobs.runtime.interpret else tl.bfloat16,
+        CASTS=hardware_casts(device),
         num_warps=tuning.warps,
         num_stages=tuning.stages,
-        **common,
         **EXACT,
     )

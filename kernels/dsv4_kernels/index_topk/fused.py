@@ -120,9 +120,31 @@ def topk_entries_kernel(
         b_slot = tl.where(o_k < visible, b_slot, -1).to(p_out.dtype.element_ty)
         tl.store(p_out + o_k, b_slot, mask=o_k < K)
     elif visible <= SMALL:
-        store_best(p_row, p_chunk_entries, visible, p_table, p_out, num_window_rows, False, PER_PAGE, K, SMALL)
+        store_best(
+            p_row,
+            p_chunk_entries,
+            visible,
+            p_table,
+            p_out,
+            num_window_rows,
+            False,
+            PER_PAGE,
+            K,
+            SMALL,
+        )
     elif visible <= SIZE:
-        store_best(p_row, p_chunk_entries, visible, p_table, p_out, num_window_rows, False, PER_PAGE, K, SIZE)
+        store_best(
+            p_row,
+            p_chunk_entries,
+            visible,
+            p_table,
+            p_out,
+            num_window_rows,
+            False,
+            PER_PAGE,
+            K,
+            SIZE,
+        )
     elif CHUNKED:
         # Every chunk but the last is full.
         full = tl.cdiv(visible, SIZE) - 1
