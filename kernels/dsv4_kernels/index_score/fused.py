@@ -248,7 +248,11 @@ def index_workspace(
 
 
 class IndexTuning(NamedTuple):
-    """Entries of a tile, tokens of a unit, warps, stages, and programs per multiprocessor; none changes a score."""
+    """Entries of a tile, tokens of a unit, warps, stages, and programs per multiprocessor.
+
+    None changes a score, as long as a tile of rounded keys has at least 64 entries: a smaller one may be computed by another
+    instruction of the tensor cores, which need not round alike.
+    """
 
     entries: int
     unit: int

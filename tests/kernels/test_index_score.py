@@ -1,0 +1,91 @@
+"""The reference of `select_entries`, computed another way; and what the launcher refuses."""
+
+import pytest
+import torch
+
+from dsv4_kernels.index_score.fused import index_workspace, select_entries
+from dsv4_kernels.index_score.naive import naive_index_query, query_dtype
+from dsv4_kernels.layout import BF16_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
+from tests.kernels.index_score_checks import RATIO, K, make_world
+
+
+def hadamard_matrix():
+    rows = torch.arange(INDEX_DIM)
+    bits = rows.unsqueeze(1) & rows
+    parity = sum((bits >> i) & 1 for i in range(7)) % 2
+    return (1.0 - 2.0 * parity).double() / INDEX_DIM**0.5
+
+
+@pytest.mark.parametrize("fmt", INDEX_FORMATS.values(), ids=INDEX_FORMATS)
+def test_matches_fp64(fmt):
+    """Token by token in fp64; a choice may differ only where scores are closer than rounding explains."""
+    world = make_world(fmt, requests=((300, 1), (60, 9), (0, 3), (127, 4)))
+    out, matrix = world.naive(), hadamard_matrix()
+    num_chosen = 0
+    for token, position in enumerate(world.step.positions.tolist()):
+        count = (position + 1) // RATIO
+        if count == 0:
+            assert (out[token] == -1).all()
+            continue
+        q = world.q[token].double()
+        cos, sin = world.table[position].double().split(32)
+        pairs = torch.view_as_complex(q[:, 64:].reshape(-1, 32, 2).contiguous())
+        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(1)
+        q = torch.cat([q[:, :64], turned], 1) @ matrix
+        if query_dtype(fmt) == torch.bfloat16:
+            q = q.bfloat16().double()
+        keys = world.keys(token)
+        scores = world.weights[token].double() @ (q @ keys.T).clamp_min(0)
+        rows = world.step.entry_slots(world.step.token_rows[token], torch.arange(count), RATIO)
+        found = out[token][out[token] >= 0].tolist()
+        assert len(found) == min(K, count) and (out[token, len(found) :] == -1).all()
+        chosen = torch.tensor([row in found for row in rows.tolist()])
+        assert [row for row in rows.tolist() if row in found] == found, "not in the entries' order"
+        if count > K:
+            # A query that rounds the other way moves a dot by 2^-8 of one product; so does a tie between scores.
+            slack = 2.0**-8 * (
+                q.abs().amax() * keys.abs().amax() * world.weights[token].abs().sum()
+            )
+            slack = slack if query_dtype(fmt) == torch.bfloat16 else 1e-5
+            assert scores[chosen].min() >= scores[~chosen].max() - slack
+            assert not scores.flip(0)[chosen].min() >= scores.flip(0)[~chosen].max() - slack
+            num_chosen += 1
+    assert num_chosen >= 5
+
+
+def test_queries_are_rounded_where_keys_are():
+    q, table = torch.randn(5, 3, INDEX_DIM), torch.randn(5, 64)
+    plain = naive_index_query(q, table)
+    rounded = naive_index_query(q, table, query_dtype(BF16_INDEX))
+    assert torch.equal(naive_index_query(q, table, query_dtype(FP32_INDEX)), plain)
+    assert torch.equal(rounded, plain.bfloat16().float()) and not torch.equal(rounded, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_entries": 31}, "workspace: expected 16 padded heads and at least 32 entries, got 16 and 31"),
+        ({"heads": 17}, "workspace: expected 16 padded heads and at least 32 entries, got 32 and 32"),
+    ],
+)  # fmt: skip
+def test_a_workspace_that_is_too_small_is_refused(change, message):
+    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
+    world.max_entries = 32
+    world.step = type(world.step)(
+        **{**vars(world.step), "history_pages": world.step.history_pages[:, :1]}
+    )
+    arguments = {"max_tokens": 8, "max_entries": 32, "heads": 2, "k": K} | change
+    workspace = index_workspace(**arguments, key_format=BF16_INDEX, device=torch.device("cpu"))
+    out = torch.full((len(world.q), K), 7, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        select_entries(
+            world.step, world.q, world.weights, world.pool, world.fmt, world.table, RATIO, out, workspace
+        )  # fmt: skip
+    assert (out == 7).all()
+
+
+def test_more_entries_than_two_rounds_take_are_refused():
+    with pytest.raises(
+        ValueError, match="max_entries: expected at most 262144 for k = 1024, got 262145"
+    ):
+        index_workspace(1, 262145, 64, 1024, BF16_INDEX, torch.device("meta"))
