@@ -305,18 +305,13 @@ def select_entries(
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
     """
     num_tokens, max_tokens = len(index_weights), len(workspace.scores)
-    check_arguments(step, index_q, index_weights, index_pool, cos_sin, ratio, workspace)
-    if tuning is None:
-        exact = key_format.storage_dtype == torch.float32
-        tuning = index_tuning(num_tokens, len(step.seq_lens), exact)
     for first in range(0, num_tokens, max_tokens):
         count = min(max_tokens, num_tokens - first)
-        scores = workspace.scores[:count]
-        _launch_scores(
-            step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, tuning,
-            first, count,
+        score_entries(
+            step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first, count,
+            tuning,
         )  # fmt: skip
-        topk_entries(step, scores, first, ratio, out, workspace.topk, block)
+        topk_entries(step, workspace.scores[:count], first, ratio, out, workspace.topk, block)
 
 
 def check_arguments(
@@ -351,14 +346,17 @@ def check_arguments(
         check_contiguous(name, tensor)
 
 
-def _launch_scores(
+def score_entries(
     step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, index_pool: torch.Tensor,
-    key_format: RowFormat, cos_sin: torch.Tensor, ratio: int, k: int, workspace: IndexWorkspace, tuning: IndexTuning,
-    first_token: int, num_tokens: int,
+    key_format: RowFormat, cos_sin: torch.Tensor, ratio: int, k: int, workspace: IndexWorkspace, first_token: int,
+    num_tokens: int, tuning: IndexTuning | None = None,
 ) -> None:  # fmt: skip
-    """Rotate the queries of some tokens, and score their entries."""
+    """The first two launches of `select_entries`: rotate the queries of some tokens, and score their entries."""
+    check_arguments(step, index_q, index_weights, index_pool, cos_sin, ratio, workspace)
     device, heads = index_q.device, index_q.shape[1]
     exact = key_format.storage_dtype == torch.float32
+    if tuning is None:
+        tuning = index_tuning(len(step.positions), len(step.seq_lens), exact)
     index_query(
         step, index_q, cos_sin, ratio, k, workspace.query, workspace.first_tiles, tuning.unit, tuning.entries, first_token,
         num_tokens,
