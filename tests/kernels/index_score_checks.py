@@ -278,10 +278,12 @@ def check_topk(device="cpu"):
                 continue
             raise AssertionError(f"block {block}: too many entries were accepted")
         workspace = topk_workspace(len(scores), 700, K, scores.device, block)
-        out = torch.full((len(scores), K), 7, dtype=torch.int32, device=device)
+        wide = torch.full((len(scores), K + 3), 7, dtype=torch.int32, device=device)
+        out = wide[:, :K]
         for first in (0, 25):
             count = 25 if first == 0 else len(scores) - 25
             topk_entries(step, scores[first : first + count], first, RATIO, out, workspace, block)
+        assert (wide[:, K:] == 7).all(), f"block {block}: more than k were chosen"
         assert torch.equal(out, expected), f"block {block}"
 
 
