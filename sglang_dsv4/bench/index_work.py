@@ -5,12 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from dsv4_kernels.index_score import naive_index_scores, naive_select_entries, naive_topk_entries
-from dsv4_kernels.index_score.fused import (
-    IndexWorkspace,
-    index_workspace,
-    score_entries,
-    select_entries,
-)
+from dsv4_kernels.index_score.fused import score_entries, select_entries
+from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, index_workspace
 from dsv4_kernels.index_topk import topk_entries
 from dsv4_kernels.layout import INDEX_DIM, RowFormat
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
@@ -51,7 +47,8 @@ class IndexWork:
     @property
     def piece(self) -> tuple[int, int]:
         """First token and number of tokens of the last piece: what the workspace holds after `fused`."""
-        first = (len(self.q) - 1) // len(self.workspace.scores) * len(self.workspace.scores)
+        most = len(held_scores(self.step, CSA_RATIO, self.workspace))
+        first = (len(self.q) - 1) // most * most
         return first, len(self.q) - first
 
     def score(self) -> None:
@@ -63,7 +60,7 @@ class IndexWork:
 
     def scores(self) -> torch.Tensor:
         """Scores of the last piece."""
-        return self.workspace.scores[: self.piece[1]]
+        return held_scores(self.step, CSA_RATIO, self.workspace)[: self.piece[1]]
 
     def choose(self) -> None:
         """The choice of the last piece."""
@@ -100,7 +97,7 @@ class IndexWork:
 
     def naive(self) -> None:
         """The reference, in pieces that fit the memory."""
-        piece = max(1, _DOTS // (self.q.shape[1] * self.workspace.scores.shape[1]))
+        piece = max(1, _DOTS // (self.q.shape[1] * self.scores().shape[1]))
         for first in range(0, len(self.q), piece):
             part = slice(first, first + piece)
             step = replace(
@@ -144,7 +141,7 @@ class IndexWork:
         q, w = self.workspace.query[row, :heads].float(), self.weights[token].float()
         expected = naive_index_scores(q.unsqueeze(0), w.unsqueeze(0), keys)[0]
         size = naive_index_scores(q.abs().unsqueeze(0), w.abs().unsqueeze(0), keys.abs())[0]
-        error = (self.workspace.scores[row, :visible] - expected).abs()
+        error = (self.scores()[row, :visible] - expected).abs()
         if (error > (INDEX_DIM + heads) * 2.0**-22 * size).any():
             raise AssertionError(
                 f"token {token}: a score is off by {error.max()}, more than rounding"
@@ -182,8 +179,8 @@ def make_index_work(
         keys = torch.randn(len(slots), INDEX_DIM, device=device)
         naive_store_rows(pool, slots, keys, key_format)
     if workspace is None:
-        together = max(1, min(num_tokens, _SCORES // max_entries))
-        workspace = index_workspace(together, max_entries, heads, k, key_format, device)
+        max_scores = max(max_entries, min(_SCORES, num_tokens * max_entries))
+        workspace = index_workspace(num_tokens, max_scores, heads, k, key_format, device)
     return IndexWork(
         step=step,
         key_format=key_format,

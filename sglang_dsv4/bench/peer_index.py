@@ -55,6 +55,12 @@ def topk_peers(work: IndexWork, scores: torch.Tensor) -> dict[str, Callable[[], 
         found["flashinfer"] = lambda: flashinfer.top_k_page_table_transform(
             scores, table, lengths, k, rows
         )
+        # Our rule for ties, in versions that have one; its result is in no order.
+        if hasattr(flashinfer, "TopKTieBreak"):
+            rule = {"deterministic": True, "tie_break": int(flashinfer.TopKTieBreak.SMALL)}
+            found["flashinfer_exact"] = lambda: flashinfer.top_k_page_table_transform(
+                scores, table, lengths, k, rows, **rule
+            )
     return found
 
 
@@ -71,7 +77,7 @@ def scores_peer(work: IndexWork) -> Callable[[], object] | None:
     pages = work.step.history_pages.to(torch.int32)
     sms = torch.cuda.get_device_properties(work.q.device).multi_processor_count
     schedule = module.get_paged_mqa_logits_metadata(lengths, _PER_PAGE, sms)
-    longest = work.workspace.scores.shape[1]
+    longest = work.scores().shape[1]
 
     def run() -> object:
         return module.fp8_paged_mqa_logits(

@@ -10,16 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from dsv4_kernels import memory
-from dsv4_kernels.index_score.fused import (
-    IndexTuning,
-    index_workspace,
-    select_entries,
-)
+from dsv4_kernels.index_score.fused import IndexTuning, select_entries
 from dsv4_kernels.index_score.naive import (
     naive_index_query,
     naive_select_entries,
     naive_topk_entries,
 )
+from dsv4_kernels.index_score.workspace import held_scores, index_workspace
 from dsv4_kernels.index_topk.fused import topk_entries, topk_workspace
 from dsv4_kernels.layout import FP32_INDEX, INDEX_DIM, INDEX_FORMATS
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
@@ -52,8 +49,12 @@ class IndexWorld:
 
     def workspace(self, max_tokens=None, k=K):
         tokens = max_tokens or len(self.q)
-        heads = self.weights.shape[1]
-        return index_workspace(tokens, self.max_entries, heads, k, self.fmt, self.q.device)
+        scores, heads = tokens * self.max_entries, self.weights.shape[1]
+        return index_workspace(tokens, scores, heads, k, self.fmt, self.q.device)
+
+    def scores(self, workspace):
+        """What a workspace holds, ``[T, entries]``."""
+        return held_scores(self.step, RATIO, workspace)
 
     def fused(self, workspace=None, tuning=None, k=K, **options):
         """The chosen rows, and the workspace."""
@@ -182,7 +183,7 @@ def score_faults(world, workspace, *, relu=True, shift=0):
         # 128 sums per dot and one per head. A tensor core may cut off where IEEE rounds, and keeps two bits more than fp32.
         steps = INDEX_DIM + world.q.shape[1]
         bound = steps * 2.0**-22 * (weights.abs() @ (q.abs() @ keys.abs().T))
-        found = workspace.scores[token, : len(keys)].double()
+        found = world.scores(workspace)[token, : len(keys)].double()
         faults += int((~((found - exact).abs() <= bound)).sum())
     return faults
 
@@ -200,7 +201,7 @@ def check_values(device="cpu"):
             assert score_faults(world, workspace) == 0, f"{fmt.name}: score"
             assert score_faults(world, workspace, relu=False) > 0, f"{fmt.name}: no ReLU"
             assert score_faults(world, workspace, shift=1) > 0, f"{fmt.name}: another key"
-            chosen = naive_topk_entries(workspace.scores, world.visible, K)
+            chosen = naive_topk_entries(world.scores(workspace), world.visible, K)
             assert torch.equal(out, world.rows_of(chosen)), f"{fmt.name}: choice"
 
 
@@ -223,12 +224,12 @@ def check_scores_do_not_depend_on_tiling(device="cpu"):
     for fmt in INDEX_FORMATS.values():
         make = exact_world if device == "cpu" else make_world
         world = make(fmt, device=device)
-        _, whole = world.fused(tuning=IndexTuning(64, 1, 4, 2, 4))
+        whole = world.scores(world.fused(tuning=IndexTuning(64, 1, 4, 2, 4))[1])
         for tuning in (IndexTuning(64, 4, 4, 1, 1), IndexTuning(128, 16, 4, 2, 2)):
-            _, other = world.fused(tuning=tuning)
+            scores = world.scores(world.fused(tuning=tuning)[1])
             for token, count in enumerate(world.visible.tolist()):
                 if count > K:
-                    same = torch.equal(whole.scores[token, :count], other.scores[token, :count])
+                    same = torch.equal(whole[token, :count], scores[token, :count])
                     assert same, f"{fmt.name}: token {token}, {tuning}"
 
 
@@ -270,14 +271,8 @@ def check_topk(device="cpu"):
     backwards = 699 - naive_topk_entries(scores[:12].flip(1), visible[:12], K).flip(1)
     chosen = naive_topk_entries(scores[:12], visible[:12], K)
     assert (backwards != chosen).any(1).sum() >= 6, "rows where the rule for ties matters"
-    for block in (64, 256, 1024):
-        if block // K * block < 700:
-            try:
-                topk_workspace(len(scores), 700, K, scores.device, block)
-            except ValueError:
-                continue
-            raise AssertionError(f"block {block}: too many entries were accepted")
-        workspace = topk_workspace(len(scores), 700, K, scores.device, block)
+    for block in (256, 1024):
+        workspace = topk_workspace(scores.numel(), K, scores.device, block)
         wide = torch.full((len(scores), K + 3), 7, dtype=torch.int32, device=device)
         out = wide[:, :K]
         for first in (0, 25):
@@ -292,7 +287,7 @@ def check_two_rounds(device="cpu"):
     for fmt in INDEX_FORMATS.values():
         world = exact_world(fmt, device=device)
         workspace = world.workspace()
-        small = topk_workspace(len(world.q), world.max_entries, K, world.q.device, 64)
+        small = topk_workspace(len(world.q) * world.max_entries, K, world.q.device, 64)
         out, _ = world.fused(workspace._replace(topk=small), block=64)
         assert torch.equal(out, world.naive()), fmt.name
 

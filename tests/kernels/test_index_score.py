@@ -1,10 +1,14 @@
 """The reference of `select_entries`, computed another way; and what the launcher refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dsv4_kernels.index_score.fused import index_workspace, select_entries
+from dsv4_kernels.index_score.fused import select_entries
 from dsv4_kernels.index_score.naive import naive_index_query, query_dtype
+from dsv4_kernels.index_score.workspace import index_workspace
+from dsv4_kernels.index_topk import topk_entries, topk_workspace
 from dsv4_kernels.layout import BF16_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
 from tests.kernels.index_score_checks import RATIO, K, make_world
 
@@ -64,28 +68,37 @@ def test_queries_are_rounded_where_keys_are():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_entries": 31}, "workspace: expected 16 padded heads and at least 32 entries, got 16 and 31"),
-        ({"heads": 17}, "workspace: expected 16 padded heads and at least 32 entries, got 32 and 32"),
+        ({"scores": 31}, "workspace: expected room for 32 scores, got 31"),
+        ({"heads": 17}, "workspace: expected 16 padded heads, got 32"),
     ],
-)  # fmt: skip
-def test_a_workspace_that_is_too_small_is_refused(change, message):
+)
+def test_a_workspace_that_does_not_fit_is_refused(change, message):
     world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
-    world.max_entries = 32
-    world.step = type(world.step)(
-        **{**vars(world.step), "history_pages": world.step.history_pages[:, :1]}
-    )
-    arguments = {"max_tokens": 8, "max_entries": 32, "heads": 2, "k": K} | change
-    workspace = index_workspace(**arguments, key_format=BF16_INDEX, device=torch.device("cpu"))
+    step = replace(world.step, history_pages=world.step.history_pages[:, :1])
+    sizes = {"scores": 32, "heads": 2} | change
+    workspace = index_workspace(8, sizes["scores"], sizes["heads"], K, BF16_INDEX, world.q.device)
     out = torch.full((len(world.q), K), 7, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         select_entries(
-            world.step, world.q, world.weights, world.pool, world.fmt, world.table, RATIO, out, workspace
-        )  # fmt: skip
+            step, world.q, world.weights, world.pool, world.fmt, world.table, RATIO, out, workspace
+        )
     assert (out == 7).all()
 
 
-def test_more_entries_than_two_rounds_take_are_refused():
-    with pytest.raises(
-        ValueError, match="max_entries: expected at most 262144 for k = 1024, got 262145"
-    ):
-        index_workspace(1, 262145, 64, 1024, BF16_INDEX, torch.device("meta"))
+def test_what_two_rounds_cannot_take_is_refused():
+    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
+    out = torch.full((1, 1024), 7, dtype=torch.int32)
+    scores = torch.zeros(1, 1).expand(1, 262145)
+    workspace = topk_workspace(262145, 1024, world.q.device)
+    with pytest.raises(ValueError, match="at most 262144 entries for k = 1024, got 262145"):
+        topk_entries(world.step, scores.contiguous(), 0, RATIO, out, workspace)
+    with pytest.raises(ValueError, match="workspace: expected at least 2048 candidates, got 0"):
+        topk_entries(
+            world.step,
+            torch.zeros(1, 20000),
+            0,
+            RATIO,
+            out,
+            topk_workspace(1, 1024, world.q.device),
+        )
+    assert (out == 7).all()

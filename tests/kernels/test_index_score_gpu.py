@@ -17,7 +17,7 @@ TUNINGS = (IndexTuning(64, 1, 4, 3, 4), IndexTuning(128, 16, 4, 2, 4), IndexTuni
 
 def same_scores(world, one, other, k):
     return all(
-        torch.equal(one.scores[token, :count], other.scores[token, :count])
+        torch.equal(world.scores(one)[token, :count], world.scores(other)[token, :count])
         for token, count in enumerate(world.visible.tolist())
         if count > k
     )
@@ -37,7 +37,7 @@ def test_real_sizes(fmt, requests, heads, k):
     world = make_world(fmt, requests, heads, **options)
     results = [world.fused(tuning=tuning, k=k) for tuning in TUNINGS]
     out, workspace = results[0]
-    chosen = naive_topk_entries(workspace.scores, world.visible, k)
+    chosen = naive_topk_entries(world.scores(workspace), world.visible, k)
     assert torch.equal(out, world.rows_of(chosen))
     for other_out, other in results[1:]:
         assert same_scores(world, workspace, other, k) and torch.equal(out, other_out)

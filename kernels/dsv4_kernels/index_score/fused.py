@@ -19,24 +19,11 @@ from triton import knobs
 
 from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts
 from dsv4_kernels.index_query.fused import COUNTED_UNITS, index_query, scored_entries
-from dsv4_kernels.index_score.naive import query_dtype
-from dsv4_kernels.index_topk.fused import BLOCK, TopkWorkspace, topk_entries, topk_workspace
+from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, padded_heads
+from dsv4_kernels.index_topk.fused import BLOCK, topk_entries
 from dsv4_kernels.layout import INDEX_DIM, RowFormat
-from dsv4_kernels.memory import empty
 from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.step import StepTensors
-
-# The smallest number of heads that a tensor core's tile takes; missing heads are zero.
-_MIN_HEADS = 16
-
-
-class IndexWorkspace(NamedTuple):
-    """Scratch of `select_entries`, from `index_workspace`. One call at a time may use it; nothing in it needs clearing."""
-
-    query: torch.Tensor
-    scores: torch.Tensor
-    first_tiles: torch.Tensor
-    topk: TopkWorkspace
 
 
 @triton.jit
@@ -224,29 +211,6 @@ def index_scores_kernel(
         unit += 1
 
 
-def index_workspace(
-    max_tokens: int, max_entries: int, heads: int, k: int, key_format: RowFormat, device: torch.device
-) -> IndexWorkspace:  # fmt: skip
-    """Allocate the scratch of `select_entries`.
-
-    Args:
-        max_tokens (int): tokens that are scored together; a longer step is scored in so many pieces. 4 bytes times
-            ``max_entries`` each, so it bounds the memory of a prefill.
-        max_entries (int): entries that a token can see.
-        heads (int): index heads.
-        k (int): entries to choose.
-        key_format (RowFormat): the keys' format.
-        device (torch.device): where it lives.
-    """
-    padded = max(_MIN_HEADS, triton.next_power_of_2(heads))
-    return IndexWorkspace(
-        query=empty((max_tokens, padded, INDEX_DIM), query_dtype(key_format), device),
-        scores=empty((max_tokens, max_entries), torch.float32, device),
-        first_tiles=empty((max_tokens + 1,), torch.int32, device),
-        topk=topk_workspace(max_tokens, max_entries, k, device),
-    )
-
-
 class IndexTuning(NamedTuple):
     """Entries of a tile, tokens of a unit, warps, stages, and programs per multiprocessor.
 
@@ -304,32 +268,33 @@ def select_entries(
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
     """
-    num_tokens, max_tokens = len(index_weights), len(workspace.scores)
-    for first in range(0, num_tokens, max_tokens):
-        count = min(max_tokens, num_tokens - first)
-        score_entries(
-            step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first, count,
-            tuning,
-        )  # fmt: skip
-        topk_entries(step, workspace.scores[:count], first, ratio, out, workspace.topk, block)
+    num_tokens, scores = len(index_weights), held_scores(step, ratio, workspace)
+    check_arguments(step, index_q, index_weights, index_pool, cos_sin, workspace)
+    for first in range(0, num_tokens, len(scores)):
+        count = min(len(scores), num_tokens - first)
+        # Tables of so few pages leave nothing to choose.
+        if scores.shape[1] > out.shape[1]:
+            score_entries(
+                step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first,
+                count, tuning,
+            )  # fmt: skip
+        topk_entries(step, scores[:count], first, ratio, out, workspace.topk, block)
 
 
 def check_arguments(
     step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, index_pool: torch.Tensor,
-    cos_sin: torch.Tensor, ratio: int, workspace: IndexWorkspace,
+    cos_sin: torch.Tensor, workspace: IndexWorkspace,
 ) -> None:  # fmt: skip
     """Raise `ValueError` unless shapes fit the workspace and kernels can address the tensors."""
     num_tokens, heads = index_weights.shape
-    padded = max(_MIN_HEADS, triton.next_power_of_2(heads))
-    entries = step.history_pages.shape[1] * step.page_tokens // ratio
+    padded = padded_heads(heads)
     if tuple(index_q.shape) != (num_tokens, heads, INDEX_DIM):
         raise ValueError(
             f"index_q: expected ({num_tokens}, {heads}, {INDEX_DIM}), got {tuple(index_q.shape)}"
         )
-    if workspace.query.shape[1] != padded or workspace.scores.shape[1] < entries:
+    if workspace.query.shape[1] != padded:
         raise ValueError(
-            f"workspace: expected {padded} padded heads and at least {entries} entries, got "
-            f"{workspace.query.shape[1]} and {workspace.scores.shape[1]}"
+            f"workspace: expected {padded} padded heads, got {workspace.query.shape[1]}"
         )
     for name, tensor in (
         ("index_q", index_q),
@@ -352,7 +317,6 @@ def score_entries(
     num_tokens: int, tuning: IndexTuning | None = None,
 ) -> None:  # fmt: skip
     """The first two launches of `select_entries`: rotate the queries of some tokens, and score their entries."""
-    check_arguments(step, index_q, index_weights, index_pool, cos_sin, ratio, workspace)
     device, heads = index_q.device, index_q.shape[1]
     exact = key_format.storage_dtype == torch.float32
     if tuning is None:
@@ -361,8 +325,8 @@ def score_entries(
         step, index_q, cos_sin, ratio, k, workspace.query, workspace.first_tiles, tuning.unit, tuning.entries, first_token,
         num_tokens,
     )  # fmt: skip
-    max_entries = workspace.scores.shape[1]
-    most = triton.cdiv(num_tokens, tuning.unit) * triton.cdiv(max_entries, tuning.entries)
+    scores = held_scores(step, ratio, workspace)
+    most = triton.cdiv(num_tokens, tuning.unit) * triton.cdiv(scores.shape[1], tuning.entries)
     index_scores_kernel[(min(most, _programs(device, tuning.occupancy)),)](
         p_positions=step.positions,
         p_token_rows=step.token_rows,
@@ -375,8 +339,8 @@ def score_entries(
         p_weights=index_weights,
         weight_stride=index_weights.stride(0),
         p_pool=index_pool,
-        p_scores=workspace.scores,
-        score_stride=workspace.scores.stride(0),
+        p_scores=scores,
+        score_stride=scores.stride(0),
         HEADS=heads,
         H=workspace.query.shape[1],
         D=INDEX_DIM,

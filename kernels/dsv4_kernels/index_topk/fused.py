@@ -25,7 +25,7 @@ _CHUNK_PROGRAMS = 512
 
 
 class TopkWorkspace(NamedTuple):
-    """Scratch of `topk_entries`, from `topk_workspace`; both are ``[0, 0]`` where a row fits one program."""
+    """Scratch of `topk_entries`, from `topk_workspace`: the best of every chunk. Empty where all rows fit one program."""
 
     scores: torch.Tensor
     entries: torch.Tensor
@@ -157,19 +157,12 @@ def topk_entries_kernel(
 
 
 def topk_workspace(
-    max_tokens: int, max_entries: int, k: int, device: torch.device, block: int = BLOCK
+    max_scores: int, k: int, device: torch.device, block: int = BLOCK
 ) -> TopkWorkspace:
-    """Allocate the scratch of `topk_entries` for up to so many tokens and scores of a token.
-
-    Raises:
-        ValueError: more entries than two rounds can take.
-    """
-    chunks = triton.cdiv(max_entries, block)
-    most = block // k * block
-    if max_entries > most:
-        raise ValueError(f"max_entries: expected at most {most} for k = {k}, got {max_entries}")
-    shape = (max_tokens, chunks * k) if chunks > 1 else (0, 0)
-    return TopkWorkspace(empty(shape, torch.float32, device), empty(shape, torch.int32, device))
+    """Allocate the scratch of `topk_entries` for up to so many scores of all its tokens."""
+    # A row of more than ``block`` entries has less than twice as many chunks as blocks fit into it.
+    size = triton.cdiv(2 * max_scores, block) * k if max_scores > block else 0
+    return TopkWorkspace(empty((size,), torch.float32, device), empty((size,), torch.int32, device))
 
 
 def topk_tuning(max_entries: int, k: int, block: int = BLOCK) -> tuple[int, int, int]:
@@ -212,11 +205,14 @@ def topk_entries(
     k = out.shape[1]
     size, small, warps = topk_tuning(max_entries, k, block)
     chunks = triton.cdiv(max_entries, size)
-    if chunks > 1 and (
-        len(workspace.scores) < num_tokens or workspace.scores.shape[1] < chunks * k
-    ):
+    if max_entries > block // k * block:
         raise ValueError(
-            f"workspace: expected at least ({num_tokens}, {chunks * k}), got {tuple(workspace.scores.shape)}"
+            f"scores: expected at most {block // k * block} entries for k = {k}, got {max_entries}"
+        )
+    candidates = num_tokens * chunks * k if chunks > 1 else 0
+    if len(workspace.scores) < candidates:
+        raise ValueError(
+            f"workspace: expected at least {candidates} candidates, got {len(workspace.scores)}"
         )
     if num_tokens == 0:
         return
@@ -227,7 +223,7 @@ def topk_entries(
         "score_stride": scores.stride(0),
         "p_chunk_scores": workspace.scores,
         "p_chunk_entries": workspace.entries,
-        "candidate_stride": workspace.scores.stride(0),
+        "candidate_stride": chunks * k,
         "RATIO": ratio,
         "K": k,
         "SIZE": size,
