@@ -35,7 +35,7 @@ class Row:
     bytes: int
     copy_percent: float
     sglang_us: float | None
-    torch_us: float
+    torch_us: float | None
     sglang_v2_us: float | None = None
     flashinfer_us: float | None = None
     flashinfer_exact_us: float | None = None
@@ -88,7 +88,7 @@ def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[Row]:
     step = make_step(case, device)
     first = make_index_work(step, HEADS, k, key_format, table)
     first.check()
-    needed = first.bytes_needed
+    needed = first.bytes_needed()
     held = first.pool.numel() * first.pool.element_size() + 2 * first.q.numel()
     count = min(num_sets(needed), max(2, _MAX_BYTES // held))
     works = [first] + [
@@ -97,7 +97,7 @@ def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[Row]:
     ]
     shape = f"{case.describe()}, k {k}"
 
-    def row(op: str, times: dict, moved: int, torch_us: float) -> Row:
+    def row(op: str, times: dict, moved: int, torch_us: float | None) -> Row:
         ours = times["ours"]
         peers = {
             f"{name}_us": times[name].median_us if name in times else None
@@ -116,7 +116,7 @@ def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[Row]:
     peers = [scores_peer(work) for work in works]
     if peers[0] is not None:
         variants["sglang"] = peers
-    yield row("index scores", time_graphs(variants), needed, float("nan"))
+    yield row("index scores", time_graphs(variants), first.bytes_needed(first.piece[0]), None)
     first.score()
     choices = {
         "ours": [first.choose],

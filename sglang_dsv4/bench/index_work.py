@@ -147,17 +147,19 @@ class IndexWork:
                 f"token {token}: a score is off by {error.max()}, more than rounding"
             )
 
-    @property
-    def bytes_needed(self) -> int:
-        """Fewest bytes: queries and weights of tokens that choose, every key that a request's tokens see once, the rows."""
+    def bytes_needed(self, first: int = 0) -> int:
+        """Fewest bytes for the tokens from ``first`` on: the rows, queries and weights of those that have a choice, and every
+        key that a request's tokens choose from, once.
+        """
         k, heads = self.out.shape[1], self.q.shape[1]
-        scored = self.visible > k
+        visible = self.visible[first:]
+        scored = visible > k
         most = torch.zeros_like(self.step.seq_lens).scatter_reduce(
-            0, self.step.token_rows, self.visible * scored, "amax"
+            0, self.step.token_rows[first:], visible * scored, "amax"
         )
         query = heads * (INDEX_DIM + 1) * self.q.element_size()
         keys = int(most.sum()) * self.key_format.row_bytes
-        return int(scored.sum()) * query + keys + self.out.numel() * self.out.element_size()
+        return int(scored.sum()) * query + keys + len(visible) * k * self.out.element_size()
 
 
 def make_index_work(

@@ -85,7 +85,7 @@ def naive_step_plan(
             be anything in range.
         request_rows (torch.Tensor): ``[B]`` int32 or int64, each request's row of ``token_slots``, and its state slot.
         token_slots (torch.Tensor): ``[R, L]`` int32 or int64, slot of every token; a page's slots are consecutive.
-        window_slots (torch.Tensor): ``[N]`` int32 or int64, by token slot, the slot of that token's window row.
+        window_slots (torch.Tensor): ``[N]`` int32 or int64, by token slot, the slot of that token's window row, >= 0.
     """
     page_tokens, device = out.page_tokens, out.positions.device
     out.seq_lens.copy_(seq_lens)
