@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv4_kernels.index_score.fused import select_entries
-from dsv4_kernels.index_score.naive import naive_index_query, query_dtype
+from dsv4_kernels.index_score.naive import naive_index_query, naive_select_entries, query_dtype
 from dsv4_kernels.index_score.workspace import index_workspace
 from dsv4_kernels.index_topk import topk_entries, topk_workspace
 from dsv4_kernels.layout import BF16_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
@@ -102,3 +102,22 @@ def test_what_two_rounds_cannot_take_is_refused():
             topk_workspace(1, 1024, world.q.device),
         )
     assert (out == 7).all()
+
+
+def test_no_tokens():
+    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
+    none = torch.zeros(0, dtype=torch.int64)
+    step = replace(world.step, positions=none, token_rows=none)
+    out = torch.full((0, K), 7, dtype=torch.int32)
+    arguments = (
+        step,
+        world.q[:0],
+        world.weights[:0],
+        world.pool,
+        world.fmt,
+        world.table,
+        RATIO,
+        out,
+    )
+    naive_select_entries(*arguments)
+    select_entries(*arguments, world.workspace())
