@@ -3,22 +3,33 @@
 import torch
 
 from dsv4_kernels.hadamard.naive import naive_hadamard
+from dsv4_kernels.layout import FP32_INDEX, RowFormat
 from dsv4_kernels.norm_rope.naive import naive_rope
+from dsv4_kernels.row_codec.naive import naive_load_rows
+from dsv4_kernels.step import StepTensors
 
 
-def naive_index_query(q: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+def query_dtype(key_format: RowFormat) -> torch.dtype:
+    """What rotated index queries are rounded to: bf16, unless the keys are exact."""
+    return torch.float32 if key_format is FP32_INDEX else torch.bfloat16
+
+
+def naive_index_query(
+    q: torch.Tensor, cos_sin: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Rotate index queries as the index keys were.
 
-    Equation: q' = HADAMARD(ROPE_t(q))      [INDEX-Q]
+    Equation: q' = ROUND(HADAMARD(ROPE_t(q)))      [INDEX-Q]
 
     Args:
         q (torch.Tensor): ``[T, heads, 128]``, the projection.
         cos_sin (torch.Tensor): ``[T, 64]``, fp32, the table's rows at the tokens' positions.
+        dtype (torch.dtype): what the result is rounded to, see `query_dtype`.
 
     Returns:
         torch.Tensor: ``[T, heads, 128]``, fp32.
     """
-    return naive_hadamard(naive_rope(q, cos_sin))
+    return naive_hadamard(naive_rope(q, cos_sin)).to(dtype).float()
 
 
 def naive_index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -59,3 +70,45 @@ def naive_topk_entries(scores: torch.Tensor, num_visible: torch.Tensor, k: int) 
     chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     chosen = chosen.masked_fill(chosen >= num_visible.unsqueeze(1), num_entries).sort(dim=1).values
     return chosen.masked_fill(chosen == num_entries, -1)
+
+
+def naive_select_entries(
+    step: StepTensors,
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    index_pool: torch.Tensor,
+    key_format: RowFormat,
+    cos_sin: torch.Tensor,
+    ratio: int,
+    out: torch.Tensor,
+) -> None:
+    """Choose each new token's best entries among those it sees, and list their rows.
+
+    Equation: top-k of I[t, s] over ``s < (t + 1) // ratio``; [INDEX-Q], [INDEX-16]; ties to the lowest ``s``.
+
+    Args:
+        step (StepTensors): the step; a token of position -1 is padding, and sees nothing.
+        index_q (torch.Tensor): ``[T, heads, 128]``, fp32 or bf16, before RoPE.
+        index_weights (torch.Tensor): ``[T, heads]``, fp32 or bf16, the scales included.
+        index_pool (torch.Tensor): index keys at `StepTensors.index_slots`.
+        key_format (RowFormat): the pool's format.
+        cos_sin (torch.Tensor): ``[P, 64]``, fp32, from `dsv4_kernels.norm_rope.rope_table`.
+        ratio (int): tokens per entry.
+        out (torch.Tensor): ``[T, k]`` int32, row-pool rows (`StepTensors.entry_slots`) in the entries' order, then -1.
+            Written.
+    """
+    visible = (step.positions + 1) // ratio
+    out.fill_(-1)
+    for row in step.token_rows.unique().tolist():
+        tokens = torch.nonzero((step.token_rows == row) & (visible > 0)).flatten()
+        if len(tokens) == 0:
+            continue
+        entries = torch.arange(int(visible[tokens].max()), device=out.device)
+        slots = step.index_slots(torch.full_like(entries, row), entries, ratio)
+        keys = naive_load_rows(index_pool, slots, key_format)
+        cos_sin_rows = cos_sin[step.positions[tokens]]
+        q = naive_index_query(index_q[tokens], cos_sin_rows, query_dtype(key_format))
+        scores = naive_index_scores(q, index_weights[tokens], keys)
+        chosen = naive_topk_entries(scores, visible[tokens], out.shape[1])
+        rows = step.num_window_rows + slots[chosen.clamp_min(0)]
+        out[tokens, : chosen.shape[1]] = rows.masked_fill(chosen < 0, -1).to(out.dtype)

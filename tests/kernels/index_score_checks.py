@@ -1,0 +1,320 @@
+"""Checks of the fused indexer against its reference, for Triton's CPU interpreter and for a GPU alike.
+
+Run as a program it makes every check on the CPU and prints ``{check: "" or its fault}``.
+"""
+
+import json
+import traceback
+from dataclasses import dataclass, replace
+
+import torch
+
+from dsv4_kernels import memory
+from dsv4_kernels.index_score.fused import IndexTuning, select_entries
+from dsv4_kernels.index_score.naive import (
+    naive_index_query,
+    naive_select_entries,
+    naive_topk_entries,
+)
+from dsv4_kernels.index_score.workspace import held_scores, index_workspace
+from dsv4_kernels.index_topk.fused import topk_entries, topk_workspace
+from dsv4_kernels.layout import FP32_INDEX, INDEX_DIM, INDEX_FORMATS
+from dsv4_kernels.norm_rope import RopeSpec, rope_table
+from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
+from dsv4_kernels.step import StepTensors
+from tests.kernels.flush_world import nan_pool
+
+RATIO = 4
+NOWHERE = 1 << 40
+# (tokens before, new tokens): below and above k = 16 entries, on and off a block's end, an empty request, one fresh.
+REQUESTS = ((300, 1), (700, 5), (0, 3), (60, 9), (90, 0), (511, 1), (64, 20))
+K, HEADS = 16, 4
+
+
+@dataclass
+class IndexWorld:
+    """A step, its index keys, and its queries."""
+
+    step: StepTensors
+    pool: torch.Tensor
+    fmt: object
+    q: torch.Tensor
+    weights: torch.Tensor
+    table: torch.Tensor
+    max_entries: int
+
+    @property
+    def visible(self):
+        return (self.step.positions + 1) // RATIO
+
+    def workspace(self, max_tokens=None, k=K):
+        tokens = max_tokens or len(self.q)
+        scores, heads = tokens * self.max_entries, self.weights.shape[1]
+        return index_workspace(tokens, scores, heads, k, self.fmt, self.q.device)
+
+    def scores(self, workspace):
+        """What a workspace holds, ``[T, entries]``."""
+        return held_scores(self.step, RATIO, workspace)
+
+    def fused(self, workspace=None, tuning=None, k=K, **options):
+        """The chosen rows, and the workspace."""
+        workspace = self.workspace(k=k) if workspace is None else workspace
+        out = torch.full((len(self.q), k), 7, dtype=torch.int32, device=self.q.device)
+        select_entries(
+            self.step, self.q, self.weights, self.pool, self.fmt, self.table, RATIO, out, workspace, tuning, **options
+        )  # fmt: skip
+        return out, workspace
+
+    def naive(self, k=K):
+        out = torch.full((len(self.q), k), 7, dtype=torch.int32, device=self.q.device)
+        naive_select_entries(
+            self.step, self.q, self.weights, self.pool, self.fmt, self.table, RATIO, out
+        )
+        return out
+
+    def rows_of(self, chosen):
+        """Entries ``[T, k]``, -1 for none, as rows of the row pool."""
+        rows = self.step.token_rows.unsqueeze(1)
+        slots = self.step.entry_slots(rows, chosen.clamp_min(0), RATIO)
+        return slots.masked_fill(chosen < 0, -1).to(torch.int32)
+
+    def keys(self, token):
+        """The decoded keys that a token sees, fp64."""
+        entries = torch.arange(int(self.visible[token]), device=self.q.device)
+        rows = torch.full_like(entries, int(self.step.token_rows[token]))
+        slots = self.step.index_slots(rows, entries, RATIO)
+        return naive_load_rows(self.pool, slots, self.fmt).double()
+
+
+def make_world(
+    fmt, requests=REQUESTS, heads=HEADS, *, device="cpu", exact=False, page_tokens=128, seed=0, dtype=torch.float32
+):  # fmt: skip
+    """Random queries and keys; ``exact`` ones make every dot, and so every score, exact in any order of additions.
+
+    Pages are in no order. Keys past the last closed block, page cells past the last page and the queries of padding tokens
+    (one in the middle, two at the end) would give themselves away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    rows = [row for row, (_, count) in enumerate(requests) for _ in range(count)]
+    positions = [start + i for start, count in requests for i in range(count)]
+    for at in (len(rows) // 2, len(rows) + 1, len(rows) + 2):
+        rows.insert(at, 0)
+        positions.insert(at, -1)
+    lengths = [start + count for start, count in requests]
+    per_page, pages = page_tokens // RATIO, -(-max(lengths) // page_tokens) + 1
+    count = len(requests)
+    table = torch.randperm(count * pages + 2, generator=generator)[: count * pages].view(count, -1)
+    for row, length in enumerate(lengths):
+        table[row, -(-length // page_tokens) :] = NOWHERE
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    table = table.to(device)
+    step = StepTensors(
+        positions=tensor(positions), token_rows=tensor(rows), seq_lens=tensor(lengths),
+        extend_lens=tensor([n for _, n in requests]), state_slots=tensor(range(count)), history_pages=table,
+        window_pages=table.clone(), page_tokens=page_tokens, num_window_rows=1000,
+    )  # fmt: skip
+    pool = nan_pool(fmt, (count * pages + 2) * per_page, device)
+    tokens = len(rows)
+    q = torch.full((tokens, heads, INDEX_DIM), float("nan"))
+    real = torch.tensor(positions) >= 0
+    if exact:
+        q[real] = 0.0
+        hot = torch.randint(0, 64, (tokens, heads), generator=generator)
+        size = torch.randint(1, 4, (tokens, heads), generator=generator).float()
+        q = torch.where(real.view(-1, 1, 1), q.scatter(2, hot.unsqueeze(2), size.unsqueeze(2)), q)
+        weights = 2.0 ** torch.randint(-1, 2, (tokens, heads), generator=generator)
+        weights *= torch.randint(0, 2, (tokens, heads), generator=generator) * 2 - 1
+    else:
+        q[real] = normal(int(real.sum()), heads, INDEX_DIM)
+        weights = normal(tokens, heads)
+    for row, length in enumerate(lengths):
+        entries = torch.arange(length // RATIO, device=device)
+        if len(entries):
+            keys = normal(len(entries), INDEX_DIM)
+            if exact:
+                keys = torch.randint(-1, 2, keys.shape, generator=generator).float()
+                if fmt is FP32_INDEX:
+                    hot = torch.randint(0, INDEX_DIM, (len(entries), 1), generator=generator)
+                    keys = torch.zeros_like(keys).scatter(1, hot, 1.0)
+            slots = step.index_slots(torch.full_like(entries, row), entries, RATIO)
+            naive_store_rows(pool, slots, keys.to(device), fmt)
+    return IndexWorld(
+        step, pool, fmt, q.to(dtype).to(device), weights.to(dtype).to(device),
+        rope_table(RopeSpec(160000.0, 64), max(lengths) + 1, device), pages * per_page,
+    )  # fmt: skip
+
+
+def exact_world(fmt, **options):
+    """Where keys are fp32 a rotated query has 24 bits: dots of one product and scores of one head are exact."""
+    return make_world(fmt, heads=1 if fmt is FP32_INDEX else HEADS, exact=True, **options)
+
+
+def query_faults(world, query, shift=0):
+    """Scored tokens whose rotated queries are off by more than rounding; ``shift`` moves their positions."""
+    tokens = torch.nonzero(world.visible > K).flatten()
+    positions = world.step.positions[tokens] + shift
+    x = world.q[tokens].double()
+    exact = naive_index_query(world.q[tokens], world.table[positions])
+    # Two products and a sum, then seven sums and the scale, each to 2^-24 of its terms. The reference has as much.
+    bound = 2 * 10 * 2.0**-24 * 2 * INDEX_DIM**-0.5 * x.abs().sum(-1, keepdim=True)
+    if query.dtype == torch.bfloat16:
+        bound = bound + 2.0**-8 * exact.abs()
+    found = query[tokens, : world.q.shape[1]].double()
+    return int((~((found - exact).abs() <= bound)).sum())
+
+
+def score_faults(world, workspace, *, relu=True, shift=0):
+    """Scores off by more than rounding from fp64 over the rounded queries; twins leave the ReLU out or shift keys."""
+    faults = 0
+    for token in torch.nonzero(world.visible > K).flatten().tolist():
+        keys = world.keys(token).roll(shift, 0)
+        q = workspace.query[token, : world.q.shape[1]].double()
+        weights = world.weights[token].double()
+        dots = q @ keys.T
+        dots = dots.clamp_min(0) if relu else dots
+        exact = weights @ dots
+        # 128 sums per dot and one per head. A tensor core may cut off where IEEE rounds, and keeps two bits more than fp32.
+        steps = INDEX_DIM + world.q.shape[1]
+        bound = steps * 2.0**-22 * (weights.abs() @ (q.abs() @ keys.abs().T))
+        found = world.scores(workspace)[token, : len(keys)].double()
+        faults += int((~((found - exact).abs() <= bound)).sum())
+    return faults
+
+
+def check_values(device="cpu"):
+    """Queries and scores against fp64, the choice against the reference over the same scores; and the twins."""
+    for fmt in INDEX_FORMATS.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            world = make_world(fmt, device=device, dtype=dtype)
+            out, workspace = world.fused()
+            assert query_faults(world, workspace.query) == 0, f"{fmt.name}: query"
+            assert query_faults(world, workspace.query, shift=1) > 0, (
+                f"{fmt.name}: a wrong position"
+            )
+            assert score_faults(world, workspace) == 0, f"{fmt.name}: score"
+            assert score_faults(world, workspace, relu=False) > 0, f"{fmt.name}: no ReLU"
+            assert score_faults(world, workspace, shift=1) > 0, f"{fmt.name}: another key"
+            chosen = naive_topk_entries(world.scores(workspace), world.visible, K)
+            assert torch.equal(out, world.rows_of(chosen)), f"{fmt.name}: choice"
+
+
+def check_exact(device="cpu"):
+    """Where scores are exact, and tied, the choice is the reference's: for any tiling, and any pieces of the step."""
+    for fmt in INDEX_FORMATS.values():
+        world = exact_world(fmt, device=device)
+        expected = world.naive()
+        for entries, unit, max_tokens in ((32, 1, 64), (32, 4, 7), (64, 16, 64), (32, 2, 64)):
+            out, _ = world.fused(world.workspace(max_tokens), IndexTuning(entries, unit, 4, 1, 1))
+            assert torch.equal(out, expected), (
+                f"{fmt.name}: {entries} entries, {unit} tokens, {max_tokens}"
+            )
+        world.weights[5] *= -1
+        assert not torch.equal(world.naive(), expected), f"{fmt.name}: a wrong weight was not seen"
+
+
+def check_scores_do_not_depend_on_tiling(device="cpu"):
+    """The bytes of a score are those of its request alone; exact values where the interpreter's order is not ours."""
+    for fmt in INDEX_FORMATS.values():
+        make = exact_world if device == "cpu" else make_world
+        world = make(fmt, device=device)
+        whole = world.scores(world.fused(tuning=IndexTuning(64, 1, 4, 2, 4))[1])
+        for tuning in (IndexTuning(64, 4, 4, 1, 1), IndexTuning(128, 16, 4, 2, 2)):
+            scores = world.scores(world.fused(tuning=tuning)[1])
+            for token, count in enumerate(world.visible.tolist()):
+                if count > K:
+                    same = torch.equal(whole[token, :count], scores[token, :count])
+                    assert same, f"{fmt.name}: token {token}, {tuning}"
+
+
+def hard_scores(device):
+    """Rows of scores with many ties, zeros of both signs, subnormals, infinities, and every bit of a float in play."""
+    generator = torch.Generator().manual_seed(5)
+    length = 700
+    rows = [
+        torch.zeros(length),
+        torch.where(torch.arange(length) % 3 == 0, 0.0, -0.0),
+        torch.randint(0, 3, (length,), generator=generator) - 1.0,
+        torch.randn(length, generator=generator),
+        -torch.rand(length, generator=generator),
+        torch.randn(length, generator=generator) * 1e-40,
+        torch.randint(0, 2, (length,), generator=generator) * float("inf"),
+        -torch.randint(0, 2, (length,), generator=generator) * float("inf"),
+        torch.arange(length).float(),
+        torch.arange(length).flip(0).float(),
+        torch.arange(length) // 7 * 1.0,
+        1.0 + torch.randint(0, 40, (length,), generator=generator) * 2.0**-23,
+    ]
+    scores = torch.stack(rows).nan_to_num(0.0, float("inf"), float("-inf"))
+    return scores.repeat(5, 1).to(device)
+
+
+def check_topk(device="cpu"):
+    """The choice alone, over hard scores, for one round and for two; nothing past the visible scores is read."""
+    scores = hard_scores(device)
+    world = make_world(FP32_INDEX, ((2900, 1),), heads=1, device=device)
+    table = world.step.history_pages[:, : 2900 // 128 + 1].expand(len(scores), -1).contiguous()
+    visible = torch.tensor([700, 65, 17, 16, 333], device=device).repeat_interleave(12)
+    tokens = torch.arange(len(scores), device=device)
+    step = replace(
+        world.step, positions=visible * RATIO - 1, token_rows=tokens, history_pages=table
+    )
+    hidden = torch.arange(700, device=device) >= visible.unsqueeze(1)
+    scores = scores.masked_fill(hidden, float("nan"))
+    expected = replace(world, step=step).rows_of(naive_topk_entries(scores, visible, K))
+    backwards = 699 - naive_topk_entries(scores[:12].flip(1), visible[:12], K).flip(1)
+    chosen = naive_topk_entries(scores[:12], visible[:12], K)
+    assert (backwards != chosen).any(1).sum() >= 6, "rows where the rule for ties matters"
+    for block in (256, 1024):
+        workspace = topk_workspace(scores.numel(), K, scores.device, block)
+        wide = torch.full((len(scores), K + 3), 7, dtype=torch.int32, device=device)
+        out = wide[:, :K]
+        for first in (0, 25):
+            count = 25 if first == 0 else len(scores) - 25
+            topk_entries(step, scores[first : first + count], first, RATIO, out, workspace, block)
+        assert (wide[:, K:] == 7).all(), f"block {block}: more than k were chosen"
+        assert torch.equal(out, expected), f"block {block}"
+
+
+def check_two_rounds(device="cpu"):
+    """Rows longer than one program's, next to shorter ones."""
+    for fmt in INDEX_FORMATS.values():
+        world = exact_world(fmt, device=device)
+        workspace = world.workspace()
+        small = topk_workspace(len(world.q) * world.max_entries, K, world.q.device, 64)
+        out, _ = world.fused(workspace._replace(topk=small), block=64)
+        assert torch.equal(out, world.naive()), fmt.name
+
+
+CHECKS = {
+    "values": check_values,
+    "exact": check_exact,
+    "tiling": check_scores_do_not_depend_on_tiling,
+    "topk": check_topk,
+    "two rounds": check_two_rounds,
+}
+
+
+def main():
+    """Make every check on the CPU."""
+    torch.set_num_threads(1)
+    memory.set_poison(True)
+    results = {}
+    for name, check in CHECKS.items():
+        torch.manual_seed(0)
+        try:
+            check()
+            results[name] = ""
+        except AssertionError:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The reference of `select_entries`, computed another way; and what the launcher refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsv4_kernels.index_score.fused import select_entries
+from dsv4_kernels.index_score.naive import naive_index_query, naive_select_entries, query_dtype
+from dsv4_kernels.index_score.workspace import index_workspace
+from dsv4_kernels.index_topk import topk_entries, topk_workspace
+from dsv4_kernels.layout import BF16_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
+from tests.kernels.index_score_checks import RATIO, K, make_world
+
+
+def hadamard_matrix():
+    rows = torch.arange(INDEX_DIM)
+    bits = rows.unsqueeze(1) & rows
+    parity = sum((bits >> i) & 1 for i in range(7)) % 2
+    return (1.0 - 2.0 * parity).double() / INDEX_DIM**0.5
+
+
+@pytest.mark.parametrize("fmt", INDEX_FORMATS.values(), ids=INDEX_FORMATS)
+def test_matches_fp64(fmt):
+    """Token by token in fp64; a choice may differ only where scores are closer than rounding explains."""
+    world = make_world(fmt, requests=((300, 1), (60, 9), (0, 3), (127, 4)))
+    out, matrix = world.naive(), hadamard_matrix()
+    num_chosen = 0
+    for token, position in enumerate(world.step.positions.tolist()):
+        count = (position + 1) // RATIO
+        if count == 0:
+            assert (out[token] == -1).all()
+            continue
+        q = world.q[token].double()
+        cos, sin = world.table[position].double().split(32)
+        pairs = torch.view_as_complex(q[:, 64:].reshape(-1, 32, 2).contiguous())
+        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(1)
+        q = torch.cat([q[:, :64], turned], 1) @ matrix
+        if query_dtype(fmt) == torch.bfloat16:
+            q = q.bfloat16().double()
+        keys = world.keys(token)
+        scores = world.weights[token].double() @ (q @ keys.T).clamp_min(0)
+        rows = world.step.entry_slots(world.step.token_rows[token], torch.arange(count), RATIO)
+        found = out[token][out[token] >= 0].tolist()
+        assert len(found) == min(K, count) and (out[token, len(found) :] == -1).all()
+        chosen = torch.tensor([row in found for row in rows.tolist()])
+        assert [row for row in rows.tolist() if row in found] == found, "not in the entries' order"
+        if count > K:
+            # A query that rounds the other way moves a dot by 2^-8 of one product; so does a tie between scores.
+            slack = 2.0**-8 * (
+                q.abs().amax() * keys.abs().amax() * world.weights[token].abs().sum()
+            )
+            slack = slack if query_dtype(fmt) == torch.bfloat16 else 1e-5
+            assert scores[chosen].min() >= scores[~chosen].max() - slack
+            assert not scores.flip(0)[chosen].min() >= scores.flip(0)[~chosen].max() - slack
+            num_chosen += 1
+    assert num_chosen >= 5
+
+
+def test_queries_are_rounded_where_keys_are():
+    q, table = torch.randn(5, 3, INDEX_DIM), torch.randn(5, 64)
+    plain = naive_index_query(q, table)
+    rounded = naive_index_query(q, table, query_dtype(BF16_INDEX))
+    assert torch.equal(naive_index_query(q, table, query_dtype(FP32_INDEX)), plain)
+    assert torch.equal(rounded, plain.bfloat16().float()) and not torch.equal(rounded, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": 31}, "workspace: expected room for 32 scores, got 31"),
+        ({"heads": 17}, "workspace: expected 16 padded heads, got 32"),
+    ],
+)
+def test_a_workspace_that_does_not_fit_is_refused(change, message):
+    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
+    step = replace(world.step, history_pages=world.step.history_pages[:, :1])
+    sizes = {"scores": 32, "heads": 2} | change
+    workspace = index_workspace(8, sizes["scores"], sizes["heads"], K, BF16_INDEX, world.q.device)
+    out = torch.full((len(world.q), K), 7, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        select_entries(
+            step, world.q, world.weights, world.pool, world.fmt, world.table, RATIO, out, workspace
+        )
+    assert (out == 7).all()
+
+
+def test_what_two_rounds_cannot_take_is_refused():
+    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
+    out = torch.full((1, 1024), 7, dtype=torch.int32)
+    scores = torch.zeros(1, 1).expand(1, 262145)
+    workspace = topk_workspace(262145, 1024, world.q.device)
+    with pytest.raises(ValueError, match="at most 262144 entries for k = 1024, got 262145"):
+        topk_entries(world.step, scores.contiguous(), 0, RATIO, out, workspace)
+    with pytest.raises(ValueError, match="workspace: expected at least 2048 candidates, got 0"):
+        topk_entries(
+            world.step,
+            torch.zeros(1, 20000),
+            0,
+            RATIO,
+            out,
+            topk_workspace(1, 1024, world.q.device),
+        )
+    assert (out == 7).all()
+
+
+def test_no_tokens():
+    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
+    none = torch.zeros(0, dtype=torch.int64)
+    step = replace(world.step, positions=none, token_rows=none)
+    out = torch.full((0, K), 7, dtype=torch.int32)
+    arguments = (
+        step,
+        world.q[:0],
+        world.weights[:0],
+        world.pool,
+        world.fmt,
+        world.table,
+        RATIO,
+        out,
+    )
+    naive_select_entries(*arguments)
+    select_entries(*arguments, world.workspace())
