@@ -202,5 +202,6 @@ def _validate_input_ids(
 
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    result.internal_state["sglang_dsv4"] = pool.facts
+    steps = scheduler.tp_worker.model_runner.attn_backend.steps
+    result.internal_state["sglang_dsv4"] = {**pool.facts, "steps": dict(steps)}
     return result

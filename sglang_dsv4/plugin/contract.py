@@ -57,7 +57,9 @@ CONTRACT = (
     ContractName(FROM_CLI_ARGS, "reads the flags, and refuses what is not supported"),
     ContractName(POST_INIT, "refuses what is not supported, for Engine too"),
     ContractName(CHECK_ARGS, "refuses arguments that were made before the plug-in was loaded"),
-    ContractName(SERVE_KIND, "keeps `sglang serve` from its diffusion server, which has no such cache"),
+    ContractName(
+        SERVE_KIND, "keeps `sglang serve` from its diffusion server, which has no such cache"
+    ),
     ContractName(BUILD_POOL, "builds the pool over CompressedKVCache"),
     ContractName(
         POOL_GLOBAL,

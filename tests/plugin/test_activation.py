@@ -51,13 +51,21 @@ HookRegistry.apply_hooks = classmethod(replace)
 """
 
 FAULTS = {
-    **{name: UNHOOKED.format(name=name) for name in ("add_cli_args", "from_cli_args", "__post_init__")},
+    **{
+        name: UNHOOKED.format(name=name)
+        for name in ("add_cli_args", "from_cli_args", "__post_init__")
+    },
     "replaced class": REPLACED,
     **{name: MISSING.format(name=name) for name in ("plugin.launch", "plugin.contract", "errors")},
 }
 LATER_FAULTS = {
     name: UNHOOKED.format(name=name)
-    for name in ("check_server_args", "_build_dsv4_kv_pool", "get_init_info", "_validate_one_request")
+    for name in (
+        "check_server_args",
+        "_build_dsv4_kv_pool",
+        "get_init_info",
+        "_validate_one_request",
+    )
 }
 
 
@@ -82,7 +90,9 @@ def test_without_a_fault_the_launch_goes_on(launches, way):
 def test_a_flag_that_nothing_would_read_is_unknown(launches, name):
     status, output = launches["flag", name]
     assert status == 2 and "SERVES" not in output
-    assert output.splitlines()[-1].endswith(f"error: unrecognized arguments: {FLAG}"), output[-2000:]
+    assert output.splitlines()[-1].endswith(f"error: unrecognized arguments: {FLAG}"), output[
+        -2000:
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name != "replaced class"])
