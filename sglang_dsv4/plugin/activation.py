@@ -1,7 +1,6 @@
 """Put our pool, backend and portable ops in their places."""
 
 import logging
-import pkgutil
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from dsv4_kernels import memory
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin import contract, options, refusals
+from sglang_dsv4.plugin import contract, launch, options, refusals
 from sglang_dsv4.plugin.startup import active_line, describe
 from sglang_dsv4.spec import CacheSpec
 
@@ -55,7 +54,7 @@ def activate() -> None:
     """Register every hook; needs the flag or variable to be set.
 
     Raises:
-        UnsupportedError: SGLang lacks a name that we touch.
+        UnsupportedError: SGLang lacks a name that we touch, or did not apply a hook.
     """
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -69,22 +68,26 @@ def activate() -> None:
     contract.check_names()
     _installed_ops[:] = install(capabilities)
     hooks = (
+        (contract.CHECK_ARGS, _check_server_args, HookType.BEFORE),
         (contract.BUILD_POOL, _build_pool, HookType.AROUND),
         (contract.POOL_SIZES, _size_pools, HookType.AFTER),
         (contract.STATE_BYTES, _state_bytes, HookType.AROUND),
         (contract.INTERNAL_STATE, _internal_state, HookType.AFTER),
+        (contract.INIT_INFO, _check_serving, HookType.AFTER),
         (contract.VALIDATE, _validate_input_ids, HookType.AFTER),
     )
-    stock = {target: pkgutil.resolve_name(target) for target, _, _ in hooks}
-    for target, hook, kind in hooks:
-        HookRegistry.register(target, hook, kind)
+    for hook in hooks:
+        HookRegistry.register(*hook)
     HookRegistry.apply_hooks()
-    unhooked = [target for target in stock if pkgutil.resolve_name(target) is stock[target]]
-    if unhooked:  # SGLang only logs what it cannot hook
-        raise UnsupportedError(
-            f"hooks: expected in place, but SGLang did not apply {', '.join(unhooked)}"
-        )
+    launch.check_hooks(hooks)
     register_attention_backend("dsv4")(_create_backend)
+
+
+def _check_server_args(server_args: Any) -> None:
+    """Check arguments that may have been made before the plug-in was loaded."""
+    refusals.check_device(server_args.device, has_cuda=torch.cuda.is_available())
+    refusals.check_checkpoint(server_args.model_path, asdict(options.read()))
+    check_resolved(server_args)
 
 
 def _spec_of(model_config: Any) -> CacheSpec:
@@ -166,6 +169,27 @@ def _create_backend(runner: Any) -> Any:
     )
 
 
+def _check_serving(result: Any, scheduler: Any) -> None:
+    """End a scheduler that is about to say that it is ready, and would serve with another cache than ours.
+
+    The checks of the arguments know a checkpoint by its configuration; what SGLang made of it is known only here.
+    """
+    from sglang_dsv4.plugin.backend import CompressedKVBackend
+    from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
+
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    backend = scheduler.tp_worker.model_runner.attn_backend
+    for what, found, expected in (
+        ("KV pool", pool, CompressedTokenToKVPool),
+        ("attention backend", backend, CompressedKVBackend),
+    ):
+        if not isinstance(found, expected):
+            kind = type(found)
+            raise SystemExit(
+                f"sglang_dsv4: not active, the {what} is {kind.__module__}.{kind.__qualname__}"
+            )
+
+
 def _validate_input_ids(
     result: None, manager: Any, obj: Any, input_ids: list[int] | None, *_: Any
 ) -> None:
@@ -178,5 +202,6 @@ def _validate_input_ids(
 
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    result.internal_state["sglang_dsv4"] = pool.facts
+    steps = scheduler.tp_worker.model_runner.attn_backend.steps
+    result.internal_state["sglang_dsv4"] = {**pool.facts, "steps": dict(steps)}
     return result

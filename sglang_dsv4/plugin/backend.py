@@ -1,5 +1,6 @@
 """The attention backend that SGLang knows as ``dsv4``."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ class CompressedKVBackend(AttentionBackend):
 
     A step's plan is made from `ForwardBatch` alone. A request starts at a page boundary, after a prefix hit or at 0, and
     the cache needs nothing but the page tables to continue there: there is no state to restore or to clear.
+
+    Attributes:
+        steps (Counter[str]): how many steps of each of SGLang's forward modes have run.
     """
 
     needs_cpu_seq_lens = True
@@ -29,10 +33,12 @@ class CompressedKVBackend(AttentionBackend):
         self.attention = attention
         self._req_to_token = req_to_token
         self._selected: dict[int, torch.Tensor] = {}
+        self.steps: Counter[str] = Counter()
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan the step."""
         self._selected.clear()
+        self.steps[forward_batch.forward_mode.name.lower()] += 1
         if forward_batch.forward_mode.is_idle():
             self.token_to_kv_pool.plan = None
             return

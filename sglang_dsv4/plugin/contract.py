@@ -37,6 +37,8 @@ _POOL = f"{_SRT}.mem_cache.deepseek_v4_memory_pool.DeepSeekV4TokenToKVPool"
 ADD_CLI_ARGS = f"{_SRT}.server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = f"{_SRT}.server_args.ServerArgs.from_cli_args"
 POST_INIT = f"{_SRT}.server_args.ServerArgs.__post_init__"
+CHECK_ARGS = f"{_SRT}.server_args.ServerArgs.check_server_args"
+SERVE_KIND = "sglang.cli.serve._extract_model_type_override"
 BUILD_POOL = f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_dsv4_kv_pool"
 POOL_GLOBAL = f"{_SRT}.mem_cache.kv_cache_configurator.DeepSeekV4TokenToKVPool"
 POOL_SIZES = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator.__init__"
@@ -45,6 +47,7 @@ STATE_BYTES = (
 )
 VALIDATE = f"{_SRT}.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 INTERNAL_STATE = f"{_SRT}.managers.scheduler.Scheduler.get_internal_state"
+INIT_INFO = f"{_SRT}.managers.scheduler.Scheduler.get_init_info"
 
 CONTRACT = (
     ContractName(
@@ -53,6 +56,10 @@ CONTRACT = (
     ContractName(ADD_CLI_ARGS, "adds the flags"),
     ContractName(FROM_CLI_ARGS, "reads the flags, and refuses what is not supported"),
     ContractName(POST_INIT, "refuses what is not supported, for Engine too"),
+    ContractName(CHECK_ARGS, "refuses arguments that were made before the plug-in was loaded"),
+    ContractName(
+        SERVE_KIND, "keeps `sglang serve` from its diffusion server, which has no such cache"
+    ),
     ContractName(BUILD_POOL, "builds the pool over CompressedKVCache"),
     ContractName(
         POOL_GLOBAL,
@@ -62,6 +69,7 @@ CONTRACT = (
     ContractName(STATE_BYTES, "our bytes per request, for the size of the pools"),
     ContractName(VALIDATE, "refuses token ids outside the vocabulary, which would end the server"),
     ContractName(INTERNAL_STATE, "adds the memory report to /server_info"),
+    ContractName(INIT_INFO, "the last check before a scheduler takes requests"),
     ContractName(f"{_POOL}._make_kv_pool", "overridden: no native rows are allocated"),
     ContractName(f"{_POOL}._make_indexer_pool", "overridden: no native index keys are allocated"),
     ContractName(

@@ -1,6 +1,6 @@
 """What a user chose on the command line, carried to the scheduler process by environment variables.
 
-Imports nothing heavy at the top: see `sglang_dsv4.plugin.entry`.
+Imports nothing heavy at the top, since it is loaded with the flag off, too.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 
+ENABLE_FLAG = "--enable-dsv4-compressed-kv"
 _INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our flags to SGLang's parser. Values are checked by `read`, so that this needs nothing that may be missing."""
     group = parser.add_argument_group("sglang-dsv4")
     group.add_argument(
-        "--enable-dsv4-compressed-kv",
+        ENABLE_FLAG,
         action="store_true",
         help="Serve DeepSeek-V4 with CompressedKVCache of sglang-dsv4.",
     )
@@ -48,12 +49,16 @@ def publish(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: a format was chosen without the flag that enables the cache.
     """
-    chosen = {env.KV_FORMAT: args.dsv4_kv_format, env.INDEX_FORMAT: args.dsv4_index_format}
-    if args.enable_dsv4_compressed_kv:
+    # A program may call SGLang's ``from_cli_args`` with a namespace that no parser of SGLang's has made.
+    chosen = {
+        env.KV_FORMAT: getattr(args, "dsv4_kv_format", None),
+        env.INDEX_FORMAT: getattr(args, "dsv4_index_format", None),
+    }
+    if getattr(args, "enable_dsv4_compressed_kv", False):
         env.set_value(env.COMPRESSED_KV, "1")
     elif any(chosen.values()) and not is_enabled():
         raise UnsupportedError(
-            "--dsv4-kv-format, --dsv4-index-format: expected together with --enable-dsv4-compressed-kv"
+            f"--dsv4-kv-format, --dsv4-index-format: expected together with {ENABLE_FLAG}"
         )
     for name, value in chosen.items():
         if value is not None:

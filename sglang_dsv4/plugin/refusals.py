@@ -105,6 +105,16 @@ REFUSALS = (
         _flag("enable_deterministic_inference"),
     ),
     Refusal(
+        "--use-ray",
+        "Ray's schedulers do not load plug-ins",
+        _flag("use_ray"),
+    ),
+    Refusal(
+        "--tokenizer-worker-num",
+        "further tokenizer processes do not load plug-ins, and token ids outside the vocabulary would pass",
+        _above_one("tokenizer_worker_num"),
+    ),
+    Refusal(
         "--dllm-algorithm",
         "the model is autoregressive",
         lambda args: bool(getattr(args, "dllm_algorithm", None)),

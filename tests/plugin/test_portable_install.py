@@ -200,7 +200,8 @@ def sglang_with_ops():
     yield done
     for installed in done:
         owner = installer._owner(installed.op.target)
-        for _, module, attribute in list(installer._bindings(installed.op.replacement)):
+        replacement = installed.op.replacement
+        for _, module, attribute in installer._bindings([replacement])[id(replacement)]:
             setattr(module, attribute, installed.stock)
         installer._set(*owner, installed.stock)
     installer._installed.clear()

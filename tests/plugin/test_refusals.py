@@ -26,6 +26,8 @@ SUPPORTED = {
     "decode_attention_backend": None,
     "enable_dp_attention": False,
     "enable_deterministic_inference": False,
+    "use_ray": False,
+    "tokenizer_worker_num": 1,
     "dllm_algorithm": None,
 }
 UNSUPPORTED = {
@@ -44,6 +46,8 @@ UNSUPPORTED = {
     "decode_attention_backend": "torch_native",
     "enable_dp_attention": True,
     "enable_deterministic_inference": True,
+    "use_ray": True,
+    "tokenizer_worker_num": 2,
     "dllm_algorithm": "LowConfidence",
 }
 

@@ -1,5 +1,9 @@
-"""A real SGLang server over our cache, on a CPU, with every unwritten byte of the cache set to NaN."""
+"""A real SGLang server over our cache, on a CPU, with every unwritten byte of the cache set to NaN.
 
+One server, with exact rows so that the comparison is sharp, and a pool of 14 pages, which ten requests at once outgrow.
+"""
+
+import json
 import os
 import signal
 import threading
@@ -14,13 +18,16 @@ from sglang_dsv4 import env
 from sglang_dsv4.demo.client import Client
 from sglang_dsv4.demo.server import Server, active_line
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
-from sglang_dsv4.tiny import TinySpec, write_tiny_checkpoint
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 NEW_TOKENS = 9
 START_S = 240
-LENGTHS = [1, 2, 3, 7, 127, 131, 255, 257, 259, 515]
+# At admission a page each, and two for those above 256; a page more as soon as one crosses 256.
+LENGTHS = [1, 2, 3, 7, 127, 131, 253, 254, 255, 257, 259, 515]
+SMALL_POOL = (
+    "--max-total-tokens", "3584", "--swa-full-tokens-ratio", "1.0", "--schedule-conservativeness", "0.01",
+)  # fmt: skip
 
 
 def prompt(length, salt=0):
@@ -50,30 +57,51 @@ def request_body(input_ids, new_tokens):
 
 
 def generate(server, input_ids, new_tokens=NEW_TOKENS):
-    body = request_body(input_ids, new_tokens)
-    answer = httpx.post(f"{server.url}/generate", json=body, timeout=120)
+    answer = post(server, "generate", request_body(input_ids, new_tokens))
+    return read(answer.json())
+
+
+def post(server, path, body):
+    answer = httpx.post(f"{server.url}/{path}", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
-    meta = answer.json()["meta_info"]
+    return answer
+
+
+def read(answer):
+    """The generated tokens, the log-probabilities behind each, and the prompt tokens that came from the prefix cache."""
+    meta = answer["meta_info"]
     tokens = [token for _, token, _ in meta["output_token_logprobs"]]
     rows = [[value for value, _, _ in row] for row in meta["output_token_ids_logprobs"]]
     return tokens, torch.tensor(rows), meta["cached_tokens"]
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    checkpoint = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    write_tiny_checkpoint(checkpoint, TinySpec())
-    return Oracle(checkpoint)
+def empty_cache(server):
+    """Wait until no request is left, and forget all prefixes: SGLang does the second only after the first."""
+    post(server, "flush_cache?timeout=60", {})
+
+
+def facts_of(server):
+    info = httpx.get(f"{server.url}/server_info", timeout=60).json()
+    return info["internal_states"][0]["sglang_dsv4"]
 
 
 @pytest.fixture(scope="module")
-def server(oracle, tmp_path_factory):
-    """Exact rows, so that the comparison is sharp; small chunks; poisoned memory."""
+def oracle(tiny):
+    return Oracle(tiny)
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    """Exact rows, small pool, prefill mixed with decode, poisoned memory."""
     patch = pytest.MonkeyPatch()
     patch.setenv(env.POISON, "1")
-    arguments = ("--dtype", "float32", "--dsv4-kv-format", "fp32", "--chunked-prefill-size", "256")
+    # Beside a decoding request, a chunk of 512 has room for one page of prefill.
+    arguments = (
+        "--dtype", "float32", "--dsv4-kv-format", "fp32", *SMALL_POOL,
+        "--chunked-prefill-size", "512", "--enable-mixed-chunk", "--sleep-on-idle",
+    )  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with Server(oracle._checkpoint, log, arguments) as running:
+    with Server(tiny, log, arguments) as running:
         wait_until_ready(running)
         yield running
     patch.undo()
@@ -94,22 +122,35 @@ def check(oracle, input_ids, answer):
     return bound
 
 
-def test_answers_of_concurrent_requests_match_transformers(server, oracle):
+def test_answers_of_concurrent_requests_match_transformers_under_retraction(server, oracle):
     prompts = [prompt(length) for length in LENGTHS]
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(lambda ids: generate(server, ids), prompts))
+    answers = post(server, "generate", request_body(prompts, NEW_TOKENS)).json()
     for input_ids, answer in zip(prompts, answers, strict=True):
-        bound = check(oracle, input_ids, answer)
+        bound = check(oracle, input_ids, read(answer))
+    # The pool was full, requests were sent back to the queue, and their answers are as right.
+    assert any("KV cache pool is full. Retract requests" in line for line in server.log_lines())
+    assert max(answer["meta_info"]["num_retractions"] for answer in answers) > 0
     # The twin: the same answer judged as if one token of the prompt had been another one.
     wrong = [*prompts[-1][:300], prompts[-1][300] ^ 1, *prompts[-1][301:]]
-    tokens, logprobs, _ = answers[-1]
+    tokens, logprobs, _ = read(answers[-1])
     moved = oracle.logprobs(wrong + tokens[:-1])[len(wrong) - 1 :]
     assert (logprobs - moved).abs().max().item() > bound
 
 
+def test_concurrent_requests_of_many_clients(server, oracle):
+    """The same prompts again, each from a client of its own, in the order in which they arrive."""
+    empty_cache(server)
+    prompts = [prompt(length) for length in LENGTHS]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda ids: generate(server, ids), prompts))
+    for input_ids, answer in zip(prompts, answers, strict=True):
+        check(oracle, input_ids, answer)
+
+
 @pytest.mark.parametrize("length", [257, 259, 515])
 def test_a_prefix_hit_is_as_right_as_a_cold_run(server, oracle, length):
-    input_ids = prompt(length, salt=3)
+    empty_cache(server)
+    input_ids = prompt(length)
     cold, hit = generate(server, input_ids), generate(server, input_ids)
     assert cold[2] < 256 <= hit[2] < length
     check(oracle, input_ids, cold)
@@ -120,24 +161,69 @@ def test_a_prefix_hit_is_as_right_as_a_cold_run(server, oracle, length):
     check(oracle, longer, answer)
 
 
+def test_a_prompt_prefilled_in_chunks_beside_a_decoding_request(server, oracle):
+    """SGLang mixes the two in one batch only where nobody asks for log-probabilities; so the tokens are compared."""
+
+    def plain(input_ids, new_tokens, **options):
+        body = request_body(input_ids, new_tokens)
+        return {"input_ids": input_ids, "sampling_params": body["sampling_params"], **options}
+
+    empty_cache(server)
+    before = facts_of(server)["steps"].get("mixed", 0)
+    decoding, long = prompt(30, salt=11), prompt(700, salt=12)
+    body = plain(decoding, 40, stream=True)
+    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=120) as stream:
+        lines = (line for line in stream.iter_lines() if line.startswith("data: {"))
+        next(lines)  # it is decoding
+        beside = post(server, "generate", plain(long, NEW_TOKENS)).json()
+        (*_, last) = lines
+    assert facts_of(server)["steps"]["mixed"] > before
+    right = 0
+    for input_ids, answer in ((decoding, json.loads(last[6:])), (long, beside)):
+        tokens = answer["output_ids"]
+        sequence = input_ids + tokens[:-1]
+        expected = oracle.logprobs(sequence)[len(input_ids) - 1 :]
+        bound = comparison_bound(0.0, oracle.arithmetic_error(sequence).max().item())
+        best, second = expected.topk(2, dim=1).values.unbind(dim=1)
+        certain = (best - second) > bound
+        assert (torch.tensor(tokens) == expected.argmax(dim=1))[certain].all()
+        right += int(certain.sum())
+        # The twin: one token of the prompt another one, and some certain token is.
+        wrong = [sequence[0] ^ 1, *sequence[1:]] if len(input_ids) < 128 else sequence[4:]
+        moved = oracle.logprobs(wrong)[-len(tokens) :].argmax(dim=1)
+        assert (moved != expected.argmax(dim=1))[certain].any()
+    assert right > 40
+
+
 def test_a_short_prompt_in_a_slot_that_held_a_long_one(server, oracle):
     for length in (380, 3, 1):
         input_ids = prompt(length, salt=5)
         check(oracle, input_ids, generate(server, input_ids, new_tokens=12))
 
 
-def test_a_client_that_leaves_does_not_harm_others(server, oracle):
-    def leave():
-        with pytest.raises(httpx.TimeoutException):
-            httpx.post(
-                f"{server.url}/generate", json=request_body(prompt(500, 6), 400), timeout=0.7
-            )
+@pytest.mark.parametrize("way", ["leaves", "aborts"])
+def test_a_client_that_leaves_or_aborts_does_not_harm_others(server, oracle, way):
+    gone, began = prompt(500, salt=6), threading.Event()
 
-    thread = threading.Thread(target=leave)
-    thread.start()
+    def stop():
+        body = {**request_body(gone, 2000), "stream": True, "rid": way}
+        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=120) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            began.set()
+            if way == "aborts":
+                post(server, "abort_request", {"rid": way})
+                (*_, last) = (line for line in lines if line.startswith("data: {"))
+                reason = json.loads(last[6:])["meta_info"]["finish_reason"]
+                assert reason["type"] == "abort"
+
     input_ids = prompt(300, salt=7)
-    check(oracle, input_ids, generate(server, input_ids))
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(stop)
+        began.wait()
+        check(oracle, input_ids, generate(server, input_ids))
+        stopping.result()
+    empty_cache(server)  # which waits for the request to be gone, and not for its 2,000 tokens
     check(oracle, input_ids, generate(server, input_ids))
 
 
@@ -183,7 +269,9 @@ def test_a_killed_server_restarts_on_its_port(server, oracle, tmp_path):
         httpx.post(f"{server.url}/generate", json=request_body(prompt(500, 6), 400), timeout=0.5)
     os.killpg(server._process.pid, signal.SIGKILL)
     server._process.wait()
-    arguments = ("--dtype", "float32", "--dsv4-kv-format", "fp8_584")
+    arguments = (
+        "--dtype", "float32", "--dsv4-kv-format", "fp8_584", "--chunked-prefill-size", "256", "--sleep-on-idle",
+    )  # fmt: skip
     again = Server(oracle._checkpoint, tmp_path / "again.log", arguments, port=server.port)
     with again:
         wait_until_ready(again)

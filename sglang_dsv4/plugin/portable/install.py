@@ -6,7 +6,7 @@ and wraps the replacement in a function, which a Triton kernel, launched as ``ke
 
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -69,10 +69,14 @@ def install(
         UnsupportedError: SGLang lacks a target, or still holds the stock one somewhere; names them.
     """
     chosen = choose(capabilities, ops)
-    owners = [
-        _owner(op.target) for op in chosen
-    ]  # before anything is changed: any of them may be missing
-    done = [_install(op, owner) for op, owner in zip(chosen, owners, strict=True)]
+    # Before anything is changed: any of them may be missing.
+    owners = [_owner(op.target) for op in chosen]
+    stock = [getattr(*owner) for owner in owners]
+    bindings = _bindings(stock)
+    done = [
+        _install(op, owner, bindings[id(replaced)])
+        for op, owner, replaced in zip(chosen, owners, stock, strict=True)
+    ]
     check_installed(done, loaded_only=True)
     return done
 
@@ -88,6 +92,8 @@ def check_installed(installed: Iterable[InstalledOp], *, loaded_only: bool = Fal
         UnsupportedError: names each path that leads elsewhere, and where.
     """
     astray = []
+    installed = list(installed)
+    bindings = _bindings([done.stock for done in installed])
     for done in installed:
         for path in (done.op.target, *done.op.seen_as):
             if (
@@ -99,21 +105,23 @@ def check_installed(installed: Iterable[InstalledOp], *, loaded_only: bool = Fal
             found = getattr(*_owner(path))
             if found is not done.op.replacement:
                 astray.append(f"{path} is {found!r}")
-        astray += [f"{name} is the stock one" for name, _, _ in _bindings(done.stock)]
+        astray += [f"{name} is the stock one" for name, _, _ in bindings[id(done.stock)]]
     if astray:
         raise UnsupportedError(f"portable ops: expected in place, but {'; '.join(astray)}")
 
 
-def _install(op: PortableOp, owner: tuple[Any, str]) -> InstalledOp:
+def _install(
+    op: PortableOp, owner: tuple[Any, str], bindings: list[tuple[str, ModuleType, str]]
+) -> InstalledOp:
     stock = getattr(*owner)
     if stock is op.replacement and op.target in _installed:
         return _installed[op.target]
     _set(*owner, op.replacement)
-    rebound = []
-    for name, module, attribute in list(_bindings(stock)):
+    for _, module, attribute in bindings:
         setattr(module, attribute, op.replacement)
-        rebound.append(name)
-    _installed[op.target] = InstalledOp(op, stock, tuple(sorted(rebound)))
+    # The definition itself is no rebinding.
+    rebound = tuple(sorted(name for name, _, _ in bindings if name != op.target))
+    _installed[op.target] = InstalledOp(op, stock, rebound)
     return _installed[op.target]
 
 
@@ -134,11 +142,13 @@ def _owner(path: str) -> tuple[Any, str]:
     return owner, attribute
 
 
-def _bindings(value: Any) -> Iterator[tuple[str, ModuleType, str]]:
-    """Global names of SGLang's loaded modules that are bound to exactly this object."""
+def _bindings(values: Iterable[Any]) -> dict[int, list[tuple[str, ModuleType, str]]]:
+    """Global names of SGLang's loaded modules that are bound to exactly these objects, by the object's `id`."""
+    found: dict[int, list[tuple[str, ModuleType, str]]] = {id(value): [] for value in values}
     for module_name, module in list(sys.modules.items()):
         if not isinstance(module, ModuleType) or module_name.partition(".")[0] != "sglang":
             continue
         for attribute, bound in list(vars(module).items()):
-            if bound is value:
-                yield f"{module_name}.{attribute}", module, attribute
+            if id(bound) in found:
+                found[id(bound)].append((f"{module_name}.{attribute}", module, attribute))
+    return found
