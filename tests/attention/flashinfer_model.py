@@ -74,7 +74,7 @@ class Module:
         lse_offset = 2 * lanes * blocks * 64 * 512 * 2
         return [blocks, lanes, *offsets, 0, lse_offset]
 
-    def run(
+    def run(  # noqa: PLR0913 FlashInfer's own signature
         self, floats, ints, plan_info, q, q_pe, ckv, kpe, kv_indices, out, lse, mask_mode, num_heads, page_size, sm_scale,
         base_e, ckv_scale, kpe_scale, ckv_scale_arr,
     ):  # fmt: skip
@@ -167,7 +167,7 @@ class BatchMLAPagedAttentionWrapper:
         self._buffers = (qo_indptr, kv_indptr, kv_len_arr)
         self._int_workspace_buffer = torch.full((8 << 20,), 0xFF, dtype=torch.uint8)
 
-    def plan(
+    def plan(  # noqa: PLR0913 FlashInfer's own signature
         self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal,
         sm_scale, q_data_type, kv_data_type,
     ):  # fmt: skip
