@@ -18,9 +18,9 @@ from dsv4_kernels.row_gather.fused import row_gather
 from dsv4_kernels.row_lists import ListKind
 from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope.fused import sink_rope
+from sglang_dsv4.attention import device
 from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.attention.choose import why_not_flashinfer as why_not
-from sglang_dsv4.attention.device import device_of
 from sglang_dsv4.attention.lists import (
     FixedShape,
     chunks,
@@ -151,7 +151,7 @@ class FlashInferAttention(Attention):
         fixed: FixedShape | None = None,
     ) -> None:
         super().__init__(cache)
-        found = device_of(cache.device)
+        found = device.device_of(cache.device)
         fault = why_not(found, cache.spec.row_format, num_heads)
         if fault:
             raise UnsupportedError(f"attention flashinfer: {fault}")
