@@ -79,6 +79,16 @@ class Attention(ABC):
             ValueError: ``selected`` missing or unexpected, or a shape that does not fit the plan.
         """
 
+    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
+        """Where chosen rows may be written so that ``run`` need not copy them.
+
+        Returns:
+            torch.Tensor | None: ``[T, K]`` int32, its rows apart, for this step's ``run`` of a CSA layer; None where there is no
+            such place. Of a query's row only the columns of its entries may be written; others belong to its window.
+        """
+        del layer_id
+        return None
+
     def check(
         self, layer_id: int, plan: StepPlan, q: torch.Tensor, selected: torch.Tensor | None
     ) -> None:

@@ -10,6 +10,7 @@ from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import UnsupportedError
 
 NAMES = ("eager", "flashinfer", "flashmla")
+_FLASHMLA = "sgl-flash-mla"
 FIRST_FLASHINFER = (
     0,
     6,
@@ -42,8 +43,8 @@ def find_capabilities(cache: CompressedKVCache, num_heads: int) -> Capabilities:
         device_of(cache.device),
         cache.spec.row_format,
         num_heads,
-        _version("flashinfer-python"),
-        _version("sgl-flash-mla"),
+        installed("flashinfer-python"),
+        installed(_FLASHMLA),
     )
 
 
@@ -101,6 +102,19 @@ def why_not_flashmla(device: Device, row_format: str, num_heads: int) -> str:
     return ""
 
 
+def why_not_flashmla_prefill(device: Device, row_format: str, num_heads: int) -> str:
+    """Why FlashMLA's prefill kernel cannot attend here; empty where it can."""
+    if device.capability != (9, 0):
+        return f"expected a CUDA device of SM90, got {device}"
+    if row_format != "bf16":
+        return f"expected bf16 rows, got {row_format}"
+    if num_heads not in (64, 128):
+        return f"expected 64 or 128 query heads, got {num_heads}"
+    if installed(_FLASHMLA) is None:
+        return f"expected the package {_FLASHMLA}, got none"
+    return ""
+
+
 def _why_not_installed_flashinfer(capabilities: Capabilities) -> str:
     found = capabilities.flashinfer
     wanted = ".".join(map(str, FIRST_FLASHINFER))
@@ -113,11 +127,12 @@ def _why_not_installed_flashinfer(capabilities: Capabilities) -> str:
 
 def _why_not_installed_flashmla(capabilities: Capabilities) -> str:
     if capabilities.flashmla is None:
-        return "expected the package sgl-flash-mla, got none"
+        return f"expected the package {_FLASHMLA}, got none"
     return why_not_flashmla(capabilities.device, capabilities.row_format, capabilities.num_heads)
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

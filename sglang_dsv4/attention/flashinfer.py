@@ -4,6 +4,7 @@ With ``head_dim_kpe=0`` and pages of one row the kernel computes this attention 
 brings in afterwards. Key and value are one row, and window rows and entries lie in one pool.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import flashinfer
@@ -20,11 +21,12 @@ from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope.fused import sink_rope
 from sglang_dsv4.attention import device
 from sglang_dsv4.attention.base import Attention, HostLengths
-from sglang_dsv4.attention.choose import why_not_flashinfer as why_not
+from sglang_dsv4.attention.choose import why_not_flashinfer, why_not_flashmla_prefill
 from sglang_dsv4.attention.lists import (
     FixedShape,
     chunks,
     host_positions,
+    is_in_place,
     kind_of,
     kinds_of,
     longest,
@@ -39,8 +41,10 @@ from sglang_dsv4.attention.schedule import (
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
-_STOCK_WORKSPACE_BYTES = 64 << 20
 _DTYPE = torch.bfloat16
+_PREFILL_MULTIPLE = 128  # of columns, in FlashMLA's lists
+# Queries from which FlashMLA's prefill kernel is the faster one; it has the sink, and the pass after it is an eighth as long.
+FLASHMLA_PREFILL_TOKENS = 512
 
 
 class _StockPlan:
@@ -112,13 +116,28 @@ class _StockPlan:
 
 
 @dataclass
-class _Chunk:
-    """Queries that are attended in one launch: their lists, rows, and schedule."""
+class Chunk:
+    """Queries that are attended in one launch: their lists, rows, and schedule; or lengths, for FlashMLA."""
 
     tokens: slice
     lists: torch.Tensor
     flat: torch.Tensor
-    plan: OwnSchedule | _StockPlan
+    plan: OwnSchedule | _StockPlan | torch.Tensor
+
+
+def _load_prefill(
+    name: str, found: device.Device, row_format: str, num_heads: int
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    if name not in ("auto", "flashinfer", "flashmla"):
+        raise UnsupportedError(f"prefill: expected auto, flashinfer or flashmla, got {name!r}")
+    fault = why_not_flashmla_prefill(found, row_format, num_heads)
+    if name == "flashmla" and fault:
+        raise UnsupportedError(f"prefill flashmla: {fault}")
+    if name == "flashinfer" or fault:
+        return None
+    from sglang_dsv4.attention.flashmla import sparse_prefill
+
+    return sparse_prefill
 
 
 class FlashInferAttention(Attention):
@@ -133,6 +152,9 @@ class FlashInferAttention(Attention):
         schedule (str): ``"own"``: on the device, capturable; ``"stock"``: FlashInfer's planner, on the host, between
             replays; ``"auto"``: own where the version of FlashInfer is known.
         backend (str): ``"fa2"``, ``"fa3"`` (SM90), or ``"auto"``.
+        prefill (str): ``"flashmla"``: steps of many queries by FlashMLA's prefill kernel, which reads the same pool and lists
+            (SM90, bf16 rows, 64 or 128 heads, package sgl-flash-mla); ``"flashinfer"``: all alike; ``"auto"``: FlashMLA where
+            it is possible.
         fixed (FixedShape | None): the one shape of every step, for CUDA graphs.
 
     Raises:
@@ -148,11 +170,12 @@ class FlashInferAttention(Attention):
         *,
         schedule: str = "auto",
         backend: str = "auto",
+        prefill: str = "auto",
         fixed: FixedShape | None = None,
     ) -> None:
         super().__init__(cache)
         found = device.device_of(cache.device)
-        fault = why_not(found, cache.spec.row_format, num_heads)
+        fault = why_not_flashinfer(found, cache.spec.row_format, num_heads)
         if fault:
             raise UnsupportedError(f"attention flashinfer: {fault}")
         assert found.capability is not None
@@ -173,15 +196,17 @@ class FlashInferAttention(Attention):
             )
         self.schedule = schedule
         self.fixed = fixed
+        self._sparse_prefill = _load_prefill(prefill, found, cache.spec.row_format, num_heads)
+        self.prefill = "flashinfer" if self._sparse_prefill is None else "flashmla"
         self._packed = cache.spec.rows is FP8_584_ROW
         self._partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
-        self._floats = empty((_STOCK_WORKSPACE_BYTES,), torch.uint8, self.device)
         self._module = get_batch_mla_module(
             self.backend, _DTYPE, _DTYPE, _DTYPE, torch.int32, cache.spec.head_dim, 0, False
         )
         self._buffers: dict[str, torch.Tensor] = {}
+        self._lists: dict[str, torch.Tensor] = {}
         self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
-        self._chunks: dict[str, list[_Chunk]] = {}
+        self.chunks: dict[str, list[Chunk]] = {}
         if schedule == "own":
             self._check_layout()
 
@@ -195,7 +220,7 @@ class FlashInferAttention(Attention):
                 "plan: FlashInfer's planner runs on the host; expected no capture of its stream"
             )
         self._plan = plan
-        self._chunks = {kind.name: [] for kind in kinds_of(self.cache.spec)}
+        self.chunks = {kind.name: [] for kind in kinds_of(self.cache.spec)}
         if plan.num_tokens == 0:
             return
         on_host = host_positions(plan, lengths) if self.schedule == "stock" else None
@@ -223,40 +248,59 @@ class FlashInferAttention(Attention):
         pool = self.cache.layers[layer_id].storage.pool
         table = self.rope_table(layer_id) if undo_rope else None
         kind = kind_of(self.cache.spec, self.cache.spec.layers[layer_id])
-        for chunk in self._chunks[kind.name]:
-            part = chunk.tokens
-            self._attend(kind, chunk, pool, q[part], out[part], lse[part], selected)
+        for chunk in self.chunks[kind.name]:
+            part, positions = chunk.tokens, self._plan.step.positions[chunk.tokens]
+            if selected is not None and not is_in_place(selected, self._lists[kind.name]):
+                step = self._step(part)
+                row_lists(step, kind, chunk.lists, selected[part], window=False)
+            if isinstance(chunk.plan, torch.Tensor):
+                assert self._sparse_prefill is not None
+                values, lse[part] = self._sparse_prefill(
+                    q[part], pool, chunk.lists, chunk.plan, sink.float(), self.sm_scale
+                )
+                if table is not None:
+                    sink_rope(values, lse[part], None, positions, table)
+                if len(self.chunks[kind.name]) == 1:
+                    return values
+                out[part] = values
+                continue
+            self.attend(kind, chunk, pool, q[part], out[part], lse[part])
             splits = None
             if isinstance(chunk.plan, OwnSchedule):
                 splits = chunk.plan.splits(part.stop - part.start)
-            sink_rope(out[part], lse[part], sink, self._plan.step.positions[part], table, splits)
+            sink_rope(out[part], lse[part], sink, positions, table, splits)
         return out
 
-    def _attend(
+    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
+        layer = self.cache.spec.layers[layer_id]
+        if not layer.indexed or self._plan.num_tokens == 0:
+            return None
+        kind = kind_of(self.cache.spec, layer)
+        most = kind.width(longest(self._plan, self.fixed)) - kind.window
+        return self._lists[kind.name][:, :most]
+
+    def attend(
         self,
         kind: ListKind,
-        chunk: _Chunk,
+        chunk: Chunk,
         pool: torch.Tensor,
         q: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        selected: torch.Tensor | None,
     ) -> None:
-        part = chunk.tokens
-        step = self._step(part)
-        if selected is not None:
-            row_lists(step, kind, chunk.lists, selected[part], window=False)
+        """FlashInfer's launch alone: no sink, rotated, and with our schedule pieces apart."""
         rows = pool.view(-1, 1, 512) if not self._packed else self._decoded(kind, chunk, pool)
         if isinstance(chunk.plan, _StockPlan):
             chunk.plan.run(q, rows, out, lse)
             return
         own = chunk.plan
+        assert isinstance(own, OwnSchedule)
         self._module.run(
             own.partials.floats, own.ints, own.plan_info, q, q[..., :0], rows, rows[..., :0], chunk.flat, out, lse,
             MaskMode.NON_CAUSAL.value, self.num_heads, 1, self.sm_scale, True, 1.0, 1.0, None,
         )  # fmt: skip
 
-    def _decoded(self, kind: ListKind, chunk: _Chunk, pool: torch.Tensor) -> torch.Tensor:
+    def _decoded(self, kind: ListKind, chunk: Chunk, pool: torch.Tensor) -> torch.Tensor:
         """The chunk's listed rows as bf16, in list order."""
         count = chunk.lists.numel()
         rows = self._buffer("decoded", count * 512, _DTYPE)
@@ -276,13 +320,21 @@ class FlashInferAttention(Attention):
 
     def _plan_kind(self, kind: ListKind, on_host: torch.Tensor | None) -> None:
         num_tokens, width = self._plan.num_tokens, kind.width(longest(self._plan, self.fixed))
+        sparse = self._sparse_prefill is not None and num_tokens >= FLASHMLA_PREFILL_TOKENS
+        if sparse:
+            width = -(-width // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE
         lists = self._buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(-1, width)
-        row_lists(self._plan.step, kind, lists)
+        self._lists[kind.name] = lists
+        row_lists(self._plan.step, kind, lists, pad=sparse)
         row_bytes = 2 * self.cache.spec.head_dim if self._packed else 0
         for number, part in enumerate(chunks(num_tokens, width, decoded_row_bytes=row_bytes)):
             mine = lists[part]
             # A decoded row lies where its list names it: list cell ``i`` is row ``i``.
             flat = self._counting(mine.numel()) if self._packed else mine.view(-1)
+            if sparse:
+                counts = kind.lengths(self._plan.step.positions[part]).int()
+                self.chunks[kind.name].append(Chunk(part, mine, flat, counts))
+                continue
             plan = self._schedule(kind, number, part.stop - part.start, flat)
             if isinstance(plan, OwnSchedule):
                 plan.plan(self._plan.step.positions[part], kind, width)
@@ -290,7 +342,7 @@ class FlashInferAttention(Attention):
                 assert on_host is not None
                 lengths = kind.lengths(on_host[part]).int()
                 plan.plan(lengths, flat, width, self.num_heads, self.sm_scale)
-            self._chunks[kind.name].append(_Chunk(part, mine, flat, plan))
+            self.chunks[kind.name].append(Chunk(part, mine, flat, plan))
 
     def _schedule(
         self, kind: ListKind, number: int, num_tokens: int, flat: torch.Tensor
@@ -304,7 +356,7 @@ class FlashInferAttention(Attention):
                 found = OwnSchedule(num_tokens, self._partials, self.device)
             else:
                 fixed_tokens = None if self.fixed is None else num_tokens
-                found = _StockPlan(self._floats, self.backend, fixed_tokens, flat)
+                found = _StockPlan(self._partials.floats, self.backend, fixed_tokens, flat)
             self._plans[key] = found
         return found
 
@@ -326,7 +378,7 @@ class FlashInferAttention(Attention):
     def _check_layout(self) -> None:
         """Read a plan that FlashInfer's planner makes, as our own is written; raise where that fails."""
         lengths, stride = [640, 1, 0, 5000], 5003
-        stock = _StockPlan(self._floats, self.backend, None, None)
+        stock = _StockPlan(self._partials.floats, self.backend, None, None)
         lists = torch.zeros(len(lengths) * stride, dtype=torch.int32, device=self.device)
         stock.plan(
             torch.tensor(lengths, dtype=torch.int32), lists, stride, self.num_heads, self.sm_scale

@@ -14,11 +14,45 @@ from dsv4_kernels.sink_rope.fused import sink_rope
 from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.attention.choose import why_not_flashmla
 from sglang_dsv4.attention.device import device_of
-from sglang_dsv4.attention.lists import FixedShape, kind_of, kinds_of, longest
+from sglang_dsv4.attention.lists import FixedShape, is_in_place, kind_of, kinds_of, longest
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
 _LIST_MULTIPLE = 64
+
+
+def sparse_prefill(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    lists: torch.Tensor,
+    lengths: torch.Tensor,
+    sink: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashMLA's prefill kernel over bf16 rows, which every query reads by its own list. SM90; 64 or 128 heads.
+
+    Args:
+        q (torch.Tensor): ``[T, H, 512]`` bf16.
+        pool (torch.Tensor): ``[rows, 512]`` bf16.
+        lists (torch.Tensor): ``[T, W]`` int32, ``W`` a multiple of 128, -1 behind each list.
+        lengths (torch.Tensor): ``[T]`` int32.
+        sink (torch.Tensor): ``[H]`` fp32.
+        sm_scale (float): softmax scale.
+
+    Returns:
+        tuple: ``[T, H, 512]`` with the sink, and the log-sum-exp without it.
+    """
+    out, _, lse = flash_mla.flash_mla_sparse_fwd(
+        q,
+        pool.unsqueeze(1),
+        lists.unsqueeze(1),
+        sm_scale,
+        q.shape[-1],
+        sink,
+        lengths,
+        use_legacy=True,
+    )
+    return out, lse
 
 
 class FlashMLAAttention(Attention):
@@ -80,7 +114,7 @@ class FlashMLAAttention(Attention):
             return empty(tuple(q.shape), q.dtype, q.device)
         kind = kind_of(self.cache.spec, self.cache.spec.layers[layer_id])
         lists, step = self._lists[kind.name][: len(q)], self._plan.step
-        if selected is not None:
+        if selected is not None and not is_in_place(selected, lists):
             row_lists(step, kind, lists, selected, window=False)
         fmt, pool = self.cache.spec.rows, self.cache.layers[layer_id].storage.pool
         pages = pool.as_strided(
@@ -95,6 +129,14 @@ class FlashMLAAttention(Attention):
         if undo_rope:
             sink_rope(out, lse.view(out.shape[:2]), None, step.positions, self.rope_table(layer_id))
         return out
+
+    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
+        layer = self.cache.spec.layers[layer_id]
+        if not layer.indexed:
+            return None
+        kind = kind_of(self.cache.spec, layer)
+        most = kind.width(longest(self._plan, self.fixed)) - kind.window
+        return self._lists[kind.name][: self._plan.num_tokens, :most]
 
     def _buffer(self, kind: ListKind, plan: StepPlan) -> torch.Tensor:
         width = kind.width(longest(plan, self.fixed))

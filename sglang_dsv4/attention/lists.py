@@ -64,6 +64,12 @@ def chunks(num_tokens: int, width: int, *, decoded_row_bytes: int = 0) -> Iterat
         yield slice(begin, min(begin + most, num_tokens))
 
 
+def is_in_place(selected: torch.Tensor, lists: torch.Tensor) -> bool:
+    """Whether chosen rows were written where ``lists`` has them."""
+    same = selected.data_ptr() == lists.data_ptr() and selected.stride(0) == lists.stride(0)
+    return same and selected.dtype == lists.dtype and selected.stride(1) == 1
+
+
 def host_positions(plan: StepPlan, lengths: HostLengths | None) -> torch.Tensor:
     """Position of each query on the CPU, padded with -1 to the plan's tokens.
 

@@ -31,12 +31,14 @@ class Partials:
         self.num_sms = num_sms
         self.num_blocks = -(-num_heads // _CTA_ROWS)
         self.num_lanes = num_sms // self.num_blocks
-        rows = 2 * self.num_lanes * num_heads
+        # FlashInfer's planner, which may use the workspace too, has 64 rows per thread block whatever the heads.
+        rows = 2 * self.num_lanes * self.num_blocks * _CTA_ROWS
         self.lse_offset = 2 * rows * head_dim
         self.floats = empty((self.lse_offset + 4 * rows,), torch.uint8, device)
+        used = 2 * self.num_lanes * num_heads
         values, lse = self.floats[: self.lse_offset], self.floats[self.lse_offset :]
-        self.partial = values.view(torch.bfloat16).view(-1, num_heads, head_dim)
-        self.partial_lse = lse.view(torch.float32).view(-1, num_heads)
+        self.partial = values.view(torch.bfloat16)[: used * head_dim].view(-1, num_heads, head_dim)
+        self.partial_lse = lse.view(torch.float32)[:used].view(-1, num_heads)
 
 
 class OwnSchedule:

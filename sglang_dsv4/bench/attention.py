@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from dsv4_kernels.memory import empty
 from dsv4_kernels.sparse_attention import naive_sparse_attention
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.bench import attention_peers
@@ -18,6 +19,7 @@ Calls = dict[str, list[Callable[[], torch.Tensor]]]
 _MAX_POOL_BYTES = 16 << 30
 _MAX_LAYERS = 96
 _CHECKED_QUERIES = 3
+_FEWEST_PREFILL = 64
 BATCHES = (1, 8, 32, 64, 128, 256)
 _FLASHINFER = "sglang_dsv4.attention.flashinfer"
 
@@ -38,6 +40,8 @@ def cases(quick: bool) -> list[tuple[AttentionCase, str]]:
     decode("hca", 131072, 64, formats="bf16 fp8_584")
     decode("csa", 8192, 128, 1024)
     if not quick:
+        for batch in (2, 4, 16, 67, 100, 160, 200):
+            found.append((AttentionCase("csa", (8191,) * batch, (1,) * batch), "bf16"))
         decode("csa", 8192, 64, 1024)
         decode("window", 8192, 128)
         decode("hca", 131072, 128)
@@ -75,44 +79,77 @@ def flashinfer_variants(work: AttentionWork, missing: set[str]) -> dict[str, Att
     hopper = torch.cuda.get_device_capability()[0] == 9
     for backend in ("fa3", "fa2") if hopper else ("fa2",):
         for schedule in ("own", "stock"):
-            attention = ours(work.cache, work.case.heads, backend=backend, schedule=schedule)
+            attention = ours(
+                work.cache,
+                work.case.heads,
+                backend=backend,
+                schedule=schedule,
+                prefill="flashinfer",
+            )
             attention.plan(work.plan, work.lengths)
             found[f"{backend}-{schedule}"] = attention
     return found
 
 
 def variants(work: AttentionWork, missing: set[str]) -> tuple[Calls, dict[str, Attention]]:
-    """Calls by name, one per layer; all but the ones named ``kernel`` give the same result."""
+    """Calls by name, one per layer; all but the ones named ``kernel`` give the same result.
+
+    ``direct``: the chosen rows were written where the kernel reads them, as `Attention.selected_buffer` allows; FlashMLA's
+    lists are ready too.
+    """
     layers = range(len(work.q))
     calls: Calls = {}
     planned = flashinfer_variants(work, missing)
     for name, attention in planned.items():
-        calls[name] = [
-            lambda a=attention, i=i: a.run(
-                i, work.q[i], work.sink, work.selected[i], undo_rope=True
-            )  # type: ignore[misc]
-            for i in layers
-        ]
+        calls[name] = _calls(attention, work, work.selected)
+        calls[f"{name} kernel"] = _kernels(attention, work)
+        if work.case.kind == "csa" and name.endswith("own"):
+            place = attention.selected_buffer(0)
+            assert place is not None and work.selected[0] is not None
+            wanted = work.kind.num_entries(work.plan.step.positions).unsqueeze(1)
+            valid = torch.arange(place.shape[1], device=place.device) < wanted
+
+            place.copy_(torch.where(valid, work.selected[0][:, : place.shape[1]], place))
+            calls[f"{name} direct"] = _calls(attention, work, [place] * len(work.q))
+    tokens = work.case.num_tokens
+    if work.case.kind == "hca" and len(work.case.starts) == 1 < tokens and planned:
+        shared = importlib.import_module("sglang_dsv4.bench.attention_shared")
+        backend = next(iter(planned)).split("-")[0]
+        calls[f"{backend}-shared"] = shared.prepare(work, backend)
     module, fault = attention_peers.load()
     if module is None:
         missing.add(fault)
         return calls, planned
     packed = work.cache.spec.row_format == "fp8_584"
-    if packed:
-        calls["flashmla"] = [
-            attention_peers.decode(module, work, i, undo_rope=True) for i in layers
-        ]
-        calls["flashmla kernel"] = [
-            attention_peers.decode(module, work, i, undo_rope=False) for i in layers
-        ]
-    elif work.case.num_tokens > len(work.case.starts):
-        calls["flashmla"] = [
-            attention_peers.prefill(module, work, i, undo_rope=True) for i in layers
-        ]
-        calls["flashmla kernel"] = [
-            attention_peers.prefill(module, work, i, undo_rope=False) for i in layers
-        ]
+    if packed or tokens >= _FEWEST_PREFILL:
+        peer = attention_peers.decode if packed else attention_peers.prefill
+        calls["flashmla direct"] = [peer(module, work, i, undo_rope=True) for i in layers]
+        calls["flashmla kernel"] = [peer(module, work, i, undo_rope=False) for i in layers]
     return calls, planned
+
+
+def _kernels(attention: Attention, work: AttentionWork) -> list[Callable[[], torch.Tensor]]:
+    """FlashInfer's launch alone."""
+    out = empty(tuple(work.q[0].shape), torch.bfloat16, work.sink.device)
+    lse = empty(tuple(out.shape[:2]), torch.float32, out.device)
+
+    def call(layer_id: int) -> torch.Tensor:
+        pool, q = work.cache.layers[layer_id].storage.pool, work.q[layer_id]
+        for chunk in attention.chunks[work.kind.name]:  # type: ignore[attr-defined]
+            part = chunk.tokens
+            attention.attend(work.kind, chunk, pool, q[part], out[part], lse[part])  # type: ignore[attr-defined]
+        return out
+
+    return [lambda i=i: call(i) for i in range(len(work.q))]  # type: ignore[misc]
+
+
+def _calls(
+    attention: Attention, work: AttentionWork, selected: list[torch.Tensor | None]
+) -> list[Callable[[], torch.Tensor]]:
+    return [
+        lambda i=i: attention.run(i, work.q[i], work.sink, selected[i], undo_rope=True)  # type: ignore[misc]
+        for i in range(len(work.q))
+    ]
 
 
 def check(work: AttentionWork, calls: Calls) -> dict[str, float]:

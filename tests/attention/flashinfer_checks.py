@@ -125,7 +125,7 @@ def check_fixed_shape():
             attention.plan(plan, work.lengths)
             out = attention.run(0, q, work.sink, selected, undo_rope=True)
             assert max(errors(work, out[:6], 0)) <= 1 and not out[6:].any()
-            kept.append([chunk.flat.data_ptr() for chunk in attention._chunks["csa"]])
+            kept.append([chunk.flat.data_ptr() for chunk in attention.chunks["csa"]])
         assert kept[0] == kept[1] == kept[2]
         assert Event.waits - waits == (2 if schedule == "stock" else 0)
         refused(

@@ -20,9 +20,10 @@ STARTS = (0, 1, 62, 63, 64, 127, 300, 2047, 8191)
 FIXED = FixedShape(12, 8192)
 
 
-def make(work, schedule="own", backend="auto", fixed=None):
+def make(work, schedule="own", backend="auto", fixed=None, prefill="flashinfer"):
     attention = importlib.import_module("sglang_dsv4.attention.flashinfer").FlashInferAttention
-    return attention(work.cache, work.case.heads, schedule=schedule, backend=backend, fixed=fixed)
+    options = {"schedule": schedule, "backend": backend, "fixed": fixed, "prefill": prefill}
+    return attention(work.cache, work.case.heads, **options)
 
 
 def make_work(kind, heads=64, row_format="bf16", starts=STARTS, extends=None, topk=512, seed=0):
@@ -131,6 +132,24 @@ def test_selected_rows_may_be_int64_and_a_view(row_format):
     first = run(attention, work, 0)
     wide = work.selected[0].long().repeat_interleave(2, 0)[::2]
     assert torch.equal(attention.run(0, work.q[0], work.sink, wide, undo_rope=True), first)
+
+
+def test_selected_rows_can_be_written_in_place():
+    work = make_work("csa")
+    attention = make(work)
+    attention.plan(work.plan, work.lengths)
+    expected = run(attention, work, 1)
+    attention.plan(work.plan, work.lengths)
+    place = attention.selected_buffer(1)
+    assert place.shape == (len(STARTS), 512)
+    counts = work.kind.num_entries(work.plan.step.positions).tolist()
+    for query, count in enumerate(counts):
+        place[query, :count] = work.selected[1][query, :count]
+    before = place.clone()
+    found = attention.run(1, work.q[1], work.sink, place, undo_rope=True)
+    assert torch.equal(found, expected) and torch.equal(place, before)
+    place[-1, :-1] = place[-1, 1:].clone()  # a lost key, to show that these were read
+    assert not torch.equal(attention.run(1, work.q[1], work.sink, place, undo_rope=True), expected)
 
 
 def test_a_query_alone_gives_what_it_gives_in_a_batch():

@@ -88,7 +88,7 @@ def splits_of(tokens, heads, dim, counts, device, dtype=torch.bfloat16):
 def check_sink_rope(device="cpu"):
     """Sinks of every kind, pieces, padding and no keys; one rounding apart at most, and a wrong position is seen."""
     table = rope_table(RopeSpec(10000.0, 64), 701, device)
-    for heads in (8, 64):
+    for heads in (8,) if device == "cpu" else (8, 64):
         positions = torch.tensor([5, -1, 0, 699, 64, 3], device=device)
         sink = torch.randn(heads, device=device)
         sink[:3] = torch.tensor([INF, -INF, 0.0])

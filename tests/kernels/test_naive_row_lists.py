@@ -19,9 +19,9 @@ def by_hand(step, kind, token, selected):
     """One query's list, from its definition."""
     position, row = int(step.positions[token]), int(step.token_rows[token])
     page = step.page_tokens
-    found = []
+    found, window = [], []
     for seen in range(max(0, position - kind.window + 1), position + 1):
-        found.append(int(step.window_pages[row, seen // page]) * page + seen % page)
+        window.append(int(step.window_pages[row, seen // page]) * page + seen % page)
     if kind.most is not None:
         found += [slot for slot in selected[token].tolist() if slot >= 0]
     elif kind.ratio:
@@ -29,7 +29,7 @@ def by_hand(step, kind, token, selected):
         for entry in range((position + 1) // kind.ratio):
             slot = int(step.history_pages[row, entry // per_page]) * per_page + entry % per_page
             found.append(step.num_window_rows + slot)
-    return found
+    return found + window
 
 
 @pytest.mark.parametrize("page_tokens", [128, 256])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous
-from dsv4_kernels.mla_schedule.naive import SECOND_WORK_TILES
+from dsv4_kernels.mla_schedule.naive import MANY_ROUNDS, SECOND_WORK_TILES
 from dsv4_kernels.mla_schedule.work import TILE_KEYS, WorkLists
 from dsv4_kernels.row_lists.kind import ListKind
 
@@ -29,7 +29,7 @@ class WorkPointers(NamedTuple):
 @triton.jit(do_not_specialize=["num_tokens", "list_stride", "num_heads"])
 def mla_schedule_kernel(
     p_positions, num_tokens, list_stride, num_heads, work, num_lanes, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    MOST: tl.constexpr, TILE: tl.constexpr, SECOND: tl.constexpr, BT: tl.constexpr,
+    MOST: tl.constexpr, TILE: tl.constexpr, SECOND: tl.constexpr, MANY: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Every program sees all queries, and writes the works of one lane."""
     i_l = tl.program_id(0)
@@ -47,7 +47,10 @@ def mla_schedule_kernel(
     b_piece = tl.maximum((tl.sum(b_rest) + num_lanes - 1) // num_lanes, 1)
     while tl.sum((b_rest + b_piece - 1) // b_piece) > num_lanes:
         b_piece += tl.maximum(b_piece // 8, 1)
-    b_stretch = b_rounds * tl.max(b_tiles) + b_piece > b_line + SECOND
+    b_most = tl.max(b_tiles)
+    b_stretch = (b_rounds * b_most + b_piece > b_line + SECOND) & (
+        (b_rounds < MANY) | (2 * b_most > b_line)
+    )
     b_rounds = tl.where(b_stretch, 0, b_rounds)
     b_piece = tl.where(b_stretch, b_line, b_piece)
     b_rest = tl.where(o_t >= b_rounds * num_lanes, b_tiles, 0)
@@ -107,6 +110,7 @@ def mla_schedule(
         MOST=(1 << 40) if kind.most is None else kind.most,
         TILE=TILE_KEYS,
         SECOND=SECOND_WORK_TILES,
+        MANY=MANY_ROUNDS,
         BT=block,
         num_warps=4 if block <= 1024 else 8,
     )

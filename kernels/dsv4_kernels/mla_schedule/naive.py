@@ -7,6 +7,9 @@ from dsv4_kernels.row_lists.kind import ListKind
 
 # What a second work costs a lane, in tiles: its queries are loaded and its result is stored while no keys are.
 SECOND_WORK_TILES = 2
+# A prefill has this many rounds. Neighbouring queries share rows: those that are attended at one time should be neighbours,
+# even if that leaves lanes idle at the end, unless one query alone keeps a lane for half of the time.
+MANY_ROUNDS = 4
 
 
 def naive_mla_schedule(
@@ -33,7 +36,9 @@ def naive_mla_schedule(
     piece = max(1, -(-sum(rest) // lanes))
     while sum(-(-t // piece) for t in rest) > lanes:
         piece += max(1, piece // 8)
-    stretch = rounds * max(tiles, default=0) + piece > line + SECOND_WORK_TILES
+    most = max(tiles, default=0)
+    stretch = rounds * most + piece > line + SECOND_WORK_TILES
+    stretch = stretch and (rounds < MANY_ROUNDS or 2 * most > line)
     if stretch:
         rounds, piece = 0, line
     takes: list[list[tuple[int, int, int, int]]] = [[] for _ in range(lanes)]

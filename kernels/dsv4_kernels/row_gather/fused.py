@@ -39,15 +39,17 @@ def row_gather_kernel(
     p_group = p_pool + (b_slot // FORMAT.group_rows) * FORMAT.group_bytes  # [BC]
     p_data = p_group + (b_slot % FORMAT.group_rows) * FORMAT.data_bytes
     p_scale = p_group + FORMAT.scale_offset + (b_slot % FORMAT.group_rows) * FORMAT.scale_bytes
-    o_d = tl.arange(0, D)[None, :]
-    m_nope = m_c[:, None] & (o_d < FORMAT.nope_dim)
-    b_byte = tl.load(p_data[:, None] + o_d, mask=m_nope, other=0)
-    b_exponent = tl.load(p_scale[:, None] + o_d // FORMAT.tile, mask=m_nope, other=127)
-    b_x = e4m3_to_fp32(b_byte, CASTS) * (b_exponent.to(tl.uint32) << 23).to(
-        tl.float32, bitcast=True
-    )
+    TILES: tl.constexpr = D // FORMAT.tile
+    o_i = tl.arange(0, TILES)
+    o_x = o_i[:, None] * FORMAT.tile + tl.arange(0, FORMAT.tile)[None, :]  # [TILES, tile]
+    m_nope = m_c[:, None] & (o_i * FORMAT.tile < FORMAT.nope_dim)[None, :]  # [BC, TILES]
+    b_byte = tl.load(p_data[:, None, None] + o_x[None, :, :], mask=m_nope[:, :, None], other=0)
+    b_exponent = tl.load(p_scale[:, None] + o_i[None, :], mask=m_nope, other=127)
+    b_factor = (b_exponent.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    b_x = e4m3_to_fp32(b_byte, CASTS) * b_factor[:, :, None]
     p_row = p_rows + (i_t * width + o_c)[:, None] * D
-    tl.store(p_row + o_d, round_to_bf16(b_x, CASTS), mask=m_nope)
+    p_x = p_row[:, :, None] + o_x[None, :, :]
+    tl.store(p_x, round_to_bf16(b_x, CASTS), mask=m_nope[:, :, None])
     ROPE: tl.constexpr = D - FORMAT.nope_dim
     o_r = tl.arange(0, ROPE)[None, :]
     p_rope = (p_data + FORMAT.nope_dim).to(tl.pointer_type(tl.bfloat16))

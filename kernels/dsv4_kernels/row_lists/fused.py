@@ -27,27 +27,27 @@ def row_lists_kernel(
     if RATIO > 0:
         b_entries = tl.minimum((b_position + 1) // RATIO, MOST)
     p_list = p_lists + i_t * list_stride + o_c
-    m_window = o_c < b_window
+    m_entry = o_c < b_entries
+    if ENTRIES == 1:
+        PER_PAGE: tl.constexpr = PAGE // RATIO
+        b_page = tl.load(
+            p_history_pages + b_row * page_stride + o_c // PER_PAGE, mask=m_entry, other=0
+        )
+        b_slot = num_window_rows + b_page * PER_PAGE + o_c % PER_PAGE
+        tl.store(p_list, b_slot.to(tl.int32), mask=m_entry)
+    if ENTRIES == 2:
+        b_slot = tl.load(p_selected + i_t * selected_stride + o_c, mask=m_entry, other=0)
+        tl.store(p_list, b_slot.to(tl.int32), mask=m_entry)
+    o_w = o_c - b_entries
+    m_window = (o_w >= 0) & (o_w < b_window)
     if WRITE_WINDOW:
-        b_reached = b_position + 1 - b_window + o_c
+        b_reached = b_position + 1 - b_window + o_w
         b_page = tl.load(
             p_window_pages + b_row * page_stride + b_reached // PAGE, mask=m_window, other=0
         )
         tl.store(p_list, (b_page * PAGE + b_reached % PAGE).to(tl.int32), mask=m_window)
-    o_e = o_c - b_window
-    m_entry = (o_e >= 0) & (o_e < b_entries)
-    if ENTRIES == 1:
-        PER_PAGE: tl.constexpr = PAGE // RATIO
-        b_page = tl.load(
-            p_history_pages + b_row * page_stride + o_e // PER_PAGE, mask=m_entry, other=0
-        )
-        b_slot = num_window_rows + b_page * PER_PAGE + o_e % PER_PAGE
-        tl.store(p_list, b_slot.to(tl.int32), mask=m_entry)
-    if ENTRIES == 2:
-        b_slot = tl.load(p_selected + i_t * selected_stride + o_e, mask=m_entry, other=0)
-        tl.store(p_list, b_slot.to(tl.int32), mask=m_entry)
     if PAD:
-        tl.store(p_list, -1, mask=(o_e >= b_entries) & (o_c < width))
+        tl.store(p_list, -1, mask=(o_w >= b_window) & (o_c < width))
 
 
 def row_lists(

@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class ListKind:
-    """Lists of one kind of layer: a query's window rows, then its entries.
+    """Lists of one kind of layer: a query's entries, then its window rows, so that chosen entries can be written in place.
 
     A length is a function of the query's position alone, so host and device know it without asking each other. A query of
     position -1 is padding; its list is empty.

@@ -15,7 +15,7 @@ def naive_row_lists(
     window: bool = True,
     pad: bool = False,
 ) -> None:
-    """Write each query's list: the rows of its window, oldest first, then the rows of its entries, without a gap.
+    """Write each query's list: the rows of its entries, then the rows of its window, oldest first, without a gap.
 
     Args:
         step (StepTensors): the step.
@@ -29,21 +29,19 @@ def naive_row_lists(
     positions = step.positions.unsqueeze(1)
     rows = step.token_rows.unsqueeze(1)
     columns = torch.arange(lists.shape[1], device=lists.device).expand(lists.shape)
-    num_window, lengths = kind.num_window(positions), kind.lengths(positions)  # [T, 1]
-    in_window = columns < num_window
-    if window:
-        reached = (
-            (positions + 1 - num_window + columns).clamp_min(0).minimum(positions.clamp_min(0))
-        )
-        lists.copy_(torch.where(in_window, step.window_slots(rows, reached).int(), lists))
-    entry_idx = (columns - num_window).clamp_min(0)
-    is_entry = ~in_window & (columns < lengths)
+    num_entries, lengths = kind.num_entries(positions), kind.lengths(positions)  # [T, 1]
+    is_entry = columns < num_entries
     if kind.most is None and kind.ratio:
-        entry_idx = entry_idx.minimum(kind.num_entries(positions).sub(1).clamp_min(0))
+        entry_idx = columns.minimum((num_entries - 1).clamp_min(0))
         slots = step.entry_slots(rows, entry_idx, kind.ratio)
         lists.copy_(torch.where(is_entry, slots.int(), lists))
     elif selected is not None and selected.shape[1]:
-        chosen = selected.gather(1, entry_idx.clamp_max(selected.shape[1] - 1))
+        chosen = selected.gather(1, columns.clamp_max(selected.shape[1] - 1))
         lists.copy_(torch.where(is_entry, chosen.int(), lists))
+    if window:
+        reached = positions + 1 - kind.num_window(positions) + columns - num_entries
+        reached = reached.clamp_min(0).minimum(positions.clamp_min(0))
+        slots = step.window_slots(rows, reached).int()
+        lists.copy_(torch.where(~is_entry & (columns < lengths), slots, lists))
     if pad:
         lists.masked_fill_(columns >= lengths, -1)

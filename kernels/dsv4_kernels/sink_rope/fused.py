@@ -26,36 +26,40 @@ def _weighted(p_x, b_weight, mask):
     return tl.sum(b_x * b_weight[:, :, None], axis=0)
 
 
-@triton.jit(do_not_specialize=["num_heads", "token_stride"])
+@triton.jit(do_not_specialize=["num_heads"])
 def sink_rope_kernel(
-    p_out, token_stride, p_lse, p_sink, p_positions, p_cos_sin, p_first_lane, p_num_pieces, p_partial, p_partial_lse,
-    num_heads, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, HAS_SINK: tl.constexpr, HAS_SPLITS: tl.constexpr, BH: tl.constexpr,
-    BJ: tl.constexpr, CASTS: tl.constexpr,
+    p_out, p_lse, p_sink, p_positions, p_cos_sin, p_first_lane, p_num_pieces, p_partial, p_partial_lse, num_heads,
+    D: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, HAS_SINK: tl.constexpr, HAS_SPLITS: tl.constexpr,
+    BH: tl.constexpr, BJ: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """``BH`` heads of one query; pieces are read ``BJ`` at a time."""
+    """``BH`` heads of one query; pieces are read ``BJ`` at a time. Channels that stay as they are are not touched."""
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
+    WHOLE: tl.constexpr = HAS_SINK or HAS_SPLITS
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     m_h = o_h < num_heads
     o_d = tl.arange(0, D)
-    o_p = tl.arange(0, HALF)
+    o_r = tl.arange(0, RB)
     m_d = m_h[:, None] & (o_d < D - R)[None, :]
-    m_p = m_h[:, None] & (o_p >= 0)[None, :]
-    p_head = p_out + i_t * token_stride + o_h * D  # [BH]
-    p_even = p_head[:, None] + D - R + 2 * o_p[None, :]
+    m_r = m_h[:, None] & (o_r < R)[None, :]
+    # Strides are multiples of D, a constant, which lets the compiler load 16 bytes at once.
+    p_head = p_out + (i_t * num_heads + o_h) * D  # [BH]
+    p_main = p_head[:, None] + o_d[None, :]
+    p_pair = p_head[:, None] + (D - R) + o_r[None, :]
+    b_main = tl.zeros([BH, D], tl.float32)
+    b_pair = tl.zeros([BH, RB], tl.float32)
+    b_lse = tl.zeros([BH], tl.float32)
     b_count = 1
     if HAS_SPLITS:
         b_count = tl.load(p_num_pieces + i_t)
     if b_count == 1:
-        b_main = tl.load(p_head[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32)
-        b_even = tl.load(p_even, mask=m_p & (R > 0), other=0.0).to(tl.float32)
-        b_odd = tl.load(p_even + 1, mask=m_p & (R > 0), other=0.0).to(tl.float32)
-        b_lse = tl.load(p_lse + i_t * num_heads + o_h, mask=m_h, other=0.0) * LOG2E
+        if WHOLE:
+            b_main = tl.load(p_main, mask=m_d, other=0.0).to(tl.float32)
+            b_lse = tl.load(p_lse + i_t * num_heads + o_h, mask=m_h, other=0.0) * LOG2E
+        if R > 0:
+            b_pair = tl.load(p_pair, mask=m_r, other=0.0).to(tl.float32)
     else:
-        b_main = tl.zeros([BH, D], tl.float32)
-        b_even = tl.zeros([BH, HALF], tl.float32)
-        b_odd = tl.zeros([BH, HALF], tl.float32)
         b_top = tl.full([BH], _LOWEST, tl.float32)
         b_sum = tl.zeros([BH], tl.float32)
         b_lane = tl.load(p_first_lane + i_t)
@@ -68,20 +72,20 @@ def sink_rope_kernel(
             b_new = tl.maximum(b_top, tl.max(b_part, axis=0))
             b_scale = tl.exp2(b_top - b_new)
             b_weight = tl.exp2(b_part - b_new[None, :])
-            p_row = p_partial + o_row * D
+            p_row = (p_partial + o_row * D)[:, :, None]
+            m_row = m_j[:, :, None]
             b_main = b_main * b_scale[:, None] + _weighted(
-                p_row[:, :, None] + o_d[None, None, :], b_weight, m_j[:, :, None] & m_d[None, :, :]
+                p_row + o_d[None, None, :], b_weight, m_row & m_d[None, :, :]
             )
             if R > 0:
-                p_pair = p_row[:, :, None] + D - R + 2 * o_p[None, None, :]
-                b_even = b_even * b_scale[:, None] + _weighted(p_pair, b_weight, m_j[:, :, None])
-                b_odd = b_odd * b_scale[:, None] + _weighted(p_pair + 1, b_weight, m_j[:, :, None])
+                b_pair = b_pair * b_scale[:, None] + _weighted(
+                    p_row + (D - R) + o_r[None, None, :], b_weight, m_row & m_r[None, :, :]
+                )
             b_sum = b_sum * b_scale + tl.sum(b_weight, axis=0)
             b_top = b_new
         b_inverse = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)
         b_main = b_main * b_inverse[:, None]
-        b_even = b_even * b_inverse[:, None]
-        b_odd = b_odd * b_inverse[:, None]
+        b_pair = b_pair * b_inverse[:, None]
         b_lse = tl.where(b_sum > 0, b_top + tl.log2(b_sum), float("-inf"))
     if HAS_SINK:
         b_sink = tl.load(p_sink + o_h, mask=m_h, other=0.0).to(tl.float32)
@@ -89,16 +93,18 @@ def sink_rope_kernel(
         b_weight = tl.where(b_lse == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(b_sink - b_lse * LN2)))
         m_seen = (b_weight > 0)[:, None]
         b_main = tl.where(m_seen, b_main * b_weight[:, None], 0.0)
-        b_even = tl.where(m_seen, b_even * b_weight[:, None], 0.0)
-        b_odd = tl.where(m_seen, b_odd * b_weight[:, None], 0.0)
+        b_pair = tl.where(m_seen, b_pair * b_weight[:, None], 0.0)
     if R > 0:
         b_position = tl.load(p_positions + i_t)
-        p_angle = p_cos_sin + b_position * R + o_p
-        b_cos = tl.load(p_angle, mask=b_position + 0 * o_p >= 0, other=1.0)[None, :]
-        b_sin = tl.load(p_angle + R // 2, mask=b_position + 0 * o_p >= 0, other=0.0)[None, :]
-        _store(p_even, b_even * b_cos + b_odd * b_sin, m_p, CASTS)
-        _store(p_even + 1, b_odd * b_cos - b_even * b_sin, m_p, CASTS)
-    _store(p_head[:, None] + o_d[None, :], b_main, m_d, CASTS)
+        o_p = tl.arange(0, RB // 2)
+        m_p = (o_p < R // 2) & (b_position >= 0)
+        b_cos = tl.load(p_cos_sin + b_position * R + o_p, mask=m_p, other=1.0)[None, :]
+        b_sin = tl.load(p_cos_sin + b_position * R + R // 2 + o_p, mask=m_p, other=0.0)[None, :]
+        b_even, b_odd = tl.split(tl.reshape(b_pair, [BH, RB // 2, 2]))
+        b_pair = tl.join(b_even * b_cos + b_odd * b_sin, b_odd * b_cos - b_even * b_sin)
+        _store(p_pair, tl.reshape(b_pair, [BH, RB]), m_r, CASTS)
+    if WHOLE:
+        _store(p_main, b_main, m_d, CASTS)
 
 
 def sink_rope(
@@ -121,7 +127,6 @@ def sink_rope(
     heads, pieces, warps = sink_rope_tuning(num_tokens, splits is not None)
     sink_rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         p_out=out,
-        token_stride=out.stride(0),
         p_lse=lse,
         p_sink=lse if sink is None else sink,
         p_positions=positions,
@@ -133,7 +138,7 @@ def sink_rope(
         num_heads=num_heads,
         D=dim,
         R=0 if cos_sin is None else cos_sin.shape[1],
-        HALF=1 if cos_sin is None else cos_sin.shape[1] // 2,
+        RB=2 if cos_sin is None else cos_sin.shape[1],
         HAS_SINK=sink is not None,
         HAS_SPLITS=splits is not None,
         BH=heads,
@@ -145,8 +150,8 @@ def sink_rope(
 
 def sink_rope_tuning(num_tokens: int, has_splits: bool) -> tuple[int, int, int]:
     """Heads per program, pieces read at once, warps. Few queries have many pieces each."""
-    if not has_splits:
-        return (2 if num_tokens <= 64 else 8), 1, 4
-    if num_tokens <= 32:
+    if has_splits and num_tokens <= 16:
         return 1, 8, 4
-    return 2, 2, 4
+    if num_tokens <= 64:
+        return 2, 4 if has_splits else 1, 4
+    return 8, 2 if has_splits else 1, 4
