@@ -1,6 +1,16 @@
 """Attention over the compressed cache: plan once per step, run once per layer."""
 
-from sglang_dsv4.attention.base import Attention
+from sglang_dsv4.attention.base import Attention, HostLengths
+from sglang_dsv4.attention.choose import Capabilities, choose_attention, find_capabilities
 from sglang_dsv4.attention.eager import EagerAttention
+from sglang_dsv4.attention.lists import FixedShape
 
-__all__ = ["Attention", "EagerAttention"]
+__all__ = [
+    "Attention",
+    "Capabilities",
+    "EagerAttention",
+    "FixedShape",
+    "HostLengths",
+    "choose_attention",
+    "find_capabilities",
+]

@@ -1,10 +1,33 @@
 """The contract of an attention implementation."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
+
+
+@dataclass(frozen=True)
+class HostLengths:
+    """What the host knows of a step's lengths: the numbers of `StepTensors`, without asking the device.
+
+    Attributes:
+        seq_lens (Sequence[int]): tokens per request, this step included.
+        extend_lens (Sequence[int]): new tokens per request.
+    """
+
+    seq_lens: Sequence[int]
+    extend_lens: Sequence[int]
+
+    def positions(self) -> torch.Tensor:
+        """Position of each new token: ``[T]`` int64 on the CPU."""
+        ranges = [
+            torch.arange(end - count, end)
+            for end, count in zip(self.seq_lens, self.extend_lens, strict=True)
+        ]
+        return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
 
 
 class Attention(ABC):
@@ -20,8 +43,14 @@ class Attention(ABC):
         self.sm_scale: float = cache.spec.head_dim**-0.5
 
     @abstractmethod
-    def plan(self, plan: StepPlan) -> None:
-        """Take a step's plan; every later ``run`` belongs to it."""
+    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
+        """Take a step's plan; every later ``run`` belongs to it.
+
+        Args:
+            plan (StepPlan): the step.
+            lengths (HostLengths | None): the step's lengths, for an implementation that plans on the host. A plan of a cache
+                that owns its pages knows them by itself.
+        """
 
     @abstractmethod
     def run(
@@ -30,6 +59,8 @@ class Attention(ABC):
         q: torch.Tensor,
         sink: torch.Tensor,
         selected: torch.Tensor | None = None,
+        *,
+        undo_rope: bool = False,
     ) -> torch.Tensor:
         """Attend one layer's queries.
 
@@ -37,12 +68,42 @@ class Attention(ABC):
             layer_id (int): the layer, whose parts of this step are appended.
             q (torch.Tensor): ``[T, H, 512]``, normed and rotated.
             sink (torch.Tensor): ``[H]``, sink logits.
-            selected (torch.Tensor | None): rows from `CompressedKVCache.select`; CSA layers only.
+            selected (torch.Tensor | None): rows from `CompressedKVCache.select`, int32 or int64; CSA layers only.
+            undo_rope (bool): rotate the last 64 channels of the result back, by each query's position.
 
         Returns:
-            torch.Tensor: ``[T, H, 512]`` in ``q.dtype``; still carries the rotation of the rows' last 64 channels, which
-            the caller undoes at each query's position.
+            torch.Tensor: ``[T, H, 512]`` in ``q.dtype``. Without ``undo_rope`` it still carries the rotation of the rows'
+            last 64 channels, which the caller undoes.
 
         Raises:
             ValueError: ``selected`` missing or unexpected, or a shape that does not fit the plan.
         """
+
+    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
+        """Where chosen rows may be written so that ``run`` need not copy them.
+
+        Returns:
+            torch.Tensor | None: ``[T, K]`` int32, its rows apart, for this step's ``run`` of a CSA layer; None where there is no
+            such place. Of a query's row only the columns of its entries may be written; others belong to its window.
+        """
+        del layer_id
+        return None
+
+    def check(
+        self, layer_id: int, plan: StepPlan, q: torch.Tensor, selected: torch.Tensor | None
+    ) -> None:
+        """Raise unless the arguments of ``run`` fit the layer and the plan."""
+        if self.cache.spec.layers[layer_id].indexed != (selected is not None):
+            got = "none" if selected is None else "some"
+            raise ValueError(
+                f"layer {layer_id}: expected selected rows exactly in CSA layers, got {got}"
+            )
+        for name, tensor in (("q", q), ("selected rows", selected)):
+            if tensor is not None and tensor.shape[0] != plan.num_tokens:
+                raise ValueError(
+                    f"layer {layer_id} {name}: expected {plan.num_tokens} tokens, got {tensor.shape[0]}"
+                )
+
+    def rope_table(self, layer_id: int) -> torch.Tensor:
+        """Cosines and sines of a layer's rotary embedding, by position."""
+        return self.cache.storage.rope_tables[self.cache.spec.layers[layer_id].rope]

@@ -3,8 +3,9 @@
 import torch
 
 from dsv4_kernels.memory import empty
+from dsv4_kernels.sink_rope import naive_sink_rope
 from dsv4_kernels.sparse_attention import naive_sparse_attention
-from sglang_dsv4.attention.base import Attention
+from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.cache import StepPlan
 
 # fp32 values of gathered rows held at once: 16 MiB, which stays near the cores' caches.
@@ -16,7 +17,7 @@ class EagerAttention(Attention):
 
     name = "eager"
 
-    def plan(self, plan: StepPlan) -> None:
+    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         self._plan = plan
 
     def run(
@@ -25,18 +26,12 @@ class EagerAttention(Attention):
         q: torch.Tensor,
         sink: torch.Tensor,
         selected: torch.Tensor | None = None,
+        *,
+        undo_rope: bool = False,
     ) -> torch.Tensor:
         view = self.cache.view(layer_id, self._plan)
+        self.check(layer_id, self._plan, q, selected)
         indexed = self.cache.spec.layers[layer_id].indexed
-        if indexed != (selected is not None):
-            got = "none" if selected is None else "some"
-            raise ValueError(
-                f"layer {layer_id}: expected selected rows exactly in CSA layers, got {got}"
-            )
-        if q.shape[0] != self._plan.num_tokens:
-            raise ValueError(
-                f"layer {layer_id} q: expected {self._plan.num_tokens} tokens, got {q.shape[0]}"
-            )
         entries = selected if indexed else view.entry_indices
         indices = (
             view.window_indices
@@ -44,10 +39,14 @@ class EagerAttention(Attention):
             else torch.cat([view.window_indices, entries], dim=1)
         )
         out = empty(tuple(q.shape), q.dtype, q.device)
+        lse = empty(tuple(q.shape[:2]), torch.float32, q.device)
         chunk = max(1, _MAX_GATHERED_VALUES // (indices.shape[1] * q.shape[-1]))
         for begin in range(0, len(q), chunk):
             part = slice(begin, begin + chunk)
-            out[part], _ = naive_sparse_attention(
+            out[part], lse[part] = naive_sparse_attention(
                 q[part], view.pool, view.pool_format, indices[part], sink, self.sm_scale
             )
+        if undo_rope:
+            positions = self._plan.step.positions
+            naive_sink_rope(out, lse, None, positions, self.rope_table(layer_id))
         return out

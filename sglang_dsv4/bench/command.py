@@ -1,4 +1,4 @@
-"""``bench kernels``."""
+"""``bench``, and ``bench kernels``."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dsv4.bench import flush, peer_sglang
+from sglang_dsv4.bench import attention_command, flush, peer_sglang
 from sglang_dsv4.bench.timing import copy_bandwidth
 
 
@@ -32,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     kernels.add_argument("--quick", action="store_true", help="fewer cases")
     kernels.set_defaults(func=run)
+    attention_command.add_parser(what)
 
 
 def environment(bandwidth: float) -> dict:

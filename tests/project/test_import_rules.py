@@ -34,7 +34,7 @@ OTHERS = {
     "sglang_dsv4.env": set(),
     "sglang_dsv4.spec": {"torch"},
     "sglang_dsv4.cache": {"torch", "safetensors"},
-    "sglang_dsv4.attention": {"torch", "flashinfer"},
+    "sglang_dsv4.attention": {"torch", "flashinfer", "flash_mla"},
 }
 # Packages that are at home in one place only.
 HOMES = {
@@ -42,6 +42,7 @@ HOMES = {
     "sgl_kernel": "sglang_dsv4.plugin",
     "transformers": "sglang_dsv4.runtime",
     "flashinfer": "sglang_dsv4.attention.flashinfer",
+    "flash_mla": "sglang_dsv4.attention.flashmla",
 }
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 ENVIRONMENT_FAULT = "touches the environment; only sglang_dsv4/env.py may"

@@ -1,0 +1,157 @@
+"""Fused merge, sink and inverse RoPE: each value is read once and written once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_kernels.device import check_contiguous, hardware_casts
+from dsv4_kernels.row_codec.fused import round_to_bf16
+from dsv4_kernels.sink_rope.splits import Splits
+
+_LOWEST = tl.constexpr(-1e30)  # finite: an empty piece's -inf less this is -inf, and no NaN
+
+
+@triton.jit
+def _store(p_x, b_x, mask, CASTS: tl.constexpr):
+    if p_x.dtype.element_ty == tl.bfloat16:
+        tl.store(p_x, round_to_bf16(b_x, CASTS), mask=mask)
+    else:
+        tl.store(p_x, b_x.to(p_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weighted(p_x, b_weight, mask):
+    """Sum ``[J, H, D]`` over the pieces, by weights ``[J, H]``; a piece of weight 0 may hold anything."""
+    b_x = tl.load(p_x, mask=mask & (b_weight > 0)[:, :, None], other=0.0).to(tl.float32)
+    return tl.sum(b_x * b_weight[:, :, None], axis=0)
+
+
+@triton.jit(do_not_specialize=["num_heads"])
+def sink_rope_kernel(
+    p_out, p_lse, p_sink, p_positions, p_cos_sin, p_first_lane, p_num_pieces, p_partial, p_partial_lse, num_heads,
+    D: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, HAS_SINK: tl.constexpr, HAS_SPLITS: tl.constexpr,
+    BH: tl.constexpr, BJ: tl.constexpr, CASTS: tl.constexpr,
+):  # fmt: skip
+    """``BH`` heads of one query; pieces are read ``BJ`` at a time. Channels that stay as they are are not touched."""
+    LN2: tl.constexpr = 0.6931471805599453
+    LOG2E: tl.constexpr = 1.4426950408889634
+    WHOLE: tl.constexpr = HAS_SINK or HAS_SPLITS
+    i_t = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    m_h = o_h < num_heads
+    o_d = tl.arange(0, D)
+    o_r = tl.arange(0, RB)
+    m_d = m_h[:, None] & (o_d < D - R)[None, :]
+    m_r = m_h[:, None] & (o_r < R)[None, :]
+    # Strides are multiples of D, a constant, which lets the compiler load 16 bytes at once.
+    p_head = p_out + (i_t * num_heads + o_h) * D  # [BH]
+    p_main = p_head[:, None] + o_d[None, :]
+    p_pair = p_head[:, None] + (D - R) + o_r[None, :]
+    b_main = tl.zeros([BH, D], tl.float32)
+    b_pair = tl.zeros([BH, RB], tl.float32)
+    b_lse = tl.zeros([BH], tl.float32)
+    b_count = 1
+    if HAS_SPLITS:
+        b_count = tl.load(p_num_pieces + i_t)
+    if b_count == 1:
+        if WHOLE:
+            b_main = tl.load(p_main, mask=m_d, other=0.0).to(tl.float32)
+            b_lse = tl.load(p_lse + i_t * num_heads + o_h, mask=m_h, other=0.0) * LOG2E
+        if R > 0:
+            b_pair = tl.load(p_pair, mask=m_r, other=0.0).to(tl.float32)
+    else:
+        b_top = tl.full([BH], _LOWEST, tl.float32)
+        b_sum = tl.zeros([BH], tl.float32)
+        b_lane = tl.load(p_first_lane + i_t)
+        for i_j in range(0, b_count, BJ):
+            o_j = i_j + tl.arange(0, BJ)
+            m_j = (o_j < b_count)[:, None] & m_h[None, :]
+            b_slot = (2 * (b_lane + o_j) + (o_j == 0).to(tl.int32)).to(tl.int64)
+            o_row = b_slot[:, None] * num_heads + o_h[None, :]  # [BJ, BH]
+            b_part = tl.load(p_partial_lse + o_row, mask=m_j, other=float("-inf"))
+            b_new = tl.maximum(b_top, tl.max(b_part, axis=0))
+            b_scale = tl.exp2(b_top - b_new)
+            b_weight = tl.exp2(b_part - b_new[None, :])
+            p_row = (p_partial + o_row * D)[:, :, None]
+            m_row = m_j[:, :, None]
+            b_main = b_main * b_scale[:, None] + _weighted(
+                p_row + o_d[None, None, :], b_weight, m_row & m_d[None, :, :]
+            )
+            if R > 0:
+                b_pair = b_pair * b_scale[:, None] + _weighted(
+                    p_row + (D - R) + o_r[None, None, :], b_weight, m_row & m_r[None, :, :]
+                )
+            b_sum = b_sum * b_scale + tl.sum(b_weight, axis=0)
+            b_top = b_new
+        b_inverse = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)
+        b_main = b_main * b_inverse[:, None]
+        b_pair = b_pair * b_inverse[:, None]
+        b_lse = tl.where(b_sum > 0, b_top + tl.log2(b_sum), float("-inf"))
+    if HAS_SINK:
+        b_sink = tl.load(p_sink + o_h, mask=m_h, other=0.0).to(tl.float32)
+        # -inf less -inf is no number; a query without keys has no weight to give.
+        b_weight = tl.where(b_lse == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(b_sink - b_lse * LN2)))
+        m_seen = (b_weight > 0)[:, None]
+        b_main = tl.where(m_seen, b_main * b_weight[:, None], 0.0)
+        b_pair = tl.where(m_seen, b_pair * b_weight[:, None], 0.0)
+    if R > 0:
+        b_position = tl.load(p_positions + i_t)
+        o_p = tl.arange(0, RB // 2)
+        m_p = (o_p < R // 2) & (b_position >= 0)
+        b_cos = tl.load(p_cos_sin + b_position * R + o_p, mask=m_p, other=1.0)[None, :]
+        b_sin = tl.load(p_cos_sin + b_position * R + R // 2 + o_p, mask=m_p, other=0.0)[None, :]
+        b_even, b_odd = tl.split(tl.reshape(b_pair, [BH, RB // 2, 2]))
+        b_pair = tl.join(b_even * b_cos + b_odd * b_sin, b_odd * b_cos - b_even * b_sin)
+        _store(p_pair, tl.reshape(b_pair, [BH, RB]), m_r, CASTS)
+    if WHOLE:
+        _store(p_main, b_main, m_d, CASTS)
+
+
+def sink_rope(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sink: torch.Tensor | None,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    splits: Splits | None = None,
+) -> None:
+    """`naive_sink_rope` in one launch; arguments as there.
+
+    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out.
+    """
+    num_tokens, num_heads, dim = out.shape
+    for name, tensor in (("out", out), ("lse", lse), ("positions", positions)):
+        check_contiguous(name, tensor)
+    if num_tokens == 0:
+        return
+    heads, pieces, warps = sink_rope_tuning(num_tokens, splits is not None)
+    sink_rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+        p_out=out,
+        p_lse=lse,
+        p_sink=lse if sink is None else sink,
+        p_positions=positions,
+        p_cos_sin=lse if cos_sin is None else cos_sin,
+        p_first_lane=positions if splits is None else splits.first_lane,
+        p_num_pieces=positions if splits is None else splits.num_pieces,
+        p_partial=out if splits is None else splits.partial,
+        p_partial_lse=lse if splits is None else splits.partial_lse,
+        num_heads=num_heads,
+        D=dim,
+        R=0 if cos_sin is None else cos_sin.shape[1],
+        RB=2 if cos_sin is None else cos_sin.shape[1],
+        HAS_SINK=sink is not None,
+        HAS_SPLITS=splits is not None,
+        BH=heads,
+        BJ=pieces,
+        CASTS=hardware_casts(out.device),
+        num_warps=warps,
+    )
+
+
+def sink_rope_tuning(num_tokens: int, has_splits: bool) -> tuple[int, int, int]:
+    """Heads per program, pieces read at once, warps. Few queries have many pieces each."""
+    if has_splits and num_tokens <= 16:
+        return 1, 8, 4
+    if num_tokens <= 64:
+        return 2, 4 if has_splits else 1, 4
+    return 8, 2 if has_splits else 1, 4

@@ -1,0 +1,33 @@
+"""What attention must know of the device that it runs on."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device.
+
+    Attributes:
+        device (torch.device): it.
+        capability (tuple[int, int] | None): CUDA compute capability; None for a CPU.
+        num_sms (int): multiprocessors; 0 for a CPU.
+    """
+
+    device: torch.device
+    capability: tuple[int, int] | None
+    num_sms: int
+
+    def __str__(self) -> str:
+        if self.capability is None:
+            return str(self.device)
+        return f"{self.device} (SM{self.capability[0]}{self.capability[1]})"
+
+
+def device_of(device: torch.device) -> Device:
+    """Ask the driver."""
+    if device.type != "cuda":
+        return Device(device, None, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(device, (properties.major, properties.minor), properties.multi_processor_count)

@@ -1,0 +1,388 @@
+"""Attention by FlashInfer's MLA kernel: one query is one request, and its list of rows is the request's page table.
+
+With ``head_dim_kpe=0`` and pages of one row the kernel computes this attention but for the sink, which the log-sum-exp
+brings in afterwards. Key and value are one row, and window rows and entries lie in one pool.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import flashinfer
+import torch
+from flashinfer.mla import BatchMLAPagedAttentionWrapper
+from flashinfer.mla._core import get_batch_mla_module
+from flashinfer.utils import MaskMode
+
+from dsv4_kernels.layout import FP8_584_ROW
+from dsv4_kernels.memory import empty
+from dsv4_kernels.row_gather.fused import row_gather
+from dsv4_kernels.row_lists import ListKind
+from dsv4_kernels.row_lists.fused import row_lists
+from dsv4_kernels.sink_rope.fused import sink_rope
+from sglang_dsv4.attention import device
+from sglang_dsv4.attention.base import Attention, HostLengths
+from sglang_dsv4.attention.choose import why_not_flashinfer, why_not_flashmla_prefill
+from sglang_dsv4.attention.lists import (
+    FixedShape,
+    chunks,
+    host_positions,
+    is_in_place,
+    kind_of,
+    kinds_of,
+    longest,
+)
+from sglang_dsv4.attention.schedule import (
+    KNOWN_VERSIONS,
+    OwnSchedule,
+    Partials,
+    check_stock_plan,
+    read_stock_plan,
+)
+from sglang_dsv4.cache import CompressedKVCache, StepPlan
+from sglang_dsv4.errors import UnsupportedError
+
+_DTYPE = torch.bfloat16
+_PREFILL_MULTIPLE = 128  # of columns, in FlashMLA's lists
+# Queries from which FlashMLA's prefill kernel is the faster one; it has the sink, and the pass after it is an eighth as long.
+FLASHMLA_PREFILL_TOKENS = 512
+
+
+class _StockPlan:
+    """FlashInfer's planner: on the host, from lengths that the host knows."""
+
+    def __init__(
+        self,
+        floats: torch.Tensor,
+        backend: str,
+        fixed_tokens: int | None,
+        lists: torch.Tensor | None,
+    ) -> None:
+        buffers = {}
+        if fixed_tokens is not None:
+            assert lists is not None
+            ints = {"dtype": torch.int32, "device": floats.device}
+            buffers = {
+                "use_cuda_graph": True,
+                "qo_indptr": torch.zeros(fixed_tokens + 1, **ints),
+                "kv_indptr": torch.zeros(fixed_tokens + 1, **ints),
+                "kv_indices": lists,
+                "kv_len_arr": torch.zeros(fixed_tokens, **ints),
+            }
+        self._fixed = fixed_tokens is not None
+        self.wrapper = BatchMLAPagedAttentionWrapper(floats, backend=backend, **buffers)
+        self._copied: torch.cuda.Event | None = None
+
+    def plan(
+        self, lengths: torch.Tensor, lists: torch.Tensor, stride: int, num_heads: int, scale: float
+    ) -> None:
+        """Plan queries with lists of these lengths (int32, CPU), ``stride`` apart in the flat ``lists``."""
+        if self._copied is not None:
+            # The last plan's copy may still be reading the pinned buffer that this one writes.
+            self._copied.synchronize()
+        counts = torch.arange(len(lengths) + 1, dtype=torch.int32)
+        # In graph mode the wrapper copies the indices into its own buffer, which is the one that we write: none are given.
+        given = lists[:0] if self._fixed else lists
+        self.wrapper.plan(
+            counts,
+            counts * stride,
+            given,
+            lengths,
+            num_heads,
+            512,
+            0,
+            1,
+            False,
+            scale,
+            _DTYPE,
+            _DTYPE,
+        )
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def run(
+        self, q: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Attend; ``lse`` gets natural logarithms."""
+        self.wrapper.run(
+            q,
+            q[..., :0],
+            rows,
+            rows[..., :0],
+            out=out,
+            lse=lse,
+            return_lse=True,
+            return_lse_base_on_e=True,
+        )
+
+
+@dataclass
+class Chunk:
+    """Queries that are attended in one launch: their lists, rows, and schedule; or lengths, for FlashMLA."""
+
+    tokens: slice
+    lists: torch.Tensor
+    flat: torch.Tensor
+    plan: OwnSchedule | _StockPlan | torch.Tensor
+
+
+def _load_prefill(
+    name: str, found: device.Device, row_format: str, num_heads: int
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    if name not in ("auto", "flashinfer", "flashmla"):
+        raise UnsupportedError(f"prefill: expected auto, flashinfer or flashmla, got {name!r}")
+    fault = why_not_flashmla_prefill(found, row_format, num_heads)
+    if name == "flashmla" and fault:
+        raise UnsupportedError(f"prefill flashmla: {fault}")
+    if name == "flashinfer" or fault:
+        return None
+    from sglang_dsv4.attention.flashmla import sparse_prefill
+
+    return sparse_prefill
+
+
+class FlashInferAttention(Attention):
+    """Plans once per step and kind of layer, and attends with one launch, and one more for sink and rotation.
+
+    Buffers belong to this object and are used by one stream. Without a fixed shape a step may be of any size, and a buffer
+    that is too small is replaced.
+
+    Args:
+        cache (CompressedKVCache): on a CUDA device of SM80 or later, with bf16 or fp8_584 rows.
+        num_heads (int): query heads.
+        schedule (str): ``"own"``: on the device, capturable; ``"stock"``: FlashInfer's planner, on the host, between
+            replays; ``"auto"``: own where the version of FlashInfer is known.
+        backend (str): ``"fa2"``, ``"fa3"`` (SM90), or ``"auto"``.
+        prefill (str): ``"flashmla"``: steps of many queries by FlashMLA's prefill kernel, which reads the same pool and lists
+            (SM90, bf16 rows, 64 or 128 heads, package sgl-flash-mla); ``"flashinfer"``: all alike; ``"auto"``: FlashMLA where
+            it is possible.
+        fixed (FixedShape | None): the one shape of every step, for CUDA graphs.
+
+    Raises:
+        UnsupportedError: the device, row format or version of FlashInfer does not fit; the message says which.
+    """
+
+    name = "flashinfer"
+
+    def __init__(
+        self,
+        cache: CompressedKVCache,
+        num_heads: int,
+        *,
+        schedule: str = "auto",
+        backend: str = "auto",
+        prefill: str = "auto",
+        fixed: FixedShape | None = None,
+    ) -> None:
+        super().__init__(cache)
+        found = device.device_of(cache.device)
+        fault = why_not_flashinfer(found, cache.spec.row_format, num_heads)
+        if fault:
+            raise UnsupportedError(f"attention flashinfer: {fault}")
+        assert found.capability is not None
+        hopper = found.capability[0] == 9
+        if backend not in ("auto", "fa2", "fa3") or (backend == "fa3" and not hopper):
+            raise UnsupportedError(
+                f"backend: expected auto, fa2, or fa3 on SM90, got {backend!r} on {found}"
+            )
+        self.device = cache.device
+        self.num_heads = num_heads
+        self.backend = ("fa3" if hopper else "fa2") if backend == "auto" else backend
+        if schedule == "auto":
+            schedule = "own" if flashinfer.__version__ in KNOWN_VERSIONS else "stock"
+        if schedule == "own" and flashinfer.__version__ not in KNOWN_VERSIONS:
+            raise UnsupportedError(
+                f"schedule own: expected FlashInfer {' or '.join(KNOWN_VERSIONS)}, whose plan layout is known, got "
+                f"{flashinfer.__version__}"
+            )
+        self.schedule = schedule
+        self.fixed = fixed
+        self._sparse_prefill = _load_prefill(prefill, found, cache.spec.row_format, num_heads)
+        self.prefill = "flashinfer" if self._sparse_prefill is None else "flashmla"
+        self._packed = cache.spec.rows is FP8_584_ROW
+        self._partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
+        self._module = get_batch_mla_module(
+            self.backend, _DTYPE, _DTYPE, _DTYPE, torch.int32, cache.spec.head_dim, 0, False
+        )
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._lists: dict[str, torch.Tensor] = {}
+        self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
+        self.chunks: dict[str, list[Chunk]] = {}
+        if schedule == "own":
+            self._check_layout()
+
+    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
+        if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
+            raise ValueError(
+                f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}"
+            )
+        if self.schedule == "stock" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "plan: FlashInfer's planner runs on the host; expected no capture of its stream"
+            )
+        self._plan = plan
+        self.chunks = {kind.name: [] for kind in kinds_of(self.cache.spec)}
+        if plan.num_tokens == 0:
+            return
+        on_host = host_positions(plan, lengths) if self.schedule == "stock" else None
+        for kind in kinds_of(self.cache.spec):
+            self._plan_kind(kind, on_host)
+
+    def run(
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        sink: torch.Tensor,
+        selected: torch.Tensor | None = None,
+        *,
+        undo_rope: bool = False,
+    ) -> torch.Tensor:
+        self.check(layer_id, self._plan, q, selected)
+        if q.dtype != _DTYPE or q.shape[1:] != (self.num_heads, self.cache.spec.head_dim):
+            raise ValueError(
+                f"layer {layer_id} q: expected bfloat16 [T, {self.num_heads}, {self.cache.spec.head_dim}], got {q.dtype} "
+                f"{tuple(q.shape)}"
+            )
+        q = q.contiguous()
+        out = empty(tuple(q.shape), q.dtype, q.device)
+        lse = empty(tuple(q.shape[:2]), torch.float32, q.device)
+        pool = self.cache.layers[layer_id].storage.pool
+        table = self.rope_table(layer_id) if undo_rope else None
+        kind = kind_of(self.cache.spec, self.cache.spec.layers[layer_id])
+        for chunk in self.chunks[kind.name]:
+            part, positions = chunk.tokens, self._plan.step.positions[chunk.tokens]
+            if selected is not None and not is_in_place(selected, self._lists[kind.name]):
+                step = self._step(part)
+                row_lists(step, kind, chunk.lists, selected[part], window=False)
+            if isinstance(chunk.plan, torch.Tensor):
+                assert self._sparse_prefill is not None
+                values, lse[part] = self._sparse_prefill(
+                    q[part], pool, chunk.lists, chunk.plan, sink.float(), self.sm_scale
+                )
+                if table is not None:
+                    sink_rope(values, lse[part], None, positions, table)
+                if len(self.chunks[kind.name]) == 1:
+                    return values
+                out[part] = values
+                continue
+            self.attend(kind, chunk, pool, q[part], out[part], lse[part])
+            splits = None
+            if isinstance(chunk.plan, OwnSchedule):
+                splits = chunk.plan.splits(part.stop - part.start)
+            sink_rope(out[part], lse[part], sink, positions, table, splits)
+        return out
+
+    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
+        layer = self.cache.spec.layers[layer_id]
+        if not layer.indexed or self._plan.num_tokens == 0:
+            return None
+        kind = kind_of(self.cache.spec, layer)
+        most = kind.width(longest(self._plan, self.fixed)) - kind.window
+        return self._lists[kind.name][:, :most]
+
+    def attend(
+        self,
+        kind: ListKind,
+        chunk: Chunk,
+        pool: torch.Tensor,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """FlashInfer's launch alone: no sink, rotated, and with our schedule pieces apart."""
+        rows = pool.view(-1, 1, 512) if not self._packed else self._decoded(kind, chunk, pool)
+        if isinstance(chunk.plan, _StockPlan):
+            chunk.plan.run(q, rows, out, lse)
+            return
+        own = chunk.plan
+        assert isinstance(own, OwnSchedule)
+        self._module.run(
+            own.partials.floats, own.ints, own.plan_info, q, q[..., :0], rows, rows[..., :0], chunk.flat, out, lse,
+            MaskMode.NON_CAUSAL.value, self.num_heads, 1, self.sm_scale, True, 1.0, 1.0, None,
+        )  # fmt: skip
+
+    def _decoded(self, kind: ListKind, chunk: Chunk, pool: torch.Tensor) -> torch.Tensor:
+        """The chunk's listed rows as bf16, in list order."""
+        count = chunk.lists.numel()
+        rows = self._buffer("decoded", count * 512, _DTYPE)
+        row_gather(
+            pool,
+            self.cache.spec.rows,
+            chunk.lists,
+            kind,
+            self._step(chunk.tokens).positions,
+            rows.view(-1, 512),
+        )
+        return rows.view(-1, 1, 512)
+
+    def _step(self, part: slice) -> object:
+        step = self._plan.step
+        return replace(step, positions=step.positions[part], token_rows=step.token_rows[part])
+
+    def _plan_kind(self, kind: ListKind, on_host: torch.Tensor | None) -> None:
+        num_tokens, width = self._plan.num_tokens, kind.width(longest(self._plan, self.fixed))
+        sparse = self._sparse_prefill is not None and num_tokens >= FLASHMLA_PREFILL_TOKENS
+        if sparse:
+            width = -(-width // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE
+        lists = self._buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(-1, width)
+        self._lists[kind.name] = lists
+        row_lists(self._plan.step, kind, lists, pad=sparse)
+        row_bytes = 2 * self.cache.spec.head_dim if self._packed else 0
+        for number, part in enumerate(chunks(num_tokens, width, decoded_row_bytes=row_bytes)):
+            mine = lists[part]
+            # A decoded row lies where its list names it: list cell ``i`` is row ``i``.
+            flat = self._counting(mine.numel()) if self._packed else mine.view(-1)
+            if sparse:
+                counts = kind.lengths(self._plan.step.positions[part]).int()
+                self.chunks[kind.name].append(Chunk(part, mine, flat, counts))
+                continue
+            plan = self._schedule(kind, number, part.stop - part.start, flat)
+            if isinstance(plan, OwnSchedule):
+                plan.plan(self._plan.step.positions[part], kind, width)
+            else:
+                assert on_host is not None
+                lengths = kind.lengths(on_host[part]).int()
+                plan.plan(lengths, flat, width, self.num_heads, self.sm_scale)
+            self.chunks[kind.name].append(Chunk(part, mine, flat, plan))
+
+    def _schedule(
+        self, kind: ListKind, number: int, num_tokens: int, flat: torch.Tensor
+    ) -> OwnSchedule | _StockPlan:
+        key = (kind.name, number)
+        found = self._plans.get(key)
+        if isinstance(found, OwnSchedule) and len(found.work.num_pieces) < num_tokens:
+            found = None
+        if found is None:
+            if self.schedule == "own":
+                found = OwnSchedule(num_tokens, self._partials, self.device)
+            else:
+                fixed_tokens = None if self.fixed is None else num_tokens
+                found = _StockPlan(self._partials.floats, self.backend, fixed_tokens, flat)
+            self._plans[key] = found
+        return found
+
+    def _buffer(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first ``count`` elements of a buffer that is kept from step to step."""
+        found = self._buffers.get(name)
+        if found is None or found.numel() < count:
+            found = self._buffers[name] = empty((count,), dtype, self.device)
+        return found[:count]
+
+    def _counting(self, count: int) -> torch.Tensor:
+        found = self._buffers.get("counting")
+        if found is None or found.numel() < count:
+            found = self._buffers["counting"] = torch.arange(
+                count, dtype=torch.int32, device=self.device
+            )
+        return found[:count]
+
+    def _check_layout(self) -> None:
+        """Read a plan that FlashInfer's planner makes, as our own is written; raise where that fails."""
+        lengths, stride = [640, 1, 0, 5000], 5003
+        stock = _StockPlan(self._partials.floats, self.backend, None, None)
+        lists = torch.zeros(len(lengths) * stride, dtype=torch.int32, device=self.device)
+        stock.plan(
+            torch.tensor(lengths, dtype=torch.int32), lists, stride, self.num_heads, self.sm_scale
+        )
+        wrapper = stock.wrapper
+        works = read_stock_plan(list(wrapper._plan_info), wrapper._int_workspace_buffer.cpu())
+        check_stock_plan(works, lengths, stride)

@@ -1,0 +1,148 @@
+"""Attention by FlashMLA's Hopper kernels, over packed rows as they lie in the pool.
+
+A group of 64 rows is a page of FlashMLA's, byte for byte. The package is `sgl-flash-mla`, whose frozen kernels still know
+DeepSeek-V4's format; they have the sink, so that only the rotation is left to do.
+"""
+
+import flash_mla
+import torch
+
+from dsv4_kernels.memory import empty
+from dsv4_kernels.row_lists import ListKind
+from dsv4_kernels.row_lists.fused import row_lists
+from dsv4_kernels.sink_rope.fused import sink_rope
+from sglang_dsv4.attention.base import Attention, HostLengths
+from sglang_dsv4.attention.choose import why_not_flashmla
+from sglang_dsv4.attention.device import device_of
+from sglang_dsv4.attention.lists import FixedShape, is_in_place, kind_of, kinds_of, longest
+from sglang_dsv4.cache import CompressedKVCache, StepPlan
+from sglang_dsv4.errors import UnsupportedError
+
+_LIST_MULTIPLE = 64
+
+
+def sparse_prefill(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    lists: torch.Tensor,
+    lengths: torch.Tensor,
+    sink: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashMLA's prefill kernel over bf16 rows, which every query reads by its own list. SM90; 64 or 128 heads.
+
+    Args:
+        q (torch.Tensor): ``[T, H, 512]`` bf16.
+        pool (torch.Tensor): ``[rows, 512]`` bf16.
+        lists (torch.Tensor): ``[T, W]`` int32, ``W`` a multiple of 128, -1 behind each list.
+        lengths (torch.Tensor): ``[T]`` int32.
+        sink (torch.Tensor): ``[H]`` fp32.
+        sm_scale (float): softmax scale.
+
+    Returns:
+        tuple: ``[T, H, 512]`` with the sink, and the log-sum-exp without it.
+    """
+    out, _, lse = flash_mla.flash_mla_sparse_fwd(
+        q,
+        pool.unsqueeze(1),
+        lists.unsqueeze(1),
+        sm_scale,
+        q.shape[-1],
+        sink,
+        lengths,
+        use_legacy=True,
+    )
+    return out, lse
+
+
+class FlashMLAAttention(Attention):
+    """Plans on the device: every schedule is made by the first layer of its kind in a step.
+
+    Args:
+        cache (CompressedKVCache): on a CUDA device of SM90, with fp8_584 rows.
+        num_heads (int): query heads, 64 or 128.
+        fixed (FixedShape | None): the one shape of every step, for CUDA graphs. ``plan`` is then part of what is captured.
+
+    Raises:
+        UnsupportedError: the device, row format or number of heads does not fit; the message says which.
+    """
+
+    name = "flashmla"
+
+    def __init__(
+        self, cache: CompressedKVCache, num_heads: int, *, fixed: FixedShape | None = None
+    ) -> None:
+        super().__init__(cache)
+        fault = why_not_flashmla(device_of(cache.device), cache.spec.row_format, num_heads)
+        if fault:
+            raise UnsupportedError(f"attention flashmla: {fault}")
+        self.num_heads = num_heads
+        self.fixed = fixed
+        self._lists: dict[str, torch.Tensor] = {}
+        self._lengths: dict[str, torch.Tensor] = {}
+        self._meta: dict[str, object] = {}
+
+    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
+        if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
+            raise ValueError(
+                f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}"
+            )
+        self._plan = plan
+        for kind in kinds_of(self.cache.spec):
+            lists = self._buffer(kind, plan)
+            row_lists(plan.step, kind, lists, pad=True)
+            # A length of 0 would be a list without a tile, which the kernel does not expect; -1 is skipped.
+            self._lengths[kind.name] = kind.lengths(plan.step.positions).int().clamp_min(1)
+            self._meta[kind.name] = flash_mla.get_mla_metadata()[0]
+
+    def run(
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        sink: torch.Tensor,
+        selected: torch.Tensor | None = None,
+        *,
+        undo_rope: bool = False,
+    ) -> torch.Tensor:
+        self.check(layer_id, self._plan, q, selected)
+        if q.dtype != torch.bfloat16 or q.shape[1:] != (self.num_heads, self.cache.spec.head_dim):
+            raise ValueError(
+                f"layer {layer_id} q: expected bfloat16 [T, {self.num_heads}, {self.cache.spec.head_dim}], got {q.dtype} "
+                f"{tuple(q.shape)}"
+            )
+        if len(q) == 0:
+            return empty(tuple(q.shape), q.dtype, q.device)
+        kind = kind_of(self.cache.spec, self.cache.spec.layers[layer_id])
+        lists, step = self._lists[kind.name][: len(q)], self._plan.step
+        if selected is not None and not is_in_place(selected, lists):
+            row_lists(step, kind, lists, selected, window=False)
+        fmt, pool = self.cache.spec.rows, self.cache.layers[layer_id].storage.pool
+        pages = pool.as_strided(
+            (len(pool), fmt.group_rows, 1, fmt.row_bytes),
+            (fmt.group_bytes, fmt.row_bytes, fmt.row_bytes, 1),
+        )
+        out, lse = flash_mla.flash_mla_with_kvcache(
+            q.unsqueeze(1), pages, None, None, self.cache.spec.head_dim, self._meta[kind.name], None, self.sm_scale, False,
+            True, lists.unsqueeze(1), sink.float(), topk_length=self._lengths[kind.name], use_legacy=True, kv_format="V4",
+        )  # fmt: skip
+        out = out.squeeze(1)
+        if undo_rope:
+            sink_rope(out, lse.view(out.shape[:2]), None, step.positions, self.rope_table(layer_id))
+        return out
+
+    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
+        layer = self.cache.spec.layers[layer_id]
+        if not layer.indexed:
+            return None
+        kind = kind_of(self.cache.spec, layer)
+        most = kind.width(longest(self._plan, self.fixed)) - kind.window
+        return self._lists[kind.name][: self._plan.num_tokens, :most]
+
+    def _buffer(self, kind: ListKind, plan: StepPlan) -> torch.Tensor:
+        width = kind.width(longest(plan, self.fixed))
+        width = -(-width // _LIST_MULTIPLE) * _LIST_MULTIPLE
+        found = self._lists.get(kind.name)
+        if found is None or found.shape[1] != width or len(found) < plan.num_tokens:
+            found = empty((plan.num_tokens, width), torch.int32, self.cache.device)
+            self._lists[kind.name] = found
+        return found[: plan.num_tokens]

@@ -1,0 +1,56 @@
+"""``bench attention``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sglang_dsv4.bench import attention
+from sglang_dsv4.bench.timing import copy_bandwidth
+
+
+def add_parser(what: argparse._SubParsersAction) -> None:
+    """Register ``attention`` under ``bench``."""
+    parser = what.add_parser(
+        "attention",
+        help="attention over the cache: FlashInfer, FlashMLA and torch, each checked first",
+    )
+    parser.add_argument(
+        "--json", type=Path, help="also write the rows, and where they were measured, to this file"
+    )
+    parser.add_argument("--only", default="", help="run only cases whose name contains this text")
+    parser.add_argument("--quick", action="store_true", help="fewer cases")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 1 where there is no GPU."""
+    from sglang_dsv4.bench.command import environment
+
+    console = Console(width=160)
+    if not torch.cuda.is_available():
+        print(
+            "bench attention: expected a CUDA device, found none; nothing was run", file=sys.stderr
+        )
+        return 1
+    where = environment(copy_bandwidth())
+    console.print(
+        f"{where['gpu']}, copy {where['copy_bytes_per_us'] / 1e3:,.0f} GB/s, torch {where['torch']}"
+    )
+    found: list[dict] = []
+    missing: set[str] = set()
+    for row in attention.rows(where["copy_bytes_per_us"], args.quick, args.only, missing):
+        found.append(row)
+        error = "" if row.get("error") is None else f", error {row['error']:.2f} of the allowed"
+        console.print(
+            f"{row['case']:34} {row['row_format']:8} {row['variant']:16} {row['us']:9.2f} us{error}"
+        )
+        if args.json:
+            report = {"environment": where, "not_run": sorted(missing), "rows": found}
+            args.json.write_text(json.dumps(report, indent=1))
+    for line in sorted(missing):
+        console.print(f"Not run: {line}")
+    return 0

@@ -1,0 +1,99 @@
+"""FlashMLA on an SM90 against fp64: packed rows in decode, bf16 rows in prefill. Elsewhere: that it is refused."""
+
+import importlib
+
+import pytest
+import torch
+
+from sglang_dsv4.attention import FixedShape, choose_attention, find_capabilities
+from sglang_dsv4.bench.attention_check import worst
+from sglang_dsv4.errors import UnsupportedError
+from tests.attention.test_flashinfer_gpu import STARTS, errors, expect, make, make_work, pad, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.flashinfer]
+
+FIXED = FixedShape(12, 8192)
+
+
+def hopper():
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+def make_flashmla(work, fixed=None):
+    attention = importlib.import_module("sglang_dsv4.attention.flashmla").FlashMLAAttention
+    return attention(work.cache, work.case.heads, fixed=fixed)
+
+
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
+def test_packed_rows_match_fp64(kind, heads):
+    work = make_work(kind, heads, "fp8_584")
+    if not hopper():
+        with pytest.raises(UnsupportedError, match="attention flashmla: "):
+            choose_attention("flashmla", find_capabilities(work.cache, heads))
+        return
+    attention = make_flashmla(work)
+    attention.plan(work.plan, work.lengths)
+    for layer_id in (1, 0):
+        assert max(errors(run(attention, work, layer_id), work, layer_id)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
+def test_graph_replays_with_other_lengths(kind):
+    if not hopper():
+        return
+    work = make_work(kind, row_format="fp8_584")
+    plan, q, selected = pad(work, FIXED, 3.0)
+    attention = make_flashmla(work, FIXED)
+
+    def attend():
+        attention.plan(plan)
+        return [attention.run(i, q[i], work.sink, selected[i], undo_rope=True) for i in range(2)]
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend()
+    for kept in (list(range(len(STARTS))), [8, 0, 3]):
+        rest = [i for i in range(FIXED.num_tokens) if i not in kept]
+        fresh, _, _ = pad(work, FIXED, 3.0)
+        positions = fresh.step.positions.clone()
+        positions[rest] = -1
+        plan.step.positions.copy_(positions)
+        for tensor in found:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for layer_id in range(2):
+            assert not found[layer_id][rest].any()
+            assert max(worst(found[layer_id][i], expect(work, layer_id, i)) for i in kept) <= 1
+
+
+@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
+def test_prefill_of_bf16_rows(kind):
+    work = make_work(kind, starts=(1000, 0, 700), extends=(150, 401, 1))
+    if not hopper():
+        with pytest.raises(UnsupportedError, match="prefill flashmla: "):
+            make(work, prefill="flashmla")
+        return
+    attention = make(work, prefill="flashmla")
+    attention.plan(work.plan, work.lengths)
+    found = run(attention, work, 1)
+    chunk = attention.chunks[kind][0]
+    assert isinstance(chunk.plan, torch.Tensor), "FlashInfer attended"
+    assert max(errors(found, work, 1)) <= 1
+    if kind == "csa":
+        place = attention.selected_buffer(1)
+        wanted = work.kind.num_entries(work.plan.step.positions).unsqueeze(1)
+        valid = torch.arange(place.shape[1], device=place.device) < wanted
+        place.copy_(torch.where(valid, work.selected[1][:, : place.shape[1]], place))
+        assert torch.equal(attention.run(1, work.q[1], work.sink, place, undo_rope=True), found)
+
+
+def test_what_is_chosen():
+    for row_format in ("bf16", "fp8_584"):
+        work = make_work("csa", row_format=row_format)
+        chosen, reason = choose_attention(None, find_capabilities(work.cache, 64))
+        expected = "flashmla" if hopper() and row_format == "fp8_584" else "flashinfer"
+        assert chosen.name == expected and f"the fastest for {row_format} rows on cuda" in reason
