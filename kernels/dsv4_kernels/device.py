@@ -10,6 +10,11 @@ from triton import knobs
 EXACT = {"enable_fp_fusion": False}
 
 
+def is_interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return bool(knobs.runtime.interpret)
+
+
 @cache
 def _has_e4m3(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index) >= (8, 9)
@@ -20,7 +25,7 @@ def hardware_casts(device: torch.device) -> bool:
 
     SM80 and SM86 have no e4m3 conversion, and Triton's CPU interpreter does not round as a GPU does.
     """
-    if device.type != "cuda" or knobs.runtime.interpret:
+    if device.type != "cuda" or is_interpreting():
         return False
     return _has_e4m3(torch.cuda.current_device() if device.index is None else device.index)
 

@@ -10,6 +10,7 @@ from sglang_dsv4.cache.copies import plan_copies
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
 from sglang_dsv4.cache.layer import LayerCache
 from sglang_dsv4.cache.ledger import Ledger
+from sglang_dsv4.cache.ops import make_ops
 from sglang_dsv4.cache.pages import (
     ExternalPages,
     PageAllocator,
@@ -51,12 +52,14 @@ class CompressedKVCache(CacheSequences):
         pages: PageOwner,
         device: torch.device | str = "cpu",
         checks: str = "off",
+        kernels: str = "auto",
     ) -> None:
         if checks not in CHECK_LEVELS:
             raise ValueError(f"checks: expected one of {CHECK_LEVELS}, got {checks!r}")
         self.spec = spec
         self.device = torch.device(device)
         self.pages = pages
+        self.ops = make_ops(kernels, spec, pages.capacity, self.device)
         self.storage = CacheStorage(spec, pages.capacity, self.device)
         self.layers = tuple(
             LayerCache(
@@ -65,6 +68,7 @@ class CompressedKVCache(CacheSequences):
                 storage,
                 self.storage.rope_tables[layer.rope],
                 self.storage.num_window_rows,
+                self.ops,
             )
             for layer, storage in zip(spec.layers, self.storage.layers, strict=True)
         )
@@ -84,6 +88,7 @@ class CompressedKVCache(CacheSequences):
         num_window_pages: int | None = None,
         device: torch.device | str = "cpu",
         checks: str = "off",
+        kernels: str = "auto",
     ) -> "CompressedKVCache":
         """Make a cache that owns its pages.
 
@@ -96,10 +101,12 @@ class CompressedKVCache(CacheSequences):
             device (torch.device | str): where the memory lives.
             checks (str): ``"pages"`` checks the books after every operation that changes them, ``"memory"`` also that all
                 a request could read is finite; ``"off"`` leaves it to `check_integrity`.
+            kernels (str): ``"triton"`` (a CUDA device), ``"torch"`` (anywhere), or ``"auto"``: Triton where it runs. The
+                two round some entries differently, in the last bit of a stored value.
         """
         window_pages = num_pages if num_window_pages is None else num_window_pages
         capacity = Capacity(num_pages, window_pages, max_requests, num_pages * spec.page_tokens)
-        return cls(spec, PageAllocator(capacity, spec.page_tokens), device, checks)
+        return cls(spec, PageAllocator(capacity, spec.page_tokens), device, checks, kernels)
 
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
         """Prepare a step; changes nothing.
@@ -192,12 +199,8 @@ class CompressedKVCache(CacheSequences):
             self._begin(plan)
         if plan.copies is not None and not any(done == layer_id for done, _ in plan.appended):
             self._bytes_copied["copy_on_write"] += cache.copy_shared(plan.copies)
-        for part, value in parts.items():
-            if isinstance(value, WindowInput):
-                cache.append_window(plan, value)
-            else:
-                cache.append_compressor(plan, part, value)
-            plan.appended.add((layer_id, part))
+        cache.append(plan, parts)
+        plan.appended.update((layer_id, part) for part in parts)
 
     def view(self, layer_id: int, plan: StepPlan) -> LayerView:
         """Which rows each new token attends to in one layer."""
@@ -216,7 +219,7 @@ class CompressedKVCache(CacheSequences):
             index_weights (torch.Tensor): ``[T, heads]``, scales included.
 
         Returns:
-            torch.Tensor: ``[T, K]`` int64 rows of the layer's pool, in ascending entry order, -1 where there are fewer.
+            torch.Tensor: ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, in ascending entry order, then -1.
         """
         self._check_current(plan)
         if plan.num_tokens and (layer_id, "index") not in plan.appended:
@@ -267,8 +270,9 @@ class CompressedKVCache(CacheSequences):
 
     def report(self) -> report.CacheReport:
         """Where the bytes are; equal to what is really allocated."""
+        beside = {"undo": self._undo.nbytes, "scratch": self.ops.nbytes}
         return report.build_report(
-            self.spec, self.storage, self.pages, self._ledger, self._undo.nbytes, self._bytes_copied
+            self.spec, self.storage, self.pages, self._ledger, beside, self._bytes_copied
         )
 
     def check_integrity(self, *, memory: bool = False) -> None:

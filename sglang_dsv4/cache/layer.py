@@ -1,23 +1,22 @@
 """One layer of the cache: what is written to it and read from it in a step."""
 
+from collections.abc import Mapping
+
 import torch
 
-from dsv4_kernels.flush import CompressorParams, naive_flush_csa, naive_flush_hca
-from dsv4_kernels.index_score import naive_index_query, naive_index_scores, naive_topk_entries
+from dsv4_kernels.flush import CompressorParams, CsaFlush
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.row_codec import naive_copy_rows, naive_load_rows
+from dsv4_kernels.row_codec import naive_copy_rows
 from dsv4_kernels.streams import CSA_PARTS, HCA_PARTS
-from dsv4_kernels.window_store import naive_window_store
 from sglang_dsv4.cache.checks import check_tensor
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
+from sglang_dsv4.cache.ops import CacheOps
 from sglang_dsv4.cache.plan import RowCopies, StepPlan
 from sglang_dsv4.cache.storage import LayerStorage, StreamStorage
 from sglang_dsv4.cache.view import LayerView
 from sglang_dsv4.spec import CacheSpec, LayerSpec
 
 _FLOATS = (torch.float32, torch.bfloat16)
-# Dot products held at once while scoring; bounds the memory of a long prefill to 256 MiB.
-_MAX_SCORED_DOTS = 1 << 26
 
 
 class LayerCache:
@@ -30,8 +29,10 @@ class LayerCache:
         storage: LayerStorage,
         cos_sin: torch.Tensor,
         num_window_rows: int,
+        ops: CacheOps,
     ) -> None:
         self.spec = spec
+        self.ops = ops
         self.layer = layer
         self.storage = storage
         self.cos_sin = cos_sin
@@ -78,36 +79,25 @@ class LayerCache:
                 copied += len(sources) * state.boundary[0].nbytes
         return copied
 
-    def append_window(self, plan: StepPlan, given: WindowInput) -> None:
-        """Store the window rows of the new tokens."""
-        naive_window_store(
-            plan.step,
-            given.kv,
-            given.norm_weight,
-            given.eps,
-            self.cos_sin,
-            self.storage.pool,
-            self.spec.rows,
-        )
-
-    def append_compressor(self, plan: StepPlan, part: str, given: CompressorInput) -> None:
-        """Take the new tokens into the streams, and store the entries (``"main"``) or index keys that close."""
-        params = CompressorParams(
-            given.slot_bias, given.norm_weight, given.eps, self.cos_sin, rotate=part == "index"
-        )
-        storage = self.storage
+    def append(self, plan: StepPlan, parts: Mapping[str, WindowInput | CompressorInput]) -> None:
+        """Write parts of a step: window rows, and the new tokens' share of the streams with what they close."""
+        ops, storage, rows = self.ops, self.storage, self.spec.rows
+        window = parts.get("window")
+        if isinstance(window, WindowInput):
+            ops.store_window(plan, window, self.cos_sin, storage.pool, rows)
+        main, index = self._compressor(parts, "main"), self._compressor(parts, "index")
         if storage.accumulators is not None:
-            naive_flush_hca(
-                plan.step,
-                given.kv_score,
-                storage.accumulators,
-                storage.pool,
-                self.spec.rows,
-                params,
-            )
-            return
-        state, pool, fmt = self._overlapping(part)
-        naive_flush_csa(plan.step, given.kv_score, state.streams, state.boundary, pool, fmt, params)
+            if main is not None:
+                ops.flush_hca(
+                    plan,
+                    main.kv_score,
+                    storage.accumulators,
+                    storage.pool,
+                    rows,
+                    self._params("main", main),
+                )
+        elif main is not None or index is not None:
+            ops.flush_csa(plan, self._csa("main", main), self._csa("index", index))
 
     def view(self, plan: StepPlan) -> LayerView:
         """Rows to attend to; a CSA layer's entries come from `select`."""
@@ -133,38 +123,28 @@ class LayerCache:
         check_tensor(name, index_q, (num_tokens, heads, self.spec.index_dim), _FLOATS, device)
         if num_tokens != plan.num_tokens:
             raise ValueError(f"{name}: expected {plan.num_tokens} tokens, got {num_tokens}")
-        ratio, topk = self.layer.ratio, self.spec.index_topk
-        visible = plan.num_visible(ratio)
-        if num_tokens == 0 or int(visible.max()) <= topk:
-            return plan.every_entry_indices(ratio)  # nothing to choose: scoring is skipped
-        chosen = torch.full((num_tokens, topk), -1, dtype=torch.int64, device=device)
-        for row in range(len(plan.step.seq_lens)):
-            tokens = torch.nonzero(plan.step.token_rows == row).flatten()
-            if len(tokens):
-                self._select_row(plan, row, tokens, index_q, index_weights, chosen)
-        return plan.entry_indices(chosen, ratio)
+        return self.ops.select(
+            plan, index_q, index_weights, self.storage.index_pool, self.cos_sin, self.layer.ratio
+        )
 
-    def _select_row(
-        self,
-        plan: StepPlan,
-        row: int,
-        tokens: torch.Tensor,
-        index_q: torch.Tensor,
-        index_weights: torch.Tensor,
-        chosen: torch.Tensor,
-    ) -> None:
-        assert self.storage.index_pool is not None, "a CSA layer has index keys"
-        step, ratio, topk = plan.step, self.layer.ratio, self.spec.index_topk
-        visible = plan.num_visible(ratio)
-        entries = torch.arange(int(visible[tokens].max()), device=chosen.device)
-        slots = step.index_slots(torch.full_like(entries, row), entries, ratio)
-        keys = naive_load_rows(self.storage.index_pool, slots, self.spec.index_keys)
-        chunk = max(1, _MAX_SCORED_DOTS // max(1, index_q.shape[1] * len(entries)))
-        for part in torch.split(tokens, chunk):
-            q = naive_index_query(index_q[part], self.cos_sin[step.positions[part]])
-            scores = naive_index_scores(q, index_weights[part], keys)
-            best = naive_topk_entries(scores, visible[part], topk)
-            chosen[part, : best.shape[1]] = best
+    @staticmethod
+    def _compressor(
+        parts: Mapping[str, WindowInput | CompressorInput], part: str
+    ) -> CompressorInput | None:
+        given = parts.get(part)
+        return given if isinstance(given, CompressorInput) else None
+
+    def _params(self, part: str, given: CompressorInput) -> CompressorParams:
+        return CompressorParams(
+            given.slot_bias, given.norm_weight, given.eps, self.cos_sin, rotate=part == "index"
+        )
+
+    def _csa(self, part: str, given: CompressorInput | None) -> CsaFlush | None:
+        if given is None:
+            return None
+        state, pool, fmt = self._overlapping(part)
+        params = self._params(part, given)
+        return CsaFlush(given.kv_score, state.streams, state.boundary, pool, fmt, params)
 
     def _overlapping(self, part: str) -> tuple[StreamStorage, torch.Tensor, RowFormat]:
         storage = self.storage

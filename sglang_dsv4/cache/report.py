@@ -52,7 +52,7 @@ class CacheReport:
         page_tokens (int): tokens per page.
         max_tokens (int): tokens that fit in the history pages.
         bytes_by_pool (dict[str, int]): sizes of the tensors; ``row_pools`` holds window rows and entries together, and
-            ``snapshots`` and ``undo`` are copies of stream state beside the pools.
+            ``snapshots`` and ``undo`` are copies of stream state beside the pools, ``scratch`` is the kernels'.
         bytes_in_row_pools (dict[str, int]): how ``row_pools`` divides: ``window_rows``, ``entries``, ``padding``.
         total_bytes (int): sum of ``bytes_by_pool``.
         history_bytes_per_token (float): entries and index keys of one token of context.
@@ -185,14 +185,14 @@ def build_report(
     storage: CacheStorage,
     pages: PageOwner,
     ledger: Ledger | None,
-    undo_bytes: int,
+    beside: dict[str, int],
     bytes_copied: dict[str, int],
 ) -> CacheReport:
-    """Where the bytes of a cache are."""
+    """Where the bytes of a cache are; ``beside`` are bytes that are held but lie in no pool, by name."""
     capacity, by_pool = pages.capacity, storage.bytes_by_pool()
     snapshots = ledger.snapshots if ledger is not None else ()
     by_pool["snapshots"] = sum(state.nbytes for taken in snapshots for state in taken.state)
-    by_pool["undo"] = undo_bytes
+    by_pool |= beside
     window_rows = len(spec.layers) * storage.num_window_rows * spec.rows.row_bytes
     entries = sum(
         capacity.history_pages * (spec.page_tokens // layer.ratio) * spec.rows.row_bytes

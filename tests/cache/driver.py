@@ -51,6 +51,20 @@ class TokenInputs:
             given.kv_score[begin:end], given.slot_bias, given.norm_weight, given.eps
         )
 
+    def to(self, device: str) -> "TokenInputs":
+        """The same inputs on a device."""
+
+        def moved(given):
+            fields = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in vars(given).items()
+            }
+            return type(given)(**fields)
+
+        return TokenInputs(
+            tuple({part: moved(given) for part, given in layer.items()} for layer in self.parts)
+        )
+
 
 def random_weights(spec: CacheSpec, seed: int = 7) -> list[dict[str, tuple]]:
     """Per layer and part: (norm weight, slot bias)."""
@@ -127,10 +141,11 @@ def feed(cache: CompressedKVCache, items: Sequence[tuple[Request, TokenInputs, i
 
 def raw_rows(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> bytes:
     """The stored bytes of some rows."""
+    slots = slots.to(pool.device)
     if fmt.group_rows == 1:
-        return pool[slots].contiguous().view(torch.uint8).numpy().tobytes()
+        return pool[slots].contiguous().view(torch.uint8).cpu().numpy().tobytes()
     data, scales = _load_grouped(pool, slots, fmt)
-    return data.numpy().tobytes() + scales.numpy().tobytes()
+    return data.cpu().numpy().tobytes() + scales.cpu().numpy().tobytes()
 
 
 def reachable_bytes(cache: CompressedKVCache, request: Request) -> dict[tuple[int, str], bytes]:

@@ -38,7 +38,8 @@ def test_total_is_what_is_allocated(formats):
     assert report.total_bytes == allocated(cache)
     assert sum(report.bytes_by_pool.values()) == report.total_bytes
     assert set(report.bytes_by_pool) == {
-        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots", "undo"
+        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots", "undo",
+        "scratch",
     }  # fmt: skip
     assert sum(report.bytes_in_row_pools.values()) == report.bytes_by_pool["row_pools"]
     # Per layer: the last group of 64 rows may be part empty; and each group of 64 fp8 rows is padded by 64 bytes.

@@ -16,7 +16,7 @@ from dsv4_kernels.device import check_contiguous, check_rows
 from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.hadamard.fused import hadamard_rows
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.norm_rope.fused import rms_norm_rows, rope_rows
+from dsv4_kernels.norm_rope.fused import load_rope, rms_norm_rows, rope_rows
 from dsv4_kernels.row_codec.fused import StoreFormat, store_format, store_rows
 from dsv4_kernels.step import StepTensors
 
@@ -87,26 +87,20 @@ def store_entries(
     """Norm, rotate and store the pooled rows ``[E, D]`` of the blocks whose first positions are ``b_first`` ``[E]``."""
     PER_PAGE: tl.constexpr = S.page_tokens // S.ratio
     STORE: tl.constexpr = S.store
+    # All loads before the norm: it makes threads wait for each other, and no load may be moved over that.
     b_entry = b_first // S.ratio
     b_page = tl.load(
         step.history_pages + b_row * page_stride + b_entry // PER_PAGE, mask=m_e, other=0
     )
-    b_x = rms_norm_rows(b_raw, comp.norm_weight, eps, E, S.dim)
-    b_x = rope_rows(
-        b_x, comp.cos_sin + b_first.to(tl.int64) * S.rope_dim, m_e, E, S.dim, S.rope_dim
-    )
+    b_weight = tl.load(comp.norm_weight + tl.arange(0, S.dim))
+    p_cos_sin = comp.cos_sin + b_first.to(tl.int64) * S.rope_dim
+    b_cos, b_sin = load_rope(p_cos_sin, m_e, E, S.dim, S.rope_dim)
+    b_x = rms_norm_rows(b_raw, b_weight, eps, E, S.dim)
+    b_x = rope_rows(b_x, b_cos, b_sin, E, S.dim, S.rope_dim)
     if S.rotate:
         b_x = hadamard_rows(b_x, E, S.dim, S.hadamard_scale)
-    store_rows(
-        comp.pool,
-        first_row + b_page * PER_PAGE + b_entry % PER_PAGE,
-        b_x,
-        m_e,
-        STORE,
-        E,
-        S.dim,
-        CASTS,
-    )
+    b_slot = first_row + b_page * PER_PAGE + b_entry % PER_PAGE
+    store_rows(comp.pool, b_slot, b_x, m_e, STORE, E, S.dim, CASTS)
 
 
 def step_pointers(step: StepTensors) -> StepPointers:

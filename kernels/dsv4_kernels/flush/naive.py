@@ -42,6 +42,18 @@ class CompressorParams:
     rotate: bool = False
 
 
+@dataclass(frozen=True)
+class CsaFlush:
+    """Arguments of `naive_flush_csa` for one compressor, without the step."""
+
+    kv_score: torch.Tensor
+    streams: torch.Tensor
+    boundary: torch.Tensor
+    pool: torch.Tensor
+    pool_format: RowFormat
+    params: CompressorParams
+
+
 def _finish_entries(
     raw: torch.Tensor, first_positions: torch.Tensor, params: CompressorParams
 ) -> torch.Tensor:

@@ -8,7 +8,6 @@ A **request program** pools the blocks that need rows of earlier steps (of the s
 only then overwrites the ring rows they came from. In a decode step it does everything.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,21 +23,9 @@ from dsv4_kernels.flush.fused import (
     step_pointers,
     store_entries,
 )
-from dsv4_kernels.flush.naive import CompressorParams
+from dsv4_kernels.flush.naive import CompressorParams, CsaFlush
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.step import StepTensors
-
-
-@dataclass(frozen=True)
-class CsaFlush:
-    """Arguments of `naive_flush_csa` for one compressor, without the step."""
-
-    kv_score: torch.Tensor
-    streams: torch.Tensor
-    boundary: torch.Tensor
-    pool: torch.Tensor
-    pool_format: RowFormat
-    params: CompressorParams
 
 
 @triton.jit
