@@ -6,10 +6,13 @@ Run as a program it makes every check on the CPU and prints ``{check: "" or its 
 import json
 import traceback
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 
 from dsv4_kernels import memory
+from dsv4_kernels.index_query import fused as index_query_fused
+from dsv4_kernels.index_score import fused as index_score_fused
 from dsv4_kernels.index_score.fused import IndexTuning, select_entries
 from dsv4_kernels.index_score.naive import (
     naive_index_query,
@@ -18,7 +21,7 @@ from dsv4_kernels.index_score.naive import (
 )
 from dsv4_kernels.index_score.workspace import held_scores, index_workspace
 from dsv4_kernels.index_topk.fused import topk_entries, topk_workspace
-from dsv4_kernels.layout import FP32_INDEX, INDEX_DIM, INDEX_FORMATS
+from dsv4_kernels.layout import FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.step import StepTensors
@@ -292,12 +295,24 @@ def check_two_rounds(device="cpu"):
         assert torch.equal(out, world.naive()), fmt.name
 
 
+def check_many_units(device="cpu"):
+    """Several times more units than are counted at once."""
+    world = exact_world(FP8_INDEX, device=device)
+    with (
+        mock.patch.object(index_query_fused, "COUNTED_UNITS", 4),
+        mock.patch.object(index_score_fused, "COUNTED_UNITS", 4),
+    ):
+        out, _ = world.fused(tuning=IndexTuning(64, 1, 4, 1, 1))
+    assert torch.equal(out, world.naive())
+
+
 CHECKS = {
     "values": check_values,
     "exact": check_exact,
     "tiling": check_scores_do_not_depend_on_tiling,
     "topk": check_topk,
     "two rounds": check_two_rounds,
+    "many units": check_many_units,
 }
 
 
