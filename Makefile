@@ -30,7 +30,7 @@ lint: env
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
-# Two processes, a file in one of them; the files that start servers first, in the order of `pytest_collection_modifyitems`.
+# Two processes, a file or a few in one of them: see `pytest_xdist_make_scheduler` in tests/conftest.py.
 test: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 

@@ -78,6 +78,7 @@ def test_each_is_one_clear_sentence_and_a_failure(outcomes, name):
     check_refused(*outcomes[name], SENTENCES[name])
 
 
+@pytest.mark.long
 def test_a_process_of_its_own_says_the_same(tiny):
     """One of the launches as a user makes it: the others run in copies of a process with SGLang imported."""
     run = subprocess.run(

@@ -1,17 +1,15 @@
 """SGLang reads every tensor of the file, unchanged, and nothing else."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_dsv4 import env
 from sglang_dsv4.tiny import TinySpec
 from sglang_dsv4.tiny.checkpoint import WEIGHTS
+from tests.plugin.warm import Program
 
 SPEC = TinySpec()
 # Loads a checkpoint with SGLang's own loader, without a server, and saves what the model holds. In a process of its own,
@@ -52,16 +50,12 @@ json.dump(facts, open(f"{out}/facts.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+def loaded(warm, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     """What SGLang's model holds, and what its loader said."""
     out = tmp_path_factory.mktemp("sglang")
     variables = dict.fromkeys(("SGLANG_OPT_FP8_WO_A_GEMM", "SGLANG_OPT_USE_TILELANG_MHC_PRE"), "0")
-    variables["SGLANG_USE_CPU_ENGINE"] = "1"
-    command = [sys.executable, "-c", LOAD, str(checkpoint), str(out)]
-    done = subprocess.run(
-        command, env=env.snapshot() | variables, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, output = warm.run_one(Program(["-c", LOAD, str(tiny), str(out)], variables))
+    assert status == 0, output[-3000:]
     return torch.load(out / "state.pt"), json.loads((out / "facts.json").read_text())
 
 
@@ -145,10 +139,10 @@ def expected_state(written: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.sglang
 @pytest.mark.slow
-def test_every_tensor_arrives_unchanged(checkpoint: Path, loaded: tuple[dict, dict]):
+def test_every_tensor_arrives_unchanged(tiny: Path, loaded: tuple[dict, dict]):
     state, facts = loaded
     assert facts["warnings"] == []
-    expected = expected_state(load_file(checkpoint / WEIGHTS))
+    expected = expected_state(load_file(tiny / WEIGHTS))
     assert set(state) == set(expected)
     for name, tensor in expected.items():
         got = state[name][: len(tensor)]  # the vocabulary is padded with rows that nothing reads
