@@ -1,6 +1,6 @@
 # `make` shows what there is. All targets share the environment .venv of this checkout.
 
-PYTHON ?= python3
+PYTHON := $(or $(PYTHON),python3)
 ARGS ?=
 # One thread per process: on small machines torch's thread pools fight over the cores and are twenty times slower.
 OMP_NUM_THREADS ?= 1

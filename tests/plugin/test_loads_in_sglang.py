@@ -1,4 +1,4 @@
-"""SGLang reads every tensor of the file, unchanged, and nothing else."""
+"""SGLang reads every tensor of a tiny checkpoint, unchanged, and nothing else; here with stand-ins for compiled packages."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sglang_dsv4.tiny import TinySpec
 from sglang_dsv4.tiny.checkpoint import WEIGHTS
-from tests.plugin.warm import Program
+from tests.plugin.warm import COPIES, Program
 
 SPEC = TinySpec()
 # Loads a checkpoint with SGLang's own loader, without a server, and saves what the model holds. In a process of its own,
@@ -54,7 +54,9 @@ def loaded(warm, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """What SGLang's model holds, and what its loader said."""
     out = tmp_path_factory.mktemp("sglang")
     variables = dict.fromkeys(("SGLANG_OPT_FP8_WO_A_GEMM", "SGLANG_OPT_USE_TILELANG_MHC_PRE"), "0")
-    status, output = warm.run_one(Program(["-c", LOAD, str(tiny), str(out)], variables))
+    status, output = warm.run_one(
+        Program(["-c", LOAD, str(tiny), str(out)], variables, before=COPIES)
+    )
     assert status == 0, output[-3000:]
     return torch.load(out / "state.pt"), json.loads((out / "facts.json").read_text())
 
@@ -158,3 +160,14 @@ def test_configuration_is_read(loaded: tuple[dict, dict]):
     assert facts["context"] == SPEC.config()["max_position_embeddings"]
     scaling = {name: facts["rope"][name] for name in SPEC.config()["rope_scaling"]}
     assert scaling == SPEC.config()["rope_scaling"]
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_sglang_starts_with_the_stand_ins(warm):
+    """Its server and model are imported in this process, and found these in the place of compiled packages."""
+    code = (
+        "import sys; print(*(sys.modules[name].__file__ for name in ('sgl_kernel', 'torchvision')))"
+    )
+    _, output = warm.run_one(Program(["-c", code]))
+    assert output.count("sglang_dsv4_cpu_shims") == 2, output
