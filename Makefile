@@ -10,8 +10,8 @@ export OMP_NUM_THREADS
 
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
-	@echo 'make test    lint, types and all tests; ARGS="-k name" goes to pytest'
-	@echo 'make test-long      a long walk of the runtime; the fused kernels interpreted, and compiled for SM80 to SM120'
+	@echo 'make test    lint, types and all tests but the long ones; ARGS="-k name" goes to pytest'
+	@echo 'make test-long      the tests that take minutes: kernels interpreted and compiled for SM80 to SM120, long walks, slow starts'
 	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make env     make .venv (the others do it by themselves); PYTHON=python3.12 names another Python'
@@ -34,7 +34,7 @@ lint: env
 test: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
-# Minutes: a long random walk of the runtime, and every fused kernel under Triton's interpreter, and compiled for six architectures.
+# Minutes: every fused kernel under Triton's interpreter, and compiled for six architectures; long random walks; slow starts.
 test-long: env
 	.venv/bin/python -m pytest -n 2 -m long $(ARGS)
 
