@@ -1,6 +1,6 @@
 # `make` shows what there is. All targets share the environment .venv of this checkout.
 
-PYTHON ?= python3
+PYTHON := $(or $(PYTHON),python3)
 ARGS ?=
 # One thread per process: on small machines torch's thread pools fight over the cores and are twenty times slower.
 OMP_NUM_THREADS ?= 1
@@ -10,8 +10,8 @@ export OMP_NUM_THREADS
 
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
-	@echo 'make test    lint, types and all tests; ARGS="-k name" goes to pytest'
-	@echo 'make test-long      a long walk of the runtime; the fused kernels interpreted, and compiled for SM80 to SM120'
+	@echo 'make test    lint, types and all tests but the long ones; ARGS="-k name" goes to pytest'
+	@echo 'make test-long      the tests that take minutes: kernels interpreted and compiled for SM80 to SM120, long walks, slow starts'
 	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make env     make .venv (the others do it by themselves); PYTHON=python3.12 names another Python'
@@ -30,11 +30,11 @@ lint: env
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
-# Two processes, a file in one of them; the files that start servers first, in the order of `pytest_collection_modifyitems`.
+# Two processes, a file or a few in one of them: see `pytest_xdist_make_scheduler` in tests/conftest.py.
 test: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
-# Minutes: a long random walk of the runtime, and every fused kernel under Triton's interpreter, and compiled for six architectures.
+# Minutes: every fused kernel under Triton's interpreter, and compiled for six architectures; long random walks; slow starts.
 test-long: env
 	.venv/bin/python -m pytest -n 2 -m long $(ARGS)
 

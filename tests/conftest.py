@@ -19,10 +19,42 @@ settings.register_profile("long", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 
+# The two longest things to do, for the two processes of `make test`: a server's tests, and all that run in copies of one
+# process (`tests.plugin.warm`), whose files stay together.
+LONGEST = (
+    ("tests/plugin/test_server.py",),
+    (
+        "tests/plugin/test_commands.py",
+        "tests/plugin/test_activation.py",
+        "tests/plugin/test_restart.py",
+        "tests/plugin/test_loads_in_sglang.py",
+    ),
+)
+TOGETHER = {file: number for number, files in enumerate(LONGEST) for file in files}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Hand out whole files to the processes, and some files together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return str(TOGETHER.get(file, file))
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the modules with slow tests first, for two processes that share the files; skip `gpu` tests without a GPU."""
+    """Put the longest files first, then those with slow tests; skip `gpu` tests without a GPU."""
     slow = {item.module for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.module not in slow)
+
+    def place(item: pytest.Item) -> int:
+        others = len(LONGEST) + (item.module not in slow)
+        return TOGETHER.get(item.nodeid.partition("::")[0], others)
+
+    items.sort(key=place)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

@@ -42,10 +42,10 @@ def printable(text: str) -> str:
 def print_memory(console: Console, facts: dict[str, Any]) -> None:
     """The cache's report of its own bytes."""
     report = facts["report"]
-    table = Table(
-        title=f"Memory ({report['row_format']} rows, {report['index_format']} index keys)",
-        title_justify="left",
+    console.print(
+        f"[italic]Memory ({report['row_format']} rows, {report['index_format']} index keys)"
     )
+    table = Table()
     table.add_column("pool")
     table.add_column("MiB", justify="right")
     for name, size in report["bytes_by_pool"].items():
@@ -67,9 +67,8 @@ def print_verdict(console: Console, standards: Sequence[Standard], faults: Seque
             largest_difference(item.answer.logprobs, item.expected) for item in standard.comparisons
         )
         console.print(f"  {standard.name}: largest {error:.2e}, allowed {standard.bound:.2e}")
-        console.print(
-            f"    must be noticed, and is {standard.control_error:.2e}: {standard.control_name}"
-        )
+        console.print(f"    a planted fault gives {standard.control_error:.2e}:")
+        console.print(f"    {standard.control_name}")
     for fault in faults:
         console.print(Text(f"WRONG  {fault}", style="bold red"))
     if faults:

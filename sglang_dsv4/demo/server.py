@@ -58,6 +58,9 @@ class Server:
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         } | env.snapshot()
+        # SGLang sends its first request to itself through the proxy that the environment names, and ends if that fails.
+        for name in ("no_proxy", "NO_PROXY"):
+            variables[name] = ",".join(filter(None, (variables.get(name), "127.0.0.1")))
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
                 self._command,

@@ -106,3 +106,12 @@ def test_active_line_is_found_behind_the_loggers_prefix():
 
 def test_free_ports_are_valid():
     assert 1024 < free_port() < 65536
+
+
+def test_a_proxy_does_not_come_between_a_server_and_itself(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org")
+    hosts = ("127.0.0.1", "example.org", "example.com")
+    code = f"from urllib.request import proxy_bypass as b; print([bool(b(host)) for host in {hosts}], flush=True)"
+    with make_server(tmp_path, code) as server:
+        assert wait_for_log(server) == ["[True, True, False]"]

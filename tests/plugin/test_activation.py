@@ -7,6 +7,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_dsv4 import env
 from tests.plugin.test_commands import FLAG, LAUNCH, check_refused
@@ -252,3 +254,43 @@ def test_with_the_flag_off_sglang_is_as_without_the_plug_in(warm, tiny):
     assert not [name for name in off["loaded"] if "portable" in name or "cache" in name]
     # The twin: with the flag on, every one of them is ours.
     assert all(on["owners"][name] != owner for name, owner in off["owners"].items())
+
+
+SERVE_LLAMA = """
+import json, sys
+import sglang
+engine = sglang.Engine(
+    model_path=sys.argv[1], device="cpu", attention_backend="torch_native", skip_tokenizer_init=True,
+    max_total_tokens=1024, mem_fraction_static=0.1,
+)
+asked = dict(sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}, return_logprob=True)
+answers = engine.generate(input_ids=[[1, 2, 3], list(range(40)), list(range(40))], **asked)
+print("ANSWERS " + json.dumps([answer["meta_info"]["output_token_logprobs"] for answer in answers]))
+engine.shutdown()
+"""
+
+
+@pytest.mark.long
+def test_with_the_flag_off_another_model_is_served_as_without_the_plug_in(warm, tmp_path):
+    """Real requests; another model, since SGLang's own DeepSeek-V4 needs a GPU."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.3}))
+    model.save_pretrained(tmp_path)
+    programs = {
+        "off": Program(["-c", SERVE_LLAMA, str(tmp_path)]),
+        "without": Program(["-c", SERVE_LLAMA, str(tmp_path)], {"SGLANG_PLUGINS": "none"}),
+    }
+    answers = {}
+    for name, (status, output) in warm.run(programs).items():
+        lines = [line for line in output.splitlines() if line.startswith("ANSWERS ")]
+        assert status == 0 and lines, output[-3000:]
+        answers[name] = json.loads(lines[0].removeprefix("ANSWERS "))
+    assert answers["off"] == answers["without"]
+    short, long, again = answers["off"]
+    assert short != long and long == again
+    # And they are the model's: each token is the one that transformers would have chosen.
+    ids = list(range(40))
+    for _, token, _ in long:
+        with torch.inference_mode():
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+        ids.append(token)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sglang_dsv4 import env
-from tests.plugin.warm import LIMIT_S, Program
+from tests.plugin.warm import COPIES, LIMIT_S, Program
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -78,6 +78,7 @@ def test_each_is_one_clear_sentence_and_a_failure(outcomes, name):
     check_refused(*outcomes[name], SENTENCES[name])
 
 
+@pytest.mark.long
 def test_a_process_of_its_own_says_the_same(tiny):
     """One of the launches as a user makes it: the others run in copies of a process with SGLang imported."""
     run = subprocess.run(
@@ -119,6 +120,10 @@ engine.shutdown()
 """
 
 
-def test_for_an_engine_the_variable_is_enough(warm, tiny):
-    status, output = warm.run_one(Program(["-c", ENGINE, str(tiny)], {env.COMPRESSED_KV: "1"}))
+@pytest.mark.parametrize(
+    "before", [COPIES, pytest.param("", marks=pytest.mark.long)], ids=["copied", "spawned"]
+)
+def test_for_an_engine_the_variable_is_enough(warm, tiny, before):
+    program = Program(["-c", ENGINE, str(tiny)], {env.COMPRESSED_KV: "1"}, before=before)
+    status, output = warm.run_one(program)
     assert status == 0 and "ENGINE CompressedKVCache" in output, output[-3000:]

@@ -4,10 +4,7 @@ One server, with exact rows so that the comparison is sharp, and a pool of 14 pa
 """
 
 import json
-import os
-import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -15,64 +12,25 @@ import pytest
 import torch
 
 from sglang_dsv4 import env
-from sglang_dsv4.demo.client import Client
 from sglang_dsv4.demo.server import Server, active_line
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
+from tests.plugin.serving import (
+    NEW_TOKENS,
+    generate,
+    post,
+    prompt,
+    read,
+    request_body,
+    wait_until_ready,
+)
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
-NEW_TOKENS = 9
-START_S = 240
 # At admission a page each, and two for those above 256; a page more as soon as one crosses 256.
 LENGTHS = [1, 2, 3, 7, 127, 131, 253, 254, 255, 257, 259, 515]
 SMALL_POOL = (
     "--max-total-tokens", "3584", "--swa-full-tokens-ratio", "1.0", "--schedule-conservativeness", "0.01",
 )  # fmt: skip
-
-
-def prompt(length, salt=0):
-    generator = torch.Generator().manual_seed(1000 * salt + length)
-    return torch.randint(8, 264, (length,), generator=generator).tolist()
-
-
-def wait_until_ready(server):
-    client = Client(server.url, 264)
-    deadline = time.monotonic() + START_S
-    while not client.is_healthy():
-        server.check_alive()
-        assert time.monotonic() < deadline, server.log_lines()[-20:]
-        time.sleep(0.2)
-    client.close()
-
-
-def request_body(input_ids, new_tokens):
-    """Every request asks for the same kind of log-probabilities: SGLang 0.5.17's scheduler ends the server when one
-    decode batch mixes requests with and without ``token_ids_logprob``."""
-    return {
-        "input_ids": input_ids,
-        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
-        "return_logprob": True,
-        "token_ids_logprob": list(range(264)),
-    }
-
-
-def generate(server, input_ids, new_tokens=NEW_TOKENS):
-    answer = post(server, "generate", request_body(input_ids, new_tokens))
-    return read(answer.json())
-
-
-def post(server, path, body):
-    answer = httpx.post(f"{server.url}/{path}", json=body, timeout=120)
-    assert answer.status_code == 200, answer.text
-    return answer
-
-
-def read(answer):
-    """The generated tokens, the log-probabilities behind each, and the prompt tokens that came from the prefix cache."""
-    meta = answer["meta_info"]
-    tokens = [token for _, token, _ in meta["output_token_logprobs"]]
-    rows = [[value for value, _, _ in row] for row in meta["output_token_ids_logprobs"]]
-    return tokens, torch.tensor(rows), meta["cached_tokens"]
 
 
 def empty_cache(server):
@@ -102,7 +60,7 @@ def server(tiny, tmp_path_factory):
     )  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "server.log"
     with Server(tiny, log, arguments) as running:
-        wait_until_ready(running)
+        wait_until_ready(running, running.check_alive)
         yield running
     patch.undo()
 
@@ -261,26 +219,3 @@ def test_the_server_proves_that_our_cache_runs(server):
     # SGLang's own figure, rounded by it to 1 MiB, is ours.
     assert info["memory_usage"]["kvcache"] == pytest.approx(report["total_bytes"] / 2**30, abs=1e-3)
     assert info["memory_usage"]["token_capacity"] == report["max_tokens"]
-
-
-def test_a_killed_server_restarts_on_its_port(server, oracle, tmp_path):
-    """Killed with a request in flight, and started again on the same port, with fp8 rows. The last test of the module."""
-    with pytest.raises(httpx.HTTPError):
-        httpx.post(f"{server.url}/generate", json=request_body(prompt(500, 6), 400), timeout=0.5)
-    os.killpg(server._process.pid, signal.SIGKILL)
-    server._process.wait()
-    arguments = (
-        "--dtype", "float32", "--dsv4-kv-format", "fp8_584", "--chunked-prefill-size", "256", "--sleep-on-idle",
-    )  # fmt: skip
-    again = Server(oracle._checkpoint, tmp_path / "again.log", arguments, port=server.port)
-    with again:
-        wait_until_ready(again)
-        cold, hit = generate(again, prompt(300, 9)), generate(again, prompt(300, 9))
-    assert (cold[2], hit[2]) == (0, 256)
-    sequence = prompt(300, 9) + cold[0][:-1]
-    expected = oracle.logprobs(sequence, row_format="fp8_584")[299:]
-    bound = comparison_bound(0.0, oracle.arithmetic_error(sequence, "fp8_584")[299:].max().item())
-    for tokens, logprobs, _ in (cold, hit):
-        if tokens == cold[0]:
-            assert (logprobs - expected).abs().max().item() <= bound
-    assert (hit[1][0] - cold[1][0]).abs().max().item() <= 2 * bound

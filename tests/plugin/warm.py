@@ -15,6 +15,17 @@ from sglang_dsv4 import env
 LIMIT_S = 240
 PROCESS = Path(__file__).with_name("warm_process.py")
 
+# SGLang starts its processes afresh, and each imports everything again; after this it copies them, too. Two modules read
+# variables while they are imported, which a copy has behind it when our plug-in sets them.
+COPIES = """
+import multiprocessing
+multiprocessing.set_start_method = lambda *_, **__: None
+from sglang.srt.models import deepseek_v4
+deepseek_v4._FP8_WO_A_GEMM = False
+from sglang.kernels.ops.attention.dsv4 import gemm
+gemm._linear_bf16_fp32_algo = "cublas"
+"""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -65,19 +76,32 @@ class Warm:
         Returns:
             dict[str, tuple[int, str]]: exit status, and all that was printed.
         """
-        jobs = []
-        for program in programs.values():
-            self._num_programs += 1
-            output = str(self._folder / f"{self._num_programs}.txt")
-            jobs.append({**asdict(program), "output": output})
-        self._process.stdin.write(json.dumps(jobs) + "\n")
-        self._process.stdin.flush()
-        statuses = json.loads(self._process.stdout.readline())
+        outputs = [self._new_output() for _ in programs]
+        statuses = self._ask(list(programs.values()), outputs, is_awaited=True)
         return {
-            name: (status, Path(job["output"]).read_text(encoding="utf-8", errors="replace"))
-            for name, job, status in zip(programs, jobs, statuses, strict=True)
+            name: (status, output.read_text(encoding="utf-8", errors="replace"))
+            for name, output, status in zip(programs, outputs, statuses, strict=True)
         }
 
     def run_one(self, program: Program) -> tuple[int, str]:
         """Run one program; its exit status, and all that it printed."""
         return self.run({"": program})[""]
+
+    def start(self, program: Program) -> tuple[int, Path]:
+        """Start a program; its process id, which is that of its group too, and where it prints."""
+        output = self._new_output()
+        (process,) = self._ask([program], [output], is_awaited=False)
+        return process, output
+
+    def _new_output(self) -> Path:
+        self._num_programs += 1
+        return self._folder / f"{self._num_programs}.txt"
+
+    def _ask(self, programs: list[Program], outputs: list[Path], *, is_awaited: bool) -> list[int]:
+        jobs = [
+            {**asdict(program), "output": str(output), "is_awaited": is_awaited}
+            for program, output in zip(programs, outputs, strict=True)
+        ]
+        self._process.stdin.write(json.dumps(jobs) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())

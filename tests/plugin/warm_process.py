@@ -1,4 +1,5 @@
-"""The process of `tests.plugin.warm`: one line of jobs in, one line of exit statuses out. Imports nothing of ours."""
+"""The process of `tests.plugin.warm`: a line of jobs in, a line of numbers out: exit statuses, or where nobody waits for
+the end, process ids. Imports nothing of ours."""
 
 import atexit
 import gc
@@ -18,18 +19,22 @@ def main() -> None:
     del sys.modules["sglang.launch_server"]  # a copy runs it as its main module
     gc.freeze()  # a copy need not look at any of this again
     for line in sys.stdin:
-        children = []
-        for job in json.loads(line):
+        jobs, children = json.loads(line), []
+        for job in jobs:
             child = os.fork()
             if not child:
                 end(become(job))
             children.append(child)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(statuses), flush=True)
+        numbers = [
+            os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if job["is_awaited"] else child
+            for job, child in zip(jobs, children, strict=True)
+        ]
+        print(json.dumps(numbers), flush=True)
 
 
 def become(job: dict) -> object:
     """Run the job's program as ``python`` would; what it gave to `sys.exit`. Another exception ends the copy from here."""
+    os.setsid()  # its own process group, so that it can be ended as a whole
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
         os.dup2(source, target)

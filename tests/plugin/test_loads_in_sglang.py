@@ -1,17 +1,15 @@
-"""SGLang reads every tensor of the file, unchanged, and nothing else."""
+"""SGLang reads every tensor of a tiny checkpoint, unchanged, and nothing else; here with stand-ins for compiled packages."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_dsv4 import env
 from sglang_dsv4.tiny import TinySpec
 from sglang_dsv4.tiny.checkpoint import WEIGHTS
+from tests.plugin.warm import COPIES, Program
 
 SPEC = TinySpec()
 # Loads a checkpoint with SGLang's own loader, without a server, and saves what the model holds. In a process of its own,
@@ -52,16 +50,14 @@ json.dump(facts, open(f"{out}/facts.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+def loaded(warm, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     """What SGLang's model holds, and what its loader said."""
     out = tmp_path_factory.mktemp("sglang")
     variables = dict.fromkeys(("SGLANG_OPT_FP8_WO_A_GEMM", "SGLANG_OPT_USE_TILELANG_MHC_PRE"), "0")
-    variables["SGLANG_USE_CPU_ENGINE"] = "1"
-    command = [sys.executable, "-c", LOAD, str(checkpoint), str(out)]
-    done = subprocess.run(
-        command, env=env.snapshot() | variables, capture_output=True, text=True, timeout=120
+    status, output = warm.run_one(
+        Program(["-c", LOAD, str(tiny), str(out)], variables, before=COPIES)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert status == 0, output[-3000:]
     return torch.load(out / "state.pt"), json.loads((out / "facts.json").read_text())
 
 
@@ -145,10 +141,10 @@ def expected_state(written: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.sglang
 @pytest.mark.slow
-def test_every_tensor_arrives_unchanged(checkpoint: Path, loaded: tuple[dict, dict]):
+def test_every_tensor_arrives_unchanged(tiny: Path, loaded: tuple[dict, dict]):
     state, facts = loaded
     assert facts["warnings"] == []
-    expected = expected_state(load_file(checkpoint / WEIGHTS))
+    expected = expected_state(load_file(tiny / WEIGHTS))
     assert set(state) == set(expected)
     for name, tensor in expected.items():
         got = state[name][: len(tensor)]  # the vocabulary is padded with rows that nothing reads
@@ -164,3 +160,14 @@ def test_configuration_is_read(loaded: tuple[dict, dict]):
     assert facts["context"] == SPEC.config()["max_position_embeddings"]
     scaling = {name: facts["rope"][name] for name in SPEC.config()["rope_scaling"]}
     assert scaling == SPEC.config()["rope_scaling"]
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_sglang_starts_with_the_stand_ins(warm):
+    """Its server and model are imported in this process, and found these in the place of compiled packages."""
+    code = (
+        "import sys; print(*(sys.modules[name].__file__ for name in ('sgl_kernel', 'torchvision')))"
+    )
+    _, output = warm.run_one(Program(["-c", code]))
+    assert output.count("sglang_dsv4_cpu_shims") == 2, output
