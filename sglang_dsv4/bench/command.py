@@ -1,4 +1,4 @@
-"""``bench kernels``."""
+"""``bench kernels`` and ``bench cuts``."""
 
 import argparse
 import json
@@ -11,14 +11,14 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dsv4.bench import flush, peer_sglang
+from sglang_dsv4.bench import cuts, flush, peer_sglang
 from sglang_dsv4.bench.timing import copy_bandwidth
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``bench``."""
     parser = subparsers.add_parser(
-        "bench", help="time the kernels on a GPU, each checked before it is timed"
+        "bench", help="time kernels, or cuts of a sequence, each checked before it is timed"
     )
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     kernels = what.add_parser(
@@ -32,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     kernels.add_argument("--quick", action="store_true", help="fewer cases")
     kernels.set_defaults(func=run)
+    cuts.add_parser(what)
 
 
 def environment(bandwidth: float) -> dict:
