@@ -26,7 +26,7 @@ COMMANDS = {
     ),
     "bench": (
         "sglang_dsv4.bench.command",
-        "time the kernels on a GPU, each checked before it is timed",
+        "time the kernels on a GPU, or cuts of a sequence, each checked before it is timed",
     ),
 }
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,8 +12,19 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dsv4.bench import attention_command, flush, peer_sglang
+from sglang_dsv4.bench import (
+    attention_command,
+    cuts,
+    flush,
+    index,
+    peer_index,
+    peer_sglang,
+    step_plan,
+    window,
+)
 from sglang_dsv4.bench.timing import copy_bandwidth
+
+OPS = (flush, window, step_plan, index)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -33,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     kernels.add_argument("--quick", action="store_true", help="fewer cases")
     kernels.set_defaults(func=run)
     attention_command.add_parser(what)
+    cuts.add_parser(what)
 
 
 def environment(bandwidth: float) -> dict:
@@ -54,43 +67,45 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("bench kernels: expected a CUDA device, found none; nothing was run", file=sys.stderr)
         return 1
-    _, missing = peer_sglang.load()
-    if missing:
-        console.print(f"SGLang's kernels are not timed: {missing}")
+    missing = sorted({reason for reason in (peer_sglang.load()[1], *peer_index.missing()) if reason})
     bandwidth = copy_bandwidth()
     where = environment(bandwidth)
     console.print(
         f"{where['gpu']}, copy {bandwidth / 1e3:,.0f} GB/s, torch {where['torch']}, triton {where['triton']}"
     )
     found = []
-    for row in flush.rows(bandwidth, args.quick, args.only):
+    for row in _rows(bandwidth, args.quick, args.only):
         found.append(row)
         console.print(_line(row))
         if args.json:
-            args.json.write_text(json.dumps({"environment": where, "rows": found}, indent=1))
+            report = {"environment": where, "not_run": missing, "rows": found}
+            args.json.write_text(json.dumps(report, indent=1))
     console.print(_table(found))
+    for reason in missing:
+        console.print(f"Not run: {reason}")
     return 0
 
 
+def _rows(bandwidth: float, quick: bool, only: str) -> Iterator[dict]:
+    for op in OPS:
+        yield from op.rows(bandwidth, quick, only)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def _line(row: dict) -> str:
-    peer = "-" if row["sglang_us"] is None else f"{row['sglang_us']:.2f}"
-    return f"{row['op']:16} {row['case']:24} {row['us']:9.2f} us, SGLang {peer}, torch {row['torch_us']:.0f}"
+    return (
+        f"{row['op']:16} {row['case']:28} {row['row_format']:8} {row['us']:9.2f} us, "
+        f"SGLang {_number(row['sglang_us'])}, torch {_number(row['torch_us'], 0)}"
+    )
 
 
 def _table(rows: list[dict]) -> Table:
     table = Table(
-        "op",
-        "case",
-        "rows",
-        "in",
-        "us",
-        "p10-p90",
-        "MB",
-        "% of copy",
-        "SGLang us",
-        "ratio",
-        "torch us",
-    )
+        "op", "case", "rows", "in", "us", "p10-p90", "in L2", "MB", "% of copy", "SGLang us", "ratio", "torch us"
+    )  # fmt: skip
     for row in rows:
         peer = row["sglang_us"]
         table.add_row(
@@ -100,10 +115,11 @@ def _table(rows: list[dict]) -> Table:
             row["input_dtype"],
             f"{row['us']:.2f}",
             f"{row['p10_us']:.2f}-{row['p90_us']:.2f}",
+            _number(row.get("warm_us")),
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['copy_percent']:.0f}",
-            "-" if peer is None else f"{peer:.2f}",
+            _number(peer),
             "-" if peer is None else f"{peer / row['us']:.2f}x",
-            f"{row['torch_us']:.0f}",
+            _number(row["torch_us"], 0),
         )
     return table

@@ -7,7 +7,7 @@ import torch
 
 from sglang_dsv4.bench import peer_sglang
 from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, Case, cases
-from sglang_dsv4.bench.timing import num_sets, time_eager, time_graphs
+from sglang_dsv4.bench.timing import count_launches, num_sets, time_eager, time_graphs
 from sglang_dsv4.bench.work import FlushWork, bytes_needed, make_flush_work, make_step, rope
 
 _MAX_BYTES = 24 << 30
@@ -16,7 +16,10 @@ _MAX_DIFFERING = 2.0**-9
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; times in microseconds, None where not run."""
+    """One measurement; times in microseconds, None where not run.
+
+    ``us`` has inputs and states that left the L2 cache, ``warm_us`` ones that are still in it; ``launches`` are kernels a call.
+    """
 
     op: str
     case: str
@@ -31,6 +34,10 @@ class Row:
     sglang_us: float | None
     torch_us: float | None
     sglang_same_bytes: float | None = None
+    warm_us: float | None = None
+    sglang_warm_us: float | None = None
+    launches: int | None = None
+    sglang_launches: int | None = None
 
 
 def differing(
@@ -88,11 +95,12 @@ def run(
     works = [first] + [
         make_flush_work(case, layer, row_format, dtype, step, table) for _ in range(count - 1)
     ]
-    variants = {"ours": [work.fused for work in works]}
+    variants = {"ours": [work.fused for work in works], "warm": [first.fused]}
     same = None
-    if module is not None and dtype == torch.float32:
+    if module is not None and dtype == torch.float32 and row_format == "fp8_584":
         prepared = [peer_sglang.prepare(module, case, work) for work in works]
         variants["sglang"] = [call for call, _ in prepared]
+        variants["sglang warm"] = variants["sglang"][:1]
         if not any(case.starts) and row_format == "fp8_584" and layer != "hca":
             prepared[0][0]()
             first.fused()
@@ -100,7 +108,7 @@ def run(
             same = (mine == prepared[0][1][0].pool.flatten()).float().mean().item()
     times = time_graphs(variants)
     eager = time_eager(first.naive)
-    ours, theirs = times["ours"], times.get("sglang")
+    ours, theirs, warm = times["ours"], times.get("sglang"), times.get("sglang warm")
     return Row(
         op=f"flush {layer}",
         case=case.name,
@@ -115,14 +123,25 @@ def run(
         sglang_us=None if theirs is None else theirs.median_us,
         torch_us=eager.median_us,
         sglang_same_bytes=same,
+        warm_us=times["warm"].median_us,
+        sglang_warm_us=None if warm is None else warm.median_us,
+        launches=count_launches(first.fused),
+        sglang_launches=None if theirs is None else count_launches(variants["sglang"][0]),
     )
 
 
 def rows(bandwidth: float, quick: bool, only: str) -> Iterator[dict]:
-    """Every case whose op and name contain ``only``."""
+    """Every case whose op and name contain ``only``; some of them also with bf16 rows and with bf16 inputs.
+
+    A compressor has the same shape in Flash and in Pro: these rows are for both.
+    """
     module, _ = peer_sglang.load()
     for layer, ratio in (("csa", CSA_RATIO), ("csa-main", CSA_RATIO), ("hca", HCA_RATIO)):
         for case in cases(ratio, quick):
-            if only in f"flush {layer} {case.name}":
-                yield asdict(run(layer, case, "fp8_584", torch.float32, bandwidth, module))
-                torch.cuda.empty_cache()
+            kinds = [("fp8_584", torch.float32)]
+            if case.name in ("decode-b256-mixed", "prefill-1x8192") and layer != "csa-main":
+                kinds += [("bf16", torch.float32), ("fp8_584", torch.bfloat16)]
+            for row_format, dtype in kinds:
+                if only in f"flush {layer} {case.name}":
+                    yield asdict(run(layer, case, row_format, dtype, bandwidth, module))
+                    torch.cuda.empty_cache()

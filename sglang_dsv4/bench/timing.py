@@ -80,6 +80,17 @@ def time_graphs(variants: dict[str, Sequence[Callable[[], None]]]) -> dict[str, 
     return {name: _summary(values) for name, values in samples.items()}
 
 
+def count_launches(call: Callable[[], None]) -> int:
+    """Kernels that a call launches, as a profiler sees them."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == device for event in profile.events())
+
+
 def copy_bandwidth() -> float:
     """Bytes per microsecond that a copy of 4 GiB on the device moves, reading and writing both counted."""
     source = torch.zeros(1 << 30, device="cuda").uniform_()

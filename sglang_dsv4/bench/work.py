@@ -145,7 +145,8 @@ def _copy(part: CsaFlush) -> CsaFlush:
     )
 
 
-def _zero_pool(fmt: RowFormat, num_rows: int, device: torch.device) -> torch.Tensor:
+def zero_pool(fmt: RowFormat, num_rows: int, device: torch.device) -> torch.Tensor:
+    """A pool that holds no rows yet."""
     return torch.zeros(fmt.pool_shape(num_rows), dtype=fmt.storage_dtype, device=device)
 
 
@@ -181,7 +182,7 @@ def make_flush_work(
             kv_score=random_rows((case.num_tokens, 4 * dim), dtype, device),
             streams=random_rows((case.num_requests, 2 * CSA_RATIO, 4 * dim), torch.float32, device),
             boundary=random_rows((num_pages, CSA_RATIO, 2, dim), torch.float32, device),
-            pool=_zero_pool(fmt, first + num_pages * (PAGE_TOKENS // CSA_RATIO), device),
+            pool=zero_pool(fmt, first + num_pages * (PAGE_TOKENS // CSA_RATIO), device),
             pool_format=fmt,
             params=make_params(CSA_RATIO, dim, table),
         )
@@ -193,7 +194,7 @@ def make_flush_work(
             kv_score=random_rows((case.num_tokens, 2 * HEAD_DIM), dtype, device),
             streams=state,
             boundary=state,
-            pool=_zero_pool(rows, first + num_pages * (PAGE_TOKENS // HCA_RATIO), device),
+            pool=zero_pool(rows, first + num_pages * (PAGE_TOKENS // HCA_RATIO), device),
             pool_format=rows,
             params=make_params(HCA_RATIO, HEAD_DIM, table),
         )
