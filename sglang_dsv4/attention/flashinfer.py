@@ -43,8 +43,9 @@ from sglang_dsv4.errors import UnsupportedError
 
 _DTYPE = torch.bfloat16
 _PREFILL_MULTIPLE = 128  # of columns, in FlashMLA's lists
-# Queries from which FlashMLA's prefill kernel is the faster one; it has the sink, and the pass after it is an eighth as long.
-FLASHMLA_PREFILL_TOKENS = 512
+# FlashMLA's prefill kernel has the sink, and the pass after it is an eighth as long, but it never shares a list out: it is
+# faster for many queries, unless there are few that have long lists.
+_MANY_QUERIES, _VERY_MANY_QUERIES, _LONG_LIST = 64, 512, 1280
 
 
 class _StockPlan:
@@ -152,9 +153,9 @@ class FlashInferAttention(Attention):
         schedule (str): ``"own"``: on the device, capturable; ``"stock"``: FlashInfer's planner, on the host, between
             replays; ``"auto"``: own where the version of FlashInfer is known.
         backend (str): ``"fa2"``, ``"fa3"`` (SM90), or ``"auto"``.
-        prefill (str): ``"flashmla"``: steps of many queries by FlashMLA's prefill kernel, which reads the same pool and lists
-            (SM90, bf16 rows, 64 or 128 heads, package sgl-flash-mla); ``"flashinfer"``: all alike; ``"auto"``: FlashMLA where
-            it is possible.
+        prefill (str): ``"flashmla"``: steps of 64 queries and more by FlashMLA's prefill kernel, which reads the same pool and
+            lists (SM90, bf16 rows, 64 or 128 heads, package sgl-flash-mla); ``"flashinfer"``: all alike; ``"auto"``: FlashMLA
+            where it is possible.
         fixed (FixedShape | None): the one shape of every step, for CUDA graphs.
 
     Raises:
@@ -320,7 +321,9 @@ class FlashInferAttention(Attention):
 
     def _plan_kind(self, kind: ListKind, on_host: torch.Tensor | None) -> None:
         num_tokens, width = self._plan.num_tokens, kind.width(longest(self._plan, self.fixed))
-        sparse = self._sparse_prefill is not None and num_tokens >= FLASHMLA_PREFILL_TOKENS
+        sparse = self._sparse_prefill is not None and (
+            num_tokens >= (_MANY_QUERIES if width <= _LONG_LIST else _VERY_MANY_QUERIES)
+        )
         if sparse:
             width = -(-width // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE
         lists = self._buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(-1, width)

@@ -19,6 +19,7 @@ from dsv4_kernels.row_gather.fused import row_gather
 from dsv4_kernels.row_lists import naive_row_lists
 from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope import Splits, naive_sink_rope
+from dsv4_kernels.sink_rope import fused as sink_rope_fused
 from dsv4_kernels.sink_rope.fused import sink_rope
 from tests.kernels.attention_world import (
     CSA,
@@ -87,12 +88,14 @@ def splits_of(tokens, heads, dim, counts, device, dtype=torch.bfloat16):
 
 def check_sink_rope(device="cpu"):
     """Sinks of every kind, pieces, padding and no keys; one rounding apart at most, and a wrong position is seen."""
+    heads = 8 if device == "cpu" else 64
     table = rope_table(RopeSpec(10000.0, 64), 701, device)
-    for heads in (8,) if device == "cpu" else (8, 64):
-        positions = torch.tensor([5, -1, 0, 699, 64, 3], device=device)
-        sink = torch.randn(heads, device=device)
-        sink[:3] = torch.tensor([INF, -INF, 0.0])
-        for counts in (None, [1, 1, 2, 5, 1, 11], [1] * 6):
+    positions = torch.tensor([5, -1, 0, 699, 64, 3], device=device)
+    sink = torch.randn(heads, device=device)
+    sink[:3] = torch.tensor([INF, -INF, 0.0])
+    chosen = sink_rope_fused.sink_rope_tuning
+    for tuning in (None, (1, 4, 4), (4, 2, 4), (8, 1, 8)):
+        for counts in (None, [1, 1, 2, 5, 1, 11]):
             out = torch.randn(6, heads, 512, device=device).bfloat16()
             lse = 3 * torch.randn(6, heads, device=device)
             out[4], lse[4] = 0.0, -INF
@@ -103,19 +106,23 @@ def check_sink_rope(device="cpu"):
                 out[several], lse[several] = NAN, NAN
             for given_sink, cos_sin in ((sink, table), (None, table), (sink, None)):
                 found, expected = out.clone(), out.float()
+                if tuning is not None:
+                    sink_rope_fused.sink_rope_tuning = lambda *_, best=tuning: best
                 sink_rope(found, lse, given_sink, positions, cos_sin, splits)
+                sink_rope_fused.sink_rope_tuning = chosen
                 naive_sink_rope(expected, lse, given_sink, positions, cos_sin, splits)
-                assert torch.isfinite(found).all(), (heads, counts)
+                assert torch.isfinite(found).all(), (tuning, counts)
                 # Half a bf16 step is at most 2^-8 of the value; exponentials and sums add 2^-18 of the largest.
                 allowed = expected.abs() * 2.0**-8 + expected.abs().max() * 2.0**-18
-                assert ((found.float() - expected).abs() <= allowed).all(), (heads, counts)
+                assert ((found.float() - expected).abs() <= allowed).all(), (tuning, counts)
                 if cos_sin is not None:
-                    naive_sink_rope(
-                        wrong := out.float(), lse, given_sink, positions + 1, cos_sin, splits
-                    )
+                    wrong = out.float()
+                    naive_sink_rope(wrong, lse, given_sink, positions + 1, cos_sin, splits)
                     assert ((found.float() - wrong).abs() > allowed).any(), (
                         "a wrong position was not seen"
                     )
+                if tuning is not None and device == "cpu":
+                    break
 
 
 SCHEDULES = [

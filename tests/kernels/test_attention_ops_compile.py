@@ -32,16 +32,16 @@ def test_row_lists(architecture):
 
 
 @pytest.mark.parametrize("tokens", [8, 64, 256])
-@pytest.mark.parametrize("splits", [False, True])
-def test_sink_rope(architecture, tokens, splits):
-    heads, pieces, warps = sink_rope_tuning(tokens, splits)
+@pytest.mark.parametrize("lanes", [0, 132])
+def test_sink_rope(architecture, tokens, lanes):
+    heads, pieces, warps = sink_rope_tuning(tokens, lanes)
     arguments = {
         "p_out": "*bf16", "p_lse": "*fp32", "p_sink": "*fp32", "p_positions": "*i64", "p_cos_sin": "*fp32",
         "p_first_lane": "*i32", "p_num_pieces": "*i32", "p_partial": "*bf16", "p_partial_lse": "*fp32", "num_heads": "i32",
     }  # fmt: skip
     for rope, sink in ((64, True), (0, True), (64, False)):
         constants = {
-            "D": 512, "R": rope, "RB": rope or 2, "HAS_SINK": sink, "HAS_SPLITS": splits, "BH": heads, "BJ": pieces,
+            "D": 512, "R": rope, "RB": rope or 2, "HAS_SINK": sink, "HAS_SPLITS": lanes > 0, "BH": heads, "BJ": pieces,
             "CASTS": architecture >= 89,
         }  # fmt: skip
         assert machine_code(sink_rope_kernel, arguments, constants, architecture, warps)

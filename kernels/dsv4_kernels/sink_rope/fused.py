@@ -11,6 +11,19 @@ from dsv4_kernels.sink_rope.splits import Splits
 _LOWEST = tl.constexpr(-1e30)  # finite: an empty piece's -inf less this is -inf, and no NaN
 
 
+# Best on an H200 by number of queries, at 64 heads: (heads, pieces, warps) of a program.
+_MEASURED_LANES = 132
+_WHOLE = ((64, (2, 1, 4)), (1 << 40, (8, 1, 4)))
+_SPLIT = (
+    (4, (1, 32, 8)),
+    (8, (1, 16, 8)),
+    (16, (1, 8, 4)),
+    (32, (1, 4, 4)),
+    (64, (8, 2, 8)),
+    (1 << 40, (8, 1, 8)),
+)
+
+
 @triton.jit
 def _store(p_x, b_x, mask, CASTS: tl.constexpr):
     if p_x.dtype.element_ty == tl.bfloat16:
@@ -20,10 +33,18 @@ def _store(p_x, b_x, mask, CASTS: tl.constexpr):
 
 
 @triton.jit
-def _weighted(p_x, b_weight, mask):
-    """Sum ``[J, H, D]`` over the pieces, by weights ``[J, H]``; a piece of weight 0 may hold anything."""
-    b_x = tl.load(p_x, mask=mask & (b_weight > 0)[:, :, None], other=0.0).to(tl.float32)
-    return tl.sum(b_x * b_weight[:, :, None], axis=0)
+def _add_piece(b_acc, b_scale, p_x, b_weight, mask):
+    """``b_acc * b_scale`` and a piece by its weight ``[H, 1]``; a piece of weight 0 may hold anything."""
+    b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+    return b_acc * b_scale + tl.where(b_weight > 0, b_x * b_weight, 0.0)
+
+
+@triton.jit
+def _add_pieces(b_acc, b_scale, p_x, b_weight, mask):
+    """The same for one head and pieces ``[J, D]`` with weights ``[J, 1]``."""
+    b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+    b_sum = tl.sum(tl.where(b_weight > 0, b_x * b_weight, 0.0), axis=0)
+    return b_acc * b_scale + b_sum[None, :]
 
 
 @triton.jit(do_not_specialize=["num_heads"])
@@ -32,68 +53,87 @@ def sink_rope_kernel(
     D: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, HAS_SINK: tl.constexpr, HAS_SPLITS: tl.constexpr,
     BH: tl.constexpr, BJ: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """``BH`` heads of one query; pieces are read ``BJ`` at a time. Channels that stay as they are are not touched."""
+    """``BH`` heads of one query; pieces are read ``BJ`` at a time. Channels that stay as they are are not touched.
+
+    A vector of heads or pieces is a column ``[BH, 1]``, so that it is laid out as the rows are and no exchange through
+    shared memory stands between two loads.
+    """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
     WHOLE: tl.constexpr = HAS_SINK or HAS_SPLITS
     i_t = tl.program_id(0).to(tl.int64)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]  # [BH, 1]
     m_h = o_h < num_heads
-    o_d = tl.arange(0, D)
-    o_r = tl.arange(0, RB)
-    m_d = m_h[:, None] & (o_d < D - R)[None, :]
-    m_r = m_h[:, None] & (o_r < R)[None, :]
+    o_d = tl.arange(0, D)[None, :]
+    o_r = tl.arange(0, RB)[None, :]
+    m_d = m_h & (o_d < D - R)
+    m_r = m_h & (o_r < R)
     # Strides are multiples of D, a constant, which lets the compiler load 16 bytes at once.
-    p_head = p_out + (i_t * num_heads + o_h) * D  # [BH]
-    p_main = p_head[:, None] + o_d[None, :]
-    p_pair = p_head[:, None] + (D - R) + o_r[None, :]
+    p_head = p_out + (i_t * num_heads + o_h) * D
     b_main = tl.zeros([BH, D], tl.float32)
     b_pair = tl.zeros([BH, RB], tl.float32)
-    b_lse = tl.zeros([BH], tl.float32)
+    b_lse = tl.zeros([BH, 1], tl.float32)
     b_count = 1
     if HAS_SPLITS:
         b_count = tl.load(p_num_pieces + i_t)
+        b_lane = tl.load(p_first_lane + i_t)
     if b_count == 1:
         if WHOLE:
-            b_main = tl.load(p_main, mask=m_d, other=0.0).to(tl.float32)
+            b_main = tl.load(p_head + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_lse = tl.load(p_lse + i_t * num_heads + o_h, mask=m_h, other=0.0) * LOG2E
         if R > 0:
-            b_pair = tl.load(p_pair, mask=m_r, other=0.0).to(tl.float32)
-    else:
-        b_top = tl.full([BH], _LOWEST, tl.float32)
-        b_sum = tl.zeros([BH], tl.float32)
-        b_lane = tl.load(p_first_lane + i_t)
-        for i_j in range(0, b_count, BJ):
-            o_j = i_j + tl.arange(0, BJ)
-            m_j = (o_j < b_count)[:, None] & m_h[None, :]
-            b_slot = (2 * (b_lane + o_j) + (o_j == 0).to(tl.int32)).to(tl.int64)
-            o_row = b_slot[:, None] * num_heads + o_h[None, :]  # [BJ, BH]
-            b_part = tl.load(p_partial_lse + o_row, mask=m_j, other=float("-inf"))
-            b_new = tl.maximum(b_top, tl.max(b_part, axis=0))
-            b_scale = tl.exp2(b_top - b_new)
-            b_weight = tl.exp2(b_part - b_new[None, :])
-            p_row = (p_partial + o_row * D)[:, :, None]
-            m_row = m_j[:, :, None]
-            b_main = b_main * b_scale[:, None] + _weighted(
-                p_row + o_d[None, None, :], b_weight, m_row & m_d[None, :, :]
-            )
-            if R > 0:
-                b_pair = b_pair * b_scale[:, None] + _weighted(
-                    p_row + (D - R) + o_r[None, None, :], b_weight, m_row & m_r[None, :, :]
-                )
-            b_sum = b_sum * b_scale + tl.sum(b_weight, axis=0)
-            b_top = b_new
+            b_pair = tl.load(p_head + (D - R) + o_r, mask=m_r, other=0.0).to(tl.float32)
+    elif HAS_SPLITS:
+        b_top = tl.full([BH, 1], _LOWEST, tl.float32)
+        b_sum = tl.zeros([BH, 1], tl.float32)
+        if BH == 1:
+            i_h = tl.program_id(1)
+            for i_j in range(0, b_count, BJ):
+                o_j = i_j + tl.arange(0, BJ)[:, None]  # [BJ, 1]
+                m_j = o_j < b_count
+                b_slot = 2 * (b_lane + o_j) + (o_j == 0).to(tl.int32)
+                o_row = b_slot.to(tl.int64) * num_heads + i_h
+                b_part = tl.load(p_partial_lse + o_row, mask=m_j, other=float("-inf"))
+                b_new = tl.maximum(b_top, tl.max(b_part, axis=0)[None, :])
+                b_scale = tl.exp2(b_top - b_new)
+                b_weight = tl.exp2(b_part - b_new)
+                p_row = p_partial + o_row * D
+                b_main = _add_pieces(b_main, b_scale, p_row + o_d, b_weight, m_j & (o_d < D - R))
+                if R > 0:
+                    b_pair = _add_pieces(
+                        b_pair, b_scale, p_row + (D - R) + o_r, b_weight, m_j & (o_r < R)
+                    )
+                b_sum = b_sum * b_scale + tl.sum(b_weight, axis=0)[None, :]
+                b_top = b_new
+        else:
+            for i_j in range(0, b_count, BJ):
+                for j in tl.static_range(BJ):
+                    m_j = m_h & (i_j + j < b_count)
+                    b_piece = 0 * b_lane + i_j + j
+                    b_slot = 2 * (b_lane + b_piece) + (b_piece == 0).to(tl.int32)
+                    o_row = b_slot.to(tl.int64) * num_heads + o_h
+                    b_part = tl.load(p_partial_lse + o_row, mask=m_j, other=float("-inf"))
+                    b_new = tl.maximum(b_top, b_part)
+                    b_scale = tl.exp2(b_top - b_new)
+                    b_weight = tl.exp2(b_part - b_new)
+                    p_row = p_partial + o_row * D
+                    b_main = _add_piece(b_main, b_scale, p_row + o_d, b_weight, m_j & (o_d < D - R))
+                    if R > 0:
+                        b_pair = _add_piece(
+                            b_pair, b_scale, p_row + (D - R) + o_r, b_weight, m_j & (o_r < R)
+                        )
+                    b_sum = b_sum * b_scale + b_weight
+                    b_top = b_new
         b_inverse = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)
-        b_main = b_main * b_inverse[:, None]
-        b_pair = b_pair * b_inverse[:, None]
+        b_main = b_main * b_inverse
+        b_pair = b_pair * b_inverse
         b_lse = tl.where(b_sum > 0, b_top + tl.log2(b_sum), float("-inf"))
     if HAS_SINK:
         b_sink = tl.load(p_sink + o_h, mask=m_h, other=0.0).to(tl.float32)
         # -inf less -inf is no number; a query without keys has no weight to give.
         b_weight = tl.where(b_lse == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(b_sink - b_lse * LN2)))
-        m_seen = (b_weight > 0)[:, None]
-        b_main = tl.where(m_seen, b_main * b_weight[:, None], 0.0)
-        b_pair = tl.where(m_seen, b_pair * b_weight[:, None], 0.0)
+        b_main = tl.where(b_weight > 0, b_main * b_weight, 0.0)
+        b_pair = tl.where(b_weight > 0, b_pair * b_weight, 0.0)
     if R > 0:
         b_position = tl.load(p_positions + i_t)
         o_p = tl.arange(0, RB // 2)
@@ -102,9 +142,9 @@ def sink_rope_kernel(
         b_sin = tl.load(p_cos_sin + b_position * R + R // 2 + o_p, mask=m_p, other=0.0)[None, :]
         b_even, b_odd = tl.split(tl.reshape(b_pair, [BH, RB // 2, 2]))
         b_pair = tl.join(b_even * b_cos + b_odd * b_sin, b_odd * b_cos - b_even * b_sin)
-        _store(p_pair, tl.reshape(b_pair, [BH, RB]), m_r, CASTS)
+        _store(p_head + (D - R) + o_r, tl.reshape(b_pair, [BH, RB]), m_r, CASTS)
     if WHOLE:
-        _store(p_main, b_main, m_d, CASTS)
+        _store(p_head + o_d, b_main, m_d, CASTS)
 
 
 def sink_rope(
@@ -124,7 +164,9 @@ def sink_rope(
         check_contiguous(name, tensor)
     if num_tokens == 0:
         return
-    heads, pieces, warps = sink_rope_tuning(num_tokens, splits is not None)
+    heads, pieces, warps = sink_rope_tuning(
+        num_tokens, 0 if splits is None else len(splits.partial) // 2
+    )
     sink_rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         p_out=out,
         p_lse=lse,
@@ -148,10 +190,11 @@ def sink_rope(
     )
 
 
-def sink_rope_tuning(num_tokens: int, has_splits: bool) -> tuple[int, int, int]:
-    """Heads per program, pieces read at once, warps. Few queries have many pieces each."""
-    if has_splits and num_tokens <= 16:
-        return 1, 8, 4
-    if num_tokens <= 64:
-        return 2, 4 if has_splits else 1, 4
-    return 8, 2 if has_splits else 1, 4
+def sink_rope_tuning(num_tokens: int, num_lanes: int) -> tuple[int, int, int]:
+    """Heads per program, pieces read at once, warps. ``num_lanes`` is 0 where no query has pieces.
+
+    Few queries have many pieces each: about as many as there are lanes for one query.
+    """
+    if num_lanes == 0:
+        return next(best for most, best in _WHOLE if num_tokens <= most)
+    return next(best for most, best in _SPLIT if num_tokens * _MEASURED_LANES <= most * num_lanes)
