@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous
-from dsv4_kernels.mla_schedule.naive import MANY_ROUNDS, SECOND_WORK_TILES
+from dsv4_kernels.mla_schedule.naive import MANY_ROUNDS, PIECE_TILES, SECOND_WORK_TILES
 from dsv4_kernels.mla_schedule.work import TILE_KEYS, WorkLists
 from dsv4_kernels.row_lists.kind import ListKind
 
@@ -29,7 +29,7 @@ class WorkPointers(NamedTuple):
 @triton.jit(do_not_specialize=["num_tokens", "list_stride", "num_heads"])
 def mla_schedule_kernel(
     p_positions, num_tokens, list_stride, num_heads, work, num_lanes, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    MOST: tl.constexpr, TILE: tl.constexpr, SECOND: tl.constexpr, MANY: tl.constexpr, BT: tl.constexpr,
+    MOST: tl.constexpr, TILE: tl.constexpr, SECOND: tl.constexpr, MANY: tl.constexpr, PIECE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Every program sees all queries, and writes the works of one lane."""
     i_l = tl.program_id(0)
@@ -43,11 +43,14 @@ def mla_schedule_kernel(
     b_tiles = tl.where(m_t, tl.maximum((b_length + TILE - 1) // TILE, 1), 0)
     b_rounds = num_tokens // num_lanes
     b_rest = tl.where(o_t >= b_rounds * num_lanes, b_tiles, 0)
-    b_line = tl.maximum((tl.sum(b_tiles) + num_lanes - 1) // num_lanes, 1)
-    b_piece = tl.maximum((tl.sum(b_rest) + num_lanes - 1) // num_lanes, 1)
+    b_most = tl.max(b_tiles)
+    b_least = b_most // b_most
+    while PIECE * b_least * b_least < b_most:
+        b_least += 1
+    b_line = tl.maximum((tl.sum(b_tiles) + num_lanes - 1) // num_lanes, b_least)
+    b_piece = tl.maximum((tl.sum(b_rest) + num_lanes - 1) // num_lanes, b_least)
     while tl.sum((b_rest + b_piece - 1) // b_piece) > num_lanes:
         b_piece += tl.maximum(b_piece // 8, 1)
-    b_most = tl.max(b_tiles)
     b_stretch = (b_rounds * b_most + b_piece > b_line + SECOND) & (
         (b_rounds < MANY) | (2 * b_most > b_line)
     )
@@ -111,6 +114,7 @@ def mla_schedule(
         TILE=TILE_KEYS,
         SECOND=SECOND_WORK_TILES,
         MANY=MANY_ROUNDS,
+        PIECE=PIECE_TILES,
         BT=block,
         num_warps=4 if block <= 1024 else 8,
     )

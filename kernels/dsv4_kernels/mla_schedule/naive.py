@@ -7,9 +7,12 @@ from dsv4_kernels.row_lists.kind import ListKind
 
 # What a second work costs a lane, in tiles: its queries are loaded and its result is stored while no keys are.
 SECOND_WORK_TILES = 2
+# A piece of ``c`` tiles of a query of ``n`` costs ``c`` tiles' time, and 1/12 of it ``n / c`` times when pieces are merged: the sum
+# is least at ``12 c^2 = n``.
+PIECE_TILES = 12
 # A prefill has this many rounds. Neighbouring queries share rows: those that are attended at one time should be neighbours,
 # even if that leaves lanes idle at the end, unless one query alone keeps a lane for half of the time.
-MANY_ROUNDS = 4
+MANY_ROUNDS = 2
 
 
 def naive_mla_schedule(
@@ -32,11 +35,13 @@ def naive_mla_schedule(
     lengths = kind.lengths(positions).tolist()
     tiles = [max(1, -(-length // TILE_KEYS)) for length in lengths]
     rounds, line = len(tiles) // lanes, -(-sum(tiles) // lanes)
-    rest = tiles[rounds * lanes :]
-    piece = max(1, -(-sum(rest) // lanes))
+    rest, most = tiles[rounds * lanes :], max(tiles, default=0)
+    least = 1
+    while PIECE_TILES * least * least < most:
+        least += 1
+    line, piece = max(least, line), max(least, -(-sum(rest) // lanes))
     while sum(-(-t // piece) for t in rest) > lanes:
         piece += max(1, piece // 8)
-    most = max(tiles, default=0)
     stretch = rounds * most + piece > line + SECOND_WORK_TILES
     stretch = stretch and (rounds < MANY_ROUNDS or 2 * most > line)
     if stretch:

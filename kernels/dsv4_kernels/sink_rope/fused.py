@@ -11,17 +11,11 @@ from dsv4_kernels.sink_rope.splits import Splits
 _LOWEST = tl.constexpr(-1e30)  # finite: an empty piece's -inf less this is -inf, and no NaN
 
 
-# Best on an H200 by number of queries, at 64 heads: (heads, pieces, warps) of a program.
+# Best on an H200 by number of queries, at 64 heads: (heads, pieces, warps) of a program. Larger tiles keep too few programs
+# on a multiprocessor to hide the way to memory; more heads at few queries leave multiprocessors idle.
 _MEASURED_LANES = 132
-_WHOLE = ((64, (2, 1, 4)), (1 << 40, (8, 1, 4)))
-_SPLIT = (
-    (4, (1, 32, 8)),
-    (8, (1, 16, 8)),
-    (16, (1, 8, 4)),
-    (32, (1, 4, 4)),
-    (64, (8, 2, 8)),
-    (1 << 40, (8, 1, 8)),
-)
+_WHOLE = (4, 1, 4)
+_SPLIT = ((16, (2, 2, 4)), (66, (8, 1, 8)), (1 << 40, (4, 1, 4)))
 
 
 @triton.jit
@@ -39,14 +33,6 @@ def _add_piece(b_acc, b_scale, p_x, b_weight, mask):
     return b_acc * b_scale + tl.where(b_weight > 0, b_x * b_weight, 0.0)
 
 
-@triton.jit
-def _add_pieces(b_acc, b_scale, p_x, b_weight, mask):
-    """The same for one head and pieces ``[J, D]`` with weights ``[J, 1]``."""
-    b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
-    b_sum = tl.sum(tl.where(b_weight > 0, b_x * b_weight, 0.0), axis=0)
-    return b_acc * b_scale + b_sum[None, :]
-
-
 @triton.jit(do_not_specialize=["num_heads"])
 def sink_rope_kernel(
     p_out, p_lse, p_sink, p_positions, p_cos_sin, p_first_lane, p_num_pieces, p_partial, p_partial_lse, num_heads,
@@ -55,7 +41,7 @@ def sink_rope_kernel(
 ):  # fmt: skip
     """``BH`` heads of one query; pieces are read ``BJ`` at a time. Channels that stay as they are are not touched.
 
-    A vector of heads or pieces is a column ``[BH, 1]``, so that it is laid out as the rows are and no exchange through
+    A vector of heads is a column ``[BH, 1]``, so that it is laid out as the rows are and no exchange through
     shared memory stands between two loads.
     """
     LN2: tl.constexpr = 0.6931471805599453
@@ -86,44 +72,24 @@ def sink_rope_kernel(
     elif HAS_SPLITS:
         b_top = tl.full([BH, 1], _LOWEST, tl.float32)
         b_sum = tl.zeros([BH, 1], tl.float32)
-        if BH == 1:
-            i_h = tl.program_id(1)
-            for i_j in range(0, b_count, BJ):
-                o_j = i_j + tl.arange(0, BJ)[:, None]  # [BJ, 1]
-                m_j = o_j < b_count
-                b_slot = 2 * (b_lane + o_j) + (o_j == 0).to(tl.int32)
-                o_row = b_slot.to(tl.int64) * num_heads + i_h
+        for i_j in range(0, b_count, BJ):
+            for j in tl.static_range(BJ):
+                m_j = m_h & (i_j + j < b_count)
+                b_piece = 0 * b_lane + i_j + j
+                b_slot = 2 * (b_lane + b_piece) + (b_piece == 0).to(tl.int32)
+                o_row = b_slot.to(tl.int64) * num_heads + o_h
                 b_part = tl.load(p_partial_lse + o_row, mask=m_j, other=float("-inf"))
-                b_new = tl.maximum(b_top, tl.max(b_part, axis=0)[None, :])
+                b_new = tl.maximum(b_top, b_part)
                 b_scale = tl.exp2(b_top - b_new)
                 b_weight = tl.exp2(b_part - b_new)
                 p_row = p_partial + o_row * D
-                b_main = _add_pieces(b_main, b_scale, p_row + o_d, b_weight, m_j & (o_d < D - R))
+                b_main = _add_piece(b_main, b_scale, p_row + o_d, b_weight, m_j & (o_d < D - R))
                 if R > 0:
-                    b_pair = _add_pieces(
+                    b_pair = _add_piece(
                         b_pair, b_scale, p_row + (D - R) + o_r, b_weight, m_j & (o_r < R)
                     )
-                b_sum = b_sum * b_scale + tl.sum(b_weight, axis=0)[None, :]
+                b_sum = b_sum * b_scale + b_weight
                 b_top = b_new
-        else:
-            for i_j in range(0, b_count, BJ):
-                for j in tl.static_range(BJ):
-                    m_j = m_h & (i_j + j < b_count)
-                    b_piece = 0 * b_lane + i_j + j
-                    b_slot = 2 * (b_lane + b_piece) + (b_piece == 0).to(tl.int32)
-                    o_row = b_slot.to(tl.int64) * num_heads + o_h
-                    b_part = tl.load(p_partial_lse + o_row, mask=m_j, other=float("-inf"))
-                    b_new = tl.maximum(b_top, b_part)
-                    b_scale = tl.exp2(b_top - b_new)
-                    b_weight = tl.exp2(b_part - b_new)
-                    p_row = p_partial + o_row * D
-                    b_main = _add_piece(b_main, b_scale, p_row + o_d, b_weight, m_j & (o_d < D - R))
-                    if R > 0:
-                        b_pair = _add_piece(
-                            b_pair, b_scale, p_row + (D - R) + o_r, b_weight, m_j & (o_r < R)
-                        )
-                    b_sum = b_sum * b_scale + b_weight
-                    b_top = b_new
         b_inverse = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)
         b_main = b_main * b_inverse
         b_pair = b_pair * b_inverse
@@ -191,10 +157,7 @@ def sink_rope(
 
 
 def sink_rope_tuning(num_tokens: int, num_lanes: int) -> tuple[int, int, int]:
-    """Heads per program, pieces read at once, warps. ``num_lanes`` is 0 where no query has pieces.
-
-    Few queries have many pieces each: about as many as there are lanes for one query.
-    """
+    """Heads per program, pieces read at once, warps. ``num_lanes`` is 0 where no query has pieces."""
     if num_lanes == 0:
-        return next(best for most, best in _WHOLE if num_tokens <= most)
+        return _WHOLE
     return next(best for most, best in _SPLIT if num_tokens * _MEASURED_LANES <= most * num_lanes)
