@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("bench kernels: expected a CUDA device, found none; nothing was run", file=sys.stderr)
         return 1
-    missing = sorted({reason for reason in (peer_sglang.load()[1], *peer_index.missing()) if reason})
+    missing = sorted(
+        {reason for reason in (peer_sglang.load()[1], *peer_index.missing()) if reason}
+    )
     bandwidth = copy_bandwidth()
     where = environment(bandwidth)
     console.print(
