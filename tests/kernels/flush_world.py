@@ -196,8 +196,8 @@ class World:
             step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"]
         )
 
-    def run_fused(self, state, step, given, *, together=True):
-        """One step by the kernels; a CSA layer in one launch or in one per compressor."""
+    def run_fused(self, state, step, given, *, together=True, csa=None, hca=None):
+        """One step by the kernels; a CSA layer in one launch or in one per compressor; tunings by shape if None."""
         rows, keys = FORMATS[self.formats]
         window_store(
             step,
@@ -211,7 +211,7 @@ class World:
         main = self._csa(state, given, "main", "csa_pool", rows)
         index = self._csa(state, given, "index", "index_pool", keys)
         if together:
-            flush_csa_layer(step, main, index)
+            flush_csa_layer(step, main, index, csa)
         else:
             for part in (main, index):
                 flush_csa(
@@ -222,6 +222,7 @@ class World:
                     part.pool,
                     part.pool_format,
                     part.params,
+                    csa,
                 )
         work = (
             hca_workspace(len(step.seq_lens), len(step.positions), self.device)
@@ -236,6 +237,7 @@ class World:
             rows,
             self.params["hca"],
             work,
+            hca,
         )
 
 

@@ -14,12 +14,14 @@ import triton.language as tl
 
 from dsv4_kernels import memory
 from dsv4_kernels.device import EXACT
+from dsv4_kernels.flush_csa import CsaTuning
+from dsv4_kernels.flush_hca import HcaTuning
 from dsv4_kernels.hadamard import naive_hadamard
 from dsv4_kernels.hadamard.fused import hadamard_rows
 from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
 from dsv4_kernels.norm_rope.fused import tree_sum
 from dsv4_kernels.row_codec import naive_store_rows
-from dsv4_kernels.row_codec.fused import store_format, store_rows
+from dsv4_kernels.row_codec.fused import store_chunk, store_format
 from tests.kernels.flush_world import HCA_RATIO, World, nan_pool, one_step, random_schedule
 
 POOLS = ("csa_pool", "index_pool", "hca_pool")
@@ -31,12 +33,13 @@ POOL_ERROR = 2.0**-15
 
 @triton.jit
 def store_kernel(
-    p_pool, p_slot, p_x, FORMAT: tl.constexpr, E: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
-):
-    """Store ``E`` rows."""
+    p_pool, p_slot, p_x, FORMAT: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
+):  # fmt: skip
+    """Store ``E`` rows chunk by chunk."""
     o_e = tl.program_id(0) * E + tl.arange(0, E)
-    b_x = tl.load(p_x + o_e[:, None] * D + tl.arange(0, D)[None, :])
-    store_rows(p_pool, tl.load(p_slot + o_e), b_x, o_e >= 0, FORMAT, E, D, CASTS)
+    for c in tl.static_range(D // C):
+        b_x = tl.load(p_x + o_e[:, None] * D + c * C + tl.arange(0, C)[None, :])
+        store_chunk(p_pool, tl.load(p_slot + o_e), b_x, o_e >= 0, c * C, FORMAT, E, C, D, CASTS)
 
 
 @triton.jit
@@ -66,12 +69,12 @@ def hard_rows(dim, device, count=64):
     return rows.to(device)
 
 
-def stored_bytes(fmt, rows, device, hardware_casts):
+def stored_bytes(fmt, rows, device, chunk, hardware_casts):
     """The pool after storing ``rows``, as bytes, by the kernel."""
     pool = nan_pool(fmt, len(rows), device)
     slots = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(device)
     store_kernel[(len(rows) // 4,)](
-        pool, slots, rows, store_format(fmt), 4, fmt.dim, hardware_casts, **EXACT
+        pool, slots, rows, store_format(fmt), 4, chunk, fmt.dim, hardware_casts, **EXACT
     )
     return pool.view(torch.uint8), slots
 
@@ -80,11 +83,12 @@ def check_row_bytes(device="cpu", hardware_casts=False):
     """Every format, to the bit."""
     for fmt in (*ROW_FORMATS.values(), *INDEX_FORMATS.values()):
         rows = hard_rows(fmt.dim, device)
-        found, slots = stored_bytes(fmt, rows, device, hardware_casts)
-        expected = nan_pool(fmt, len(rows), device)
-        naive_store_rows(expected, slots, rows, fmt)
-        differing = (found != expected.view(torch.uint8)).sum().item()
-        assert differing == 0, f"{fmt.name}-{fmt.dim}: {differing} bytes differ"
+        for chunk in {128, fmt.dim}:
+            found, slots = stored_bytes(fmt, rows, device, chunk, hardware_casts)
+            expected = nan_pool(fmt, len(rows), device)
+            naive_store_rows(expected, slots, rows, fmt)
+            differing = (found != expected.view(torch.uint8)).sum().item()
+            assert differing == 0, f"{fmt.name}-{fmt.dim}, {chunk}: {differing} bytes differ"
 
 
 def check_hadamard_and_sum(device="cpu"):
@@ -96,13 +100,13 @@ def check_hadamard_and_sum(device="cpu"):
     assert ((total - x.double().sum(1)).abs() <= 7 * 2.0**-24 * x.abs().sum(1)).all(), "sum"
 
 
-def schedule_state(world, schedule, *, pad=0, together=True):
+def schedule_state(world, schedule, *, pad=0, together=True, **tunings):
     """State after running a schedule by the kernels; steps get up to ``pad`` padding tokens and requests."""
     state = world.fresh_state()
     for number, items in enumerate(schedule):
         padding = number % (pad + 1)
         step, given = world.step(items, pad_tokens=padding, pad_requests=padding)
-        world.run_fused(state, step, given, together=together)
+        world.run_fused(state, step, given, together=together, **tunings)
     return state
 
 
@@ -171,6 +175,21 @@ def check_chunking(device="cpu"):
         assert same_bytes(state, whole), f"schedule {seed}"
 
 
+def check_tunings(device="cpu"):
+    """The same bytes however a launch is cut."""
+    world = small_world(device, "fp8", draft=1)
+    schedule = [[(0, 0, 70), (1, 0, 37)], [(0, 70, 1), (2, 0, 1)], [(0, 71, 69)]]
+    whole = schedule_state(world, schedule)
+    for csa, hca in (
+        (CsaTuning(1, 128, 1, 1, {}), HcaTuning(16, 1, 16)),
+        (CsaTuning(2, 256, 2, 4, {}), HcaTuning(4, 1, 4)),
+        (CsaTuning(4, 512, 2, 8, {}), HcaTuning(8, 4, 2)),
+    ):
+        for together in (True, False):
+            state = schedule_state(world, schedule, together=together, csa=csa, hca=hca)
+            assert same_bytes(state, whole, [*POOLS, "main_streams", "index_boundary"]), (csa, hca)
+
+
 def check_ring_is_read_before_it_is_written(device="cpu"):
     """A step that closes a block from ring rows which its own survivors overwrite, at every start."""
     world = World([30], "fp32", seed=5, device=device)
@@ -189,6 +208,7 @@ CHECKS = {
     "hadamard and sum": check_hadamard_and_sum,
     "values": check_values,
     "chunking": check_chunking,
+    "tunings": check_tunings,
     "ring": check_ring_is_read_before_it_is_written,
 }
 

@@ -26,7 +26,7 @@ def shape(dim, ratio, fmt, *, rotate=False):
     parts, ring = (4, 8) if ratio == 4 else (2, 1)
     return CompressorShape(
         dim=dim, rope_dim=64, ratio=ratio, token_stride=parts * dim, ring=ring, page_tokens=256, rotate=rotate,
-        hadamard_scale=dim**-0.5, store=store_format(fmt),
+        store=store_format(fmt),
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_flush_csa(architecture, tokens, formats):
     }  # fmt: skip
     constants = {
         "MAIN": shape(512, 4, rows), "INDEX": shape(128, 4, keys, rotate=True), "REQUESTS_ONLY": tokens <= 64,
-        "CASTS": architecture >= 89, "SCAN": 256, "MAIN_BLOCKS": tuning.main_blocks,
+        "CASTS": architecture >= 89, "SCAN": 256, "C": tuning.chunk, "MAIN_BLOCKS": tuning.main_blocks,
         "INDEX_BLOCKS": tuning.index_blocks,
     }  # fmt: skip
     assert machine_code(

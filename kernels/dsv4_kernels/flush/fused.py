@@ -16,8 +16,8 @@ from dsv4_kernels.device import check_contiguous, check_rows
 from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.hadamard.fused import hadamard_rows
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.norm_rope.fused import load_rope, rms_norm_rows, rope_rows
-from dsv4_kernels.row_codec.fused import StoreFormat, store_format, store_rows
+from dsv4_kernels.norm_rope.fused import load_rope, norm_scale, rope_chunk
+from dsv4_kernels.row_codec.fused import StoreFormat, store_chunk, store_format
 from dsv4_kernels.step import StepTensors
 
 # Requests whose lengths are added up at once to find a request's first token.
@@ -59,7 +59,6 @@ class CompressorShape:
     ring: int
     page_tokens: int
     rotate: bool
-    hadamard_scale: float
     store: StoreFormat
 
 
@@ -80,27 +79,45 @@ def first_token_of(step, row, num_tokens, BR: tl.constexpr):
 
 
 @triton.jit
+def store_normed(
+    chunks, p_weight, eps, p_cos_sin, p_pool, b_slot, m_e,
+    E: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROTATE: tl.constexpr, FORMAT: tl.constexpr, CASTS: tl.constexpr,
+):  # fmt: skip
+    """Norm, rotate and store rows, a tuple of chunks ``[E, C]``; ``p_cos_sin`` ``[E]`` is each row's row of the table."""
+    C: tl.constexpr = D // len(chunks)
+    # All loads before the norm: it makes threads wait for each other, and no load may be moved over that.
+    LAST: tl.constexpr = D - C  # the rotated channels are in the last chunk
+    b_cos, b_sin = load_rope(p_cos_sin, m_e, LAST, C, D, R)
+    weights = ()
+    for c in tl.static_range(len(chunks)):
+        weights = weights + (tl.load(p_weight + c * C + tl.arange(0, C)).to(tl.float32),)
+    b_scale = norm_scale(chunks, eps, E, D)[:, None]
+    for c in tl.static_range(len(chunks)):
+        b_x = chunks[c] * b_scale * weights[c][None, :]
+        if c * C == LAST:
+            b_x = rope_chunk(b_x, b_cos, b_sin, LAST, E, C, D, R)
+        if ROTATE:
+            b_x = hadamard_rows(b_x, E, D, D**-0.5)  # an index key is one chunk
+        store_chunk(p_pool, b_slot, b_x, m_e, c * C, FORMAT, E, C, D, CASTS)
+
+
+@triton.jit
 def store_entries(
-    b_raw, step, comp, b_row, b_first, m_e, page_stride, first_row, eps,
+    chunks, step, comp, b_row, b_first, m_e, page_stride, first_row, eps,
     S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """Norm, rotate and store the pooled rows ``[E, D]`` of the blocks whose first positions are ``b_first`` ``[E]``."""
+    """Norm, rotate and store the pooled rows of the blocks whose first positions are ``b_first`` ``[E]``."""
     PER_PAGE: tl.constexpr = S.page_tokens // S.ratio
     STORE: tl.constexpr = S.store
-    # All loads before the norm: it makes threads wait for each other, and no load may be moved over that.
     b_entry = b_first // S.ratio
     b_page = tl.load(
         step.history_pages + b_row * page_stride + b_entry // PER_PAGE, mask=m_e, other=0
     )
-    b_weight = tl.load(comp.norm_weight + tl.arange(0, S.dim))
-    p_cos_sin = comp.cos_sin + b_first.to(tl.int64) * S.rope_dim
-    b_cos, b_sin = load_rope(p_cos_sin, m_e, E, S.dim, S.rope_dim)
-    b_x = rms_norm_rows(b_raw, b_weight, eps, E, S.dim)
-    b_x = rope_rows(b_x, b_cos, b_sin, E, S.dim, S.rope_dim)
-    if S.rotate:
-        b_x = hadamard_rows(b_x, E, S.dim, S.hadamard_scale)
     b_slot = first_row + b_page * PER_PAGE + b_entry % PER_PAGE
-    store_rows(comp.pool, b_slot, b_x, m_e, STORE, E, S.dim, CASTS)
+    p_cos_sin = comp.cos_sin + b_first.to(tl.int64) * S.rope_dim
+    store_normed(
+        chunks, comp.norm_weight, eps, p_cos_sin, comp.pool, b_slot, m_e, E, S.dim, S.rope_dim, S.rotate, STORE, CASTS
+    )  # fmt: skip
 
 
 def step_pointers(step: StepTensors) -> StepPointers:
@@ -146,7 +163,6 @@ def compressor_arguments(
         ring=state.shape[1],
         page_tokens=step.page_tokens,
         rotate=params.rotate,
-        hadamard_scale=dim**-0.5,
         store=store_format(pool_format),
     )
     return pointers, shape

@@ -41,7 +41,7 @@ def load_row(p_new, p_old, is_new, is_there, absent, o_d):
 @triton.jit
 def pool_old_and_new(
     step, comp, row, slot, position, token, start, page_stride, first_row, eps,
-    S: tl.constexpr, CASTS: tl.constexpr,
+    S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
     """Pool and store the block that ``position`` closes; its rows before ``start`` come from the state."""
     M: tl.constexpr = S.ratio
@@ -54,54 +54,62 @@ def pool_old_and_new(
     p_page = comp.boundary + tl.load(p_table, mask=at_page, other=0) * (M * 2 * D)
     p_ring = comp.state + slot * (S.ring * 4 * D)
     p_input = comp.kv_score + (token.to(tl.int64) - (2 * M - 1)) * S.token_stride
-    o_d = tl.arange(0, D)
-    kv, gate = (), ()
-    for j in tl.static_range(2 * M):
-        q = position - (2 * M - 1) + j
-        is_new = q >= start
-        p_new = p_input + j * S.token_stride
-        p_old = p_ring + q % S.ring * (4 * D)
-        if j < M:
-            p_old_kv = tl.where(at_page, p_page + j * 2 * D, p_old)
-            p_old_gate = tl.where(at_page, p_page + (j * 2 * D + D), p_old + 2 * D)
-            b_kv = load_row(p_new, p_old_kv, is_new, has_previous, 0.0, o_d)
-            b_gate = load_row(p_new + 2 * D, p_old_gate, is_new, has_previous, float("-inf"), o_d)
-        else:
-            b_kv = load_row(p_new + D, p_old + D, is_new, q >= 0, 0.0, o_d)
-            b_gate = load_row(p_new + 3 * D, p_old + 3 * D, is_new, q >= 0, 0.0, o_d)
-        kv = kv + (b_kv,)
-        gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d),)
+    chunks = ()
+    for c in tl.static_range(D // C):
+        o_d = c * C + tl.arange(0, C)
+        kv, gate = (), ()
+        for j in tl.static_range(2 * M):
+            q = position - (2 * M - 1) + j
+            is_new = q >= start
+            p_new = p_input + j * S.token_stride
+            p_old = p_ring + q % S.ring * (4 * D)
+            if j < M:
+                p_old_kv = tl.where(at_page, p_page + j * 2 * D, p_old)
+                p_old_gate = tl.where(at_page, p_page + (j * 2 * D + D), p_old + 2 * D)
+                b_kv = load_row(p_new, p_old_kv, is_new, has_previous, 0.0, o_d)
+                b_gate = load_row(
+                    p_new + 2 * D, p_old_gate, is_new, has_previous, float("-inf"), o_d
+                )
+            else:
+                b_kv = load_row(p_new + D, p_old + D, is_new, q >= 0, 0.0, o_d)
+                b_gate = load_row(p_new + 3 * D, p_old + 3 * D, is_new, q >= 0, 0.0, o_d)
+            kv = kv + (b_kv,)
+            gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d),)
+        chunks = chunks + (csa_pool(kv, gate)[None, :],)
     b_one = tl.zeros([1], tl.int32)
     store_entries(
-        csa_pool(kv, gate)[None, :], step, comp, b_one + row, b_one + first, b_one == 0, page_stride, first_row, eps,
-        S, 1, CASTS,
+        chunks, step, comp, b_one + row, b_one + first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
     )  # fmt: skip
 
 
 @triton.jit
 def pool_new(
     step, comp, b_row, b_position, b_token, m_e, page_stride, first_row, eps,
-    S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
+    S: tl.constexpr, C: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
     """Pool and store ``E`` blocks all of whose rows are this step's; the loads of all are in flight together."""
     M: tl.constexpr = S.ratio
     D: tl.constexpr = S.dim
-    o_d = tl.arange(0, D)
     m_previous = (m_e & (b_position >= M))[:, None]
     p_input = comp.kv_score + (b_token.to(tl.int64) - (2 * M - 1)) * S.token_stride
-    kv, gate = (), ()
-    for j in tl.static_range(2 * M):
-        p_row = (p_input + j * S.token_stride)[:, None] + o_d[None, :]
-        if j < M:
-            b_kv = tl.load(p_row, mask=m_previous, other=0.0)
-            b_gate = tl.load(p_row + 2 * D, mask=m_previous, other=float("-inf"))
-        else:
-            b_kv = tl.load(p_row + D, mask=m_e[:, None], other=0.0)
-            b_gate = tl.load(p_row + 3 * D, mask=m_e[:, None], other=0.0)
-        kv = kv + (b_kv.to(tl.float32),)
-        gate = gate + (b_gate.to(tl.float32) + tl.load(comp.slot_bias + j * D + o_d)[None, :],)
+    chunks = ()
+    for c in tl.static_range(D // C):
+        o_d = c * C + tl.arange(0, C)
+        kv, gate = (), ()
+        for j in tl.static_range(2 * M):
+            p_row = (p_input + j * S.token_stride)[:, None] + o_d[None, :]
+            if j < M:
+                b_kv = tl.load(p_row, mask=m_previous, other=0.0)
+                b_gate = tl.load(p_row + 2 * D, mask=m_previous, other=float("-inf"))
+            else:
+                b_kv = tl.load(p_row + D, mask=m_e[:, None], other=0.0)
+                b_gate = tl.load(p_row + 3 * D, mask=m_e[:, None], other=0.0)
+            b_bias = tl.load(comp.slot_bias + j * D + o_d)[None, :]
+            kv = kv + (b_kv.to(tl.float32),)
+            gate = gate + (b_gate.to(tl.float32) + b_bias,)
+        chunks = chunks + (csa_pool(kv, gate),)
     store_entries(
-        csa_pool(kv, gate), step, comp, b_row, b_position - (M - 1), m_e, page_stride, first_row, eps, S, E, CASTS
+        chunks, step, comp, b_row, b_position - (M - 1), m_e, page_stride, first_row, eps, S, E, CASTS
     )  # fmt: skip
 
 
@@ -137,7 +145,7 @@ def keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S: tl
 @triton.jit
 def csa_request(
     step, comp, row, num_tokens, page_stride, first_row, eps,
-    S: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
+    S: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Pool a request's blocks that need rows of earlier steps, then overwrite the ring."""
     M: tl.constexpr = S.ratio
@@ -162,7 +170,7 @@ def csa_request(
             position = none + i
             pool_old_and_new(
                 step, comp, row, slot, position, first_token + position - start, start, page_stride, first_row, eps,
-                S, CASTS,
+                S, C, CASTS,
             )  # fmt: skip
         # Survivors may land on ring rows that this program's blocks, in any of its threads, have just read.
         tl.debug_barrier()
@@ -192,7 +200,7 @@ def csa_request(
 @triton.jit
 def csa_tokens(
     step, comp, i_g, num_tokens, page_stride, first_row, eps,
-    S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
+    S: tl.constexpr, C: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
     """What ``E`` times ``m`` tokens close and keep. At most one of each ``m`` closes a block whose rows are all new."""
     M: tl.constexpr = S.ratio
@@ -219,7 +227,7 @@ def csa_tokens(
         b_request = tl.max(tl.where(m_new, b_row, 0), axis=1)
         b_closing = tl.max(tl.where(m_new, b_position, -1), axis=1)
         pool_new(
-            step, comp, b_request, b_closing, b_token, b_token >= 0, page_stride, first_row, eps, S, E, CASTS
+            step, comp, b_request, b_closing, b_token, b_token >= 0, page_stride, first_row, eps, S, C, E, CASTS
         )  # fmt: skip
     if tl.max(tl.max(b_ring | b_last, axis=1), axis=0) > 0:
         for j in range(tl.minimum(num_tokens - i_g * (E * M), E * M)):
@@ -240,7 +248,7 @@ def csa_tokens(
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_csa_kernel(
     step, main, index, num_requests, num_tokens, page_stride, num_window_rows, main_eps, index_eps,
-    MAIN: tl.constexpr, INDEX: tl.constexpr, MAIN_BLOCKS: tl.constexpr, INDEX_BLOCKS: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr,
+    MAIN: tl.constexpr, INDEX: tl.constexpr, C: tl.constexpr, MAIN_BLOCKS: tl.constexpr, INDEX_BLOCKS: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
     """Requests of the main compressor, requests of the indexer, then their tokens: those that wait longest go first."""
@@ -253,13 +261,13 @@ def flush_csa_kernel(
             if i_p < num_requests:
                 csa_request(
                     step, main, i_p.to(tl.int64), num_tokens, page_stride, num_window_rows, main_eps,
-                    MAIN, REQUESTS_ONLY, CASTS, SCAN,
+                    MAIN, min(C, MAIN.dim), REQUESTS_ONLY, CASTS, SCAN,
                 )  # fmt: skip
         if INDEX is not None:  # noqa: SIM102
             if i_p >= (PARTS - 1) * num_requests:
                 csa_request(
                     step, index, (i_p - (PARTS - 1) * num_requests).to(tl.int64), num_tokens, page_stride, no_row,
-                    index_eps, INDEX, REQUESTS_ONLY, CASTS, SCAN,
+                    index_eps, INDEX, min(C, INDEX.dim), REQUESTS_ONLY, CASTS, SCAN,
                 )  # fmt: skip
     elif not REQUESTS_ONLY:
         i_g = i_p - PARTS * num_requests
@@ -267,13 +275,13 @@ def flush_csa_kernel(
             groups = tl.cdiv(num_tokens, MAIN_BLOCKS * MAIN.ratio)
             if i_g < groups:
                 csa_tokens(
-                    step, main, i_g, num_tokens, page_stride, num_window_rows, main_eps, MAIN, MAIN_BLOCKS, CASTS
+                    step, main, i_g, num_tokens, page_stride, num_window_rows, main_eps, MAIN, min(C, MAIN.dim), MAIN_BLOCKS, CASTS
                 )  # fmt: skip
             i_g -= groups
         if INDEX is not None:  # noqa: SIM102
             if i_g >= 0:
                 csa_tokens(
-                    step, index, i_g, num_tokens, page_stride, no_row, index_eps, INDEX, INDEX_BLOCKS, CASTS
+                    step, index, i_g, num_tokens, page_stride, no_row, index_eps, INDEX, min(C, INDEX.dim), INDEX_BLOCKS, CASTS
                 )  # fmt: skip
 
 
@@ -282,12 +290,14 @@ class CsaTuning(NamedTuple):
 
     Attributes:
         warps (int): warps per program.
+        chunk (int): channels of the pooled rows that a program holds at once.
         main_blocks (int): entries that a token program pools together.
         index_blocks (int): index keys that a token program pools together.
         options (dict[str, int]): of the compiler.
     """
 
     warps: int
+    chunk: int
     main_blocks: int
     index_blocks: int
     options: dict[str, int]
@@ -296,10 +306,12 @@ class CsaTuning(NamedTuple):
 def csa_tuning(num_tokens: int, num_requests: int) -> CsaTuning:
     """The tuning for a step of this shape.
 
-    A decode step waits for one block's latency. A prefill needs many bytes in flight: a program loads 64 KiB before it
-    waits for any, 16 bytes a thread at a time.
+    A decode step waits for one block's latency: a program takes all its channels at once. A long prefill needs many loads in
+    flight: one warp, which waits for no other, takes 16 bytes a thread at a time, and many fit on a multiprocessor.
     """
-    return CsaTuning(4, 1, 4, {}) if num_tokens <= 8 * num_requests else CsaTuning(4, 2, 8, {})
+    if num_tokens <= max(8 * num_requests, 2048):
+        return CsaTuning(4, 512, 1, 4, {})
+    return CsaTuning(1, 128, 1, 1, {"maxnreg": 128})
 
 
 def _launch_csa(
@@ -336,6 +348,7 @@ def _launch_csa(
         index_eps=index_eps,
         MAIN=None if main is None else main_shape,
         INDEX=None if index is None else index_shape,
+        C=tuning.chunk,
         MAIN_BLOCKS=tuning.main_blocks,
         INDEX_BLOCKS=tuning.index_blocks,
         REQUESTS_ONLY=requests_only,

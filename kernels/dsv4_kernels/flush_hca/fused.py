@@ -115,7 +115,7 @@ def hca_segment(
         b_raw = b_a / b_s
         if SPLIT == 1:
             store_entries(
-                b_raw[None, :], step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
+                (b_raw[None, :],), step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
             )  # fmt: skip
         else:
             # The norm needs the whole row: whichever part comes last finishes it, and leaves the counter at 0.
@@ -127,7 +127,7 @@ def hca_segment(
                 p_row = work.rows + work_row * S.dim + tl.arange(0, S.dim)
                 b_whole = tl.load(p_row, cache_modifier=".cg")
                 store_entries(
-                    b_whole[None, :], step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
+                    (b_whole[None, :],), step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
                 )  # fmt: skip
 
 

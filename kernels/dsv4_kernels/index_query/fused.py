@@ -6,7 +6,7 @@ import triton.language as tl
 
 from dsv4_kernels.device import EXACT, hardware_casts
 from dsv4_kernels.hadamard.fused import hadamard_rows
-from dsv4_kernels.norm_rope.fused import load_rope, rope_rows
+from dsv4_kernels.norm_rope.fused import load_rope, rope_chunk
 from dsv4_kernels.row_codec.fused import round_to_bf16
 from dsv4_kernels.step import StepTensors
 
@@ -64,8 +64,8 @@ def index_query_kernel(
             p_row = p_q + token * token_stride + o_h * head_stride
             b_q = tl.load(p_row[:, None] + o_d, mask=m_h[:, None], other=0.0).to(tl.float32)
             p_angle = p_cos_sin + (o_h * 0 + position) * R
-            b_cos, b_sin = load_rope(p_angle, m_h, E, D, R)
-            b_q = hadamard_rows(rope_rows(b_q, b_cos, b_sin, E, D, R), E, D, SCALE)
+            b_cos, b_sin = load_rope(p_angle, m_h, 0, D, D, R)
+            b_q = hadamard_rows(rope_chunk(b_q, b_cos, b_sin, 0, E, D, D, R), E, D, SCALE)
             if p_query.dtype.element_ty == tl.bfloat16:
                 b_q = round_to_bf16(b_q, CASTS)
             tl.store(p_query + (i_t.to(tl.int64) * H + o_h)[:, None] * D + o_d, b_q)

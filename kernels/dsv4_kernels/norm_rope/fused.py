@@ -1,4 +1,8 @@
-"""RMSNorm and RoPE of rows inside a kernel, with one order of additions whatever the number of threads."""
+"""RMSNorm and RoPE of rows inside a kernel, with one order of additions whatever the number of threads.
+
+Rows ``[E, D]`` are held as a tuple of *chunks* ``[E, C]``: a program of one warp takes long rows chunk by chunk and needs few
+registers, one of many warps takes them whole. The bytes are the same.
+"""
 
 import triton
 import triton.language as tl
@@ -16,16 +20,28 @@ def tree_sum(b_x, E: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_rows(b_x, b_weight, eps, E: tl.constexpr, D: tl.constexpr):
-    """Normalise the rows of ``[E, D]`` by their root mean square; the weights ``[D]`` are loaded before."""
-    b_scale = tl.rsqrt(tree_sum(b_x * b_x, E, D) / D + eps)  # [E]
-    return b_x * b_scale[:, None] * b_weight.to(tl.float32)[None, :]
+def norm_scale(chunks, eps, E: tl.constexpr, D: tl.constexpr):
+    """One over the root mean square of rows ``[E]``; the sums of their chunks go on with the same tree."""
+    C: tl.constexpr = D // len(chunks)
+    sums = ()
+    for c in tl.static_range(len(chunks)):
+        sums = sums + (tree_sum(chunks[c] * chunks[c], E, C),)
+    for i in tl.static_range(len(chunks).bit_length() - 1):
+        pairs = ()
+        for c in tl.static_range(len(chunks) >> (i + 1)):
+            pairs = pairs + (sums[2 * c] + sums[2 * c + 1],)
+        sums = pairs
+    return tl.rsqrt(sums[0] / D + eps)
 
 
 @triton.jit
-def load_rope(p_cos_sin, m_e, E: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """Cosines and sines ``[E, D/2]`` of each row's row ``[E]`` of the table; 1 and 0 where nothing is rotated."""
-    o_pair = (tl.arange(0, D // 2) - (D - R) // 2)[None, :]
+def load_rope(
+    p_cos_sin, m_e, FIRST: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr
+):
+    """Cosines and sines ``[E, C/2]`` for the channels from ``FIRST`` on, of each row's row ``[E]`` of the table; 1 and 0 where
+    nothing is rotated.
+    """
+    o_pair = ((FIRST - (D - R)) // 2 + tl.arange(0, C // 2))[None, :]
     m_pair = (o_pair >= 0) & m_e[:, None]
     p_pair = p_cos_sin[:, None] + o_pair
     b_cos = tl.load(p_pair, mask=m_pair, other=1.0)
@@ -34,11 +50,13 @@ def load_rope(p_cos_sin, m_e, E: tl.constexpr, D: tl.constexpr, R: tl.constexpr)
 
 
 @triton.jit
-def rope_rows(b_x, b_cos, b_sin, E: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """Rotate the last ``R`` channels of ``[E, D]`` in interleaved pairs, by what `load_rope` read."""
-    m_pair = (tl.arange(0, D // 2) >= (D - R) // 2)[None, :]
-    b_even, b_odd = tl.split(tl.reshape(b_x, [E, D // 2, 2]))
+def rope_chunk(
+    b_x, b_cos, b_sin, FIRST: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Rotate what a chunk holds of the rows' last ``R`` channels in interleaved pairs, by what `load_rope` read."""
+    m_pair = ((FIRST - (D - R)) // 2 + tl.arange(0, C // 2) >= 0)[None, :]
+    b_even, b_odd = tl.split(tl.reshape(b_x, [E, C // 2, 2]))
     # Unrotated pairs are selected, not multiplied by (1, 0): that could change the sign of a zero.
     b_first = tl.where(m_pair, tl.fma(b_even, b_cos, -(b_odd * b_sin)), b_even)
     b_second = tl.where(m_pair, tl.fma(b_even, b_sin, b_odd * b_cos), b_odd)
-    return tl.reshape(tl.join(b_first, b_second), [E, D])
+    return tl.reshape(tl.join(b_first, b_second), [E, C])

@@ -77,40 +77,37 @@ def quantize_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
 
 
 @triton.jit
-def store_rows(
-    p_pool, b_slot, b_x, m_e, FORMAT: tl.constexpr, E: tl.constexpr, D: tl.constexpr, HARDWARE_CASTS: tl.constexpr
+def store_chunk(
+    p_pool, b_slot, b_x, m_e,
+    FIRST: tl.constexpr, FORMAT: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr,
 ):  # fmt: skip
-    """Write rows ``[E, D]`` fp32 at rows ``b_slot`` ``[E]`` (int64) of a pool, where ``m_e``."""
-    o_d = tl.arange(0, D)[None, :]
+    """Write channels ``FIRST .. FIRST+C-1`` of rows, ``[E, C]`` fp32, at rows ``b_slot`` ``[E]`` (int64), where ``m_e``."""
+    o_d = (FIRST + tl.arange(0, C))[None, :]
     m_e = m_e[:, None]
     b_slot = b_slot[:, None]
     if FORMAT.kind == "plain":
         if p_pool.dtype.element_ty == tl.float32:
             tl.store(p_pool + b_slot * D + o_d, b_x, mask=m_e)
         else:
-            tl.store(p_pool + b_slot * D + o_d, round_to_bf16(b_x, HARDWARE_CASTS), mask=m_e)
+            tl.store(p_pool + b_slot * D + o_d, round_to_bf16(b_x, CASTS), mask=m_e)
     else:
-        TILES: tl.constexpr = D // FORMAT.tile
+        TILES: tl.constexpr = C // FORMAT.tile
         p_group = p_pool + (b_slot // FORMAT.group_rows) * FORMAT.group_bytes  # [E, 1]
         p_data = p_group + (b_slot % FORMAT.group_rows) * FORMAT.data_bytes
         p_scale = p_group + FORMAT.scale_offset + (b_slot % FORMAT.group_rows) * FORMAT.scale_bytes
-        b_bytes, b_exponent = quantize_e4m3(
-            tl.reshape(b_x, [E, TILES, FORMAT.tile]), HARDWARE_CASTS
-        )
-        b_bytes = tl.reshape(b_bytes, [E, D])
-        o_t = tl.arange(0, TILES)[None, :]
+        b_bytes, b_exponent = quantize_e4m3(tl.reshape(b_x, [E, TILES, FORMAT.tile]), CASTS)
+        b_bytes = tl.reshape(b_bytes, [E, C])
+        o_t = (FIRST // FORMAT.tile + tl.arange(0, TILES))[None, :]
         if FORMAT.kind == "packed_index":
             tl.store(p_data + o_d, b_bytes, mask=m_e)
             p_scale = (p_scale + o_t).to(tl.pointer_type(tl.float32))  # TILES is 1
             tl.store(p_scale, ((b_exponent + 127) << 23).to(tl.float32, bitcast=True), mask=m_e)
         else:
-            m_nope = o_d < FORMAT.nope_dim
-            tl.store(p_data + o_d, b_bytes, mask=m_nope & m_e)
-            p_rope = (p_data + FORMAT.nope_dim).to(tl.pointer_type(tl.bfloat16))
-            m_rope = (o_d >= FORMAT.nope_dim) & m_e
-            tl.store(
-                p_rope + (o_d - FORMAT.nope_dim), round_to_bf16(b_x, HARDWARE_CASTS), mask=m_rope
-            )
+            tl.store(p_data + o_d, b_bytes, mask=(o_d < FORMAT.nope_dim) & m_e)
+            if FORMAT.nope_dim < FIRST + C:
+                p_rope = (p_data + FORMAT.nope_dim).to(tl.pointer_type(tl.bfloat16))
+                m_rope = (o_d >= FORMAT.nope_dim) & m_e
+                tl.store(p_rope + (o_d - FORMAT.nope_dim), round_to_bf16(b_x, CASTS), mask=m_rope)
             # The last tile is the RoPE part; its byte is the record's padding.
             b_scale = tl.where(o_t * FORMAT.tile < FORMAT.nope_dim, b_exponent + 127, 0)
             tl.store(p_scale + o_t, b_scale.to(tl.uint8), mask=m_e)

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts
+from dsv4_kernels.flush.fused import store_normed
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.norm_rope.fused import load_rope, rms_norm_rows, rope_rows
-from dsv4_kernels.row_codec.fused import store_format, store_rows
+from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.step import StepTensors
 
 
@@ -27,11 +27,10 @@ def window_store_kernel(
     )  # [E, D]
     m_t = b_position >= 0
     b_page = tl.load(p_window_pages + b_row * page_stride + b_position // PAGE, mask=m_t, other=0)
-    b_weight = tl.load(p_weight + tl.arange(0, D))
-    b_cos, b_sin = load_rope(p_cos_sin + b_position * R, m_t, E, D, R)
-    b_x = rms_norm_rows(b_x, b_weight, eps, E, D)
-    b_x = rope_rows(b_x, b_cos, b_sin, E, D, R)
-    store_rows(p_pool, b_page * PAGE + b_position % PAGE, b_x, m_t, FORMAT, E, D, CASTS)
+    store_normed(
+        (b_x,), p_weight, eps, p_cos_sin + b_position * R, p_pool, b_page * PAGE + b_position % PAGE, m_t,
+        E, D, R, False, FORMAT, CASTS,
+    )  # fmt: skip
 
 
 def window_store(
