@@ -19,11 +19,10 @@ settings.register_profile("long", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 
-# The two longest things to do, for the two processes of `make test`: a server's tests, and all that run in copies of one
-# process (`tests.plugin.warm`), whose files stay together.
+# What runs in copies of one process (`tests.plugin.warm`) stays together and comes first: it takes longest.
 LONGEST = (
-    ("tests/plugin/test_server.py",),
     (
+        "tests/plugin/test_server.py",
         "tests/plugin/test_commands.py",
         "tests/plugin/test_activation.py",
         "tests/plugin/test_restart.py",

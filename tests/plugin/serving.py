@@ -1,11 +1,18 @@
-"""Requests to a server of the tests, and their answers."""
+"""Servers of the tests, requests to them, and their answers."""
 
+import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import torch
 
 from sglang_dsv4.demo.client import Client
+from sglang_dsv4.demo.server import Server
+from tests.plugin.warm import COPIES, Program, Warm
 
 NEW_TOKENS = 9
 START_S = 240
@@ -16,15 +23,35 @@ def prompt(length, salt=0):
     return torch.randint(8, 264, (length,), generator=generator).tolist()
 
 
-def wait_until_ready(server, check_alive):
-    """Wait for a server to take requests; ``check_alive`` raises once it never will."""
-    client = Client(server.url, 264)
-    deadline = time.monotonic() + START_S
-    while not client.is_healthy():
-        check_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    client.close()
+@contextmanager
+def serving(
+    warm: Warm,
+    checkpoint: Path,
+    arguments: tuple[str, ...],
+    *,
+    port: int | None = None,
+    variables: dict[str, str] | None = None,
+    before: str = COPIES,
+) -> Iterator[Server]:
+    """A server whose command runs in a copy of a process with SGLang imported. Killed at the end, as a crash would."""
+    server = Server(checkpoint, Path("unused"), arguments, port=port)
+    group, server.log = warm.start(Program(server._command[1:], variables or {}, before=before))
+    try:
+        client = Client(server.url, 264)
+        deadline = time.monotonic() + START_S
+        while not client.is_healthy():
+            assert is_running(group) and time.monotonic() < deadline, server.log_lines()[-20:]
+            time.sleep(0.2)
+        client.close()
+        yield server
+    finally:
+        os.killpg(group, signal.SIGKILL)
+
+
+def is_running(process: int) -> bool:
+    """Whether a child of the warm process runs; once ended it is a zombie, since nobody waits for it."""
+    state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return state != "Z"
 
 
 def request_body(input_ids, new_tokens):

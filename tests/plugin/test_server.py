@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_dsv4 import env
-from sglang_dsv4.demo.server import Server, active_line
+from sglang_dsv4.demo.server import active_line
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
 from tests.plugin.serving import (
     NEW_TOKENS,
@@ -21,7 +21,7 @@ from tests.plugin.serving import (
     prompt,
     read,
     request_body,
-    wait_until_ready,
+    serving,
 )
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -49,20 +49,15 @@ def oracle(tiny):
 
 
 @pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
+def server(warm, tiny):
     """Exact rows, small pool, prefill mixed with decode, poisoned memory."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv(env.POISON, "1")
     # Beside a decoding request, a chunk of 512 has room for one page of prefill.
     arguments = (
         "--dtype", "float32", "--dsv4-kv-format", "fp32", *SMALL_POOL,
         "--chunked-prefill-size", "512", "--enable-mixed-chunk", "--sleep-on-idle",
     )  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with Server(tiny, log, arguments) as running:
-        wait_until_ready(running, running.check_alive)
+    with serving(warm, tiny, arguments, variables={env.POISON: "1"}) as running:
         yield running
-    patch.undo()
 
 
 def check(oracle, input_ids, answer):
