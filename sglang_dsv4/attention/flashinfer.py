@@ -38,6 +38,7 @@ from sglang_dsv4.attention.schedule import (
     check_stock_plan,
     read_stock_plan,
 )
+from sglang_dsv4.attention.workspace import Workspace
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
@@ -157,6 +158,8 @@ class FlashInferAttention(Attention):
             lists (SM90, bf16 rows, 64 or 128 heads, package sgl-flash-mla); ``"flashinfer"``: all alike; ``"auto"``: FlashMLA
             where it is possible.
         fixed (FixedShape | None): the one shape of every step, for CUDA graphs.
+        workspace (Workspace | None): another's, for graphs of several shapes that take turns, each planned anew at its turn;
+            the largest shape is planned first. By default a new one.
 
     Raises:
         UnsupportedError: the device, row format or version of FlashInfer does not fit; the message says which.
@@ -173,6 +176,7 @@ class FlashInferAttention(Attention):
         backend: str = "auto",
         prefill: str = "auto",
         fixed: FixedShape | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         super().__init__(cache)
         found = device.device_of(cache.device)
@@ -188,6 +192,8 @@ class FlashInferAttention(Attention):
         self.device = cache.device
         self.num_heads = num_heads
         self.backend = ("fa3" if hopper else "fa2") if backend == "auto" else backend
+        if schedule not in ("auto", "own", "stock"):
+            raise UnsupportedError(f"schedule: expected auto, own or stock, got {schedule!r}")
         if schedule == "auto":
             schedule = "own" if flashinfer.__version__ in KNOWN_VERSIONS else "stock"
         if schedule == "own" and flashinfer.__version__ not in KNOWN_VERSIONS:
@@ -200,11 +206,17 @@ class FlashInferAttention(Attention):
         self._sparse_prefill = _load_prefill(prefill, found, cache.spec.row_format, num_heads)
         self.prefill = "flashinfer" if self._sparse_prefill is None else "flashmla"
         self._packed = cache.spec.rows is FP8_584_ROW
-        self._partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
+        if workspace is None:
+            partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
+            workspace = Workspace(partials, self.device, captured=fixed is not None)
+        elif workspace.partials.num_heads != num_heads:
+            raise ValueError(
+                f"workspace: expected one for {num_heads} heads, got {workspace.partials.num_heads}"
+            )
+        self.workspace = workspace
         self._module = get_batch_mla_module(
             self.backend, _DTYPE, _DTYPE, _DTYPE, torch.int32, cache.spec.head_dim, 0, False
         )
-        self._buffers: dict[str, torch.Tensor] = {}
         self._lists: dict[str, torch.Tensor] = {}
         self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
         self.chunks: dict[str, list[Chunk]] = {}
@@ -304,7 +316,7 @@ class FlashInferAttention(Attention):
     def _decoded(self, kind: ListKind, chunk: Chunk, pool: torch.Tensor) -> torch.Tensor:
         """The chunk's listed rows as bf16, in list order."""
         count = chunk.lists.numel()
-        rows = self._buffer("decoded", count * 512, _DTYPE)
+        rows = self.workspace.buffer("decoded", count * 512, _DTYPE)
         row_gather(
             pool,
             self.cache.spec.rows,
@@ -326,16 +338,19 @@ class FlashInferAttention(Attention):
         )
         if sparse:
             width = -(-width // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE
-        lists = self._buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(-1, width)
+        lists = self.workspace.buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(
+            -1, width
+        )
         self._lists[kind.name] = lists
         row_lists(self._plan.step, kind, lists, pad=sparse)
         row_bytes = 2 * self.cache.spec.head_dim if self._packed else 0
         for number, part in enumerate(chunks(num_tokens, width, decoded_row_bytes=row_bytes)):
             mine = lists[part]
             # A decoded row lies where its list names it: list cell ``i`` is row ``i``.
-            flat = self._counting(mine.numel()) if self._packed else mine.view(-1)
+            flat = self.workspace.counting(mine.numel()) if self._packed else mine.view(-1)
             if sparse:
-                counts = kind.lengths(self._plan.step.positions[part]).int()
+                # Padding has a list of one -1, not an empty one, as in `FlashMLAAttention`.
+                counts = kind.lengths(self._plan.step.positions[part]).int().clamp_min(1)
                 self.chunks[kind.name].append(Chunk(part, mine, flat, counts))
                 continue
             plan = self._schedule(kind, number, part.stop - part.start, flat)
@@ -356,32 +371,17 @@ class FlashInferAttention(Attention):
             found = None
         if found is None:
             if self.schedule == "own":
-                found = OwnSchedule(num_tokens, self._partials, self.device)
+                found = OwnSchedule(num_tokens, self.workspace.partials, self.device)
             else:
                 fixed_tokens = None if self.fixed is None else num_tokens
-                found = _StockPlan(self._partials.floats, self.backend, fixed_tokens, flat)
+                found = _StockPlan(self.workspace.partials.floats, self.backend, fixed_tokens, flat)
             self._plans[key] = found
         return found
-
-    def _buffer(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first ``count`` elements of a buffer that is kept from step to step."""
-        found = self._buffers.get(name)
-        if found is None or found.numel() < count:
-            found = self._buffers[name] = empty((count,), dtype, self.device)
-        return found[:count]
-
-    def _counting(self, count: int) -> torch.Tensor:
-        found = self._buffers.get("counting")
-        if found is None or found.numel() < count:
-            found = self._buffers["counting"] = torch.arange(
-                count, dtype=torch.int32, device=self.device
-            )
-        return found[:count]
 
     def _check_layout(self) -> None:
         """Read a plan that FlashInfer's planner makes, as our own is written; raise where that fails."""
         lengths, stride = [640, 1, 0, 5000], 5003
-        stock = _StockPlan(self._partials.floats, self.backend, None, None)
+        stock = _StockPlan(self.workspace.partials.floats, self.backend, None, None)
         lists = torch.zeros(len(lengths) * stride, dtype=torch.int32, device=self.device)
         stock.plan(
             torch.tensor(lengths, dtype=torch.int32), lists, stride, self.num_heads, self.sm_scale

@@ -74,15 +74,15 @@ def check_values():
         ("csa", "fp8_584"),
         ("hca", "bf16"),
     ):
-        for heads in (8, 128):
+        for heads in (8, 128) if (kind, row_format) == ("csa", "bf16") else (8,):
             work = make_work(kind, heads, row_format)
             for schedule in ("own", "stock"):
                 attention = FLASHINFER.FlashInferAttention(work.cache, heads, schedule=schedule)
                 attention.plan(work.plan, work.lengths)
-                for i in (1, 0):
+                for i in (1, 0) if heads == 8 else (1,):
                     out = attention.run(i, work.q[i], work.sink, work.selected[i], undo_rope=True)
                     assert max(errors(work, out, i)) <= 1, (kind, row_format, heads, schedule)
-                if kind == "csa":
+                if kind == "csa" and heads == 8:
                     wrong = work.selected[0].roll(1, 0)
                     out = attention.run(0, work.q[0], work.sink, wrong, undo_rope=True)
                     assert max(errors(work, out, 0)) > 1, "other queries' entries went unnoticed"
@@ -93,9 +93,9 @@ def check_chunks():
     kept, lists.MAX_CHUNK_TOKENS = lists.MAX_CHUNK_TOKENS, 7
     try:
         for kind in ("csa", "hca"):
-            work = make_work(kind, starts=(250, 0), extends=(10, 9))
+            work = make_work(kind, starts=(250, 0), extends=(10, 9), heads=4)
             for schedule in ("own", "stock"):
-                attention = FLASHINFER.FlashInferAttention(work.cache, 8, schedule=schedule)
+                attention = FLASHINFER.FlashInferAttention(work.cache, 4, schedule=schedule)
                 attention.plan(work.plan, work.lengths)
                 launches = flashinfer_model.MODULE.launches
                 out = attention.run(1, work.q[1], work.sink, work.selected[1], undo_rope=True)
@@ -121,18 +121,40 @@ def check_fixed_shape():
         selected = torch.cat([work.selected[0], torch.full((2, 64), -1, dtype=torch.int32)])
         attention = FLASHINFER.FlashInferAttention(work.cache, 8, schedule=schedule, fixed=fixed)
         kept, waits = [], Event.waits
-        for _ in range(3):
+        for _ in range(2):
             attention.plan(plan, work.lengths)
             out = attention.run(0, q, work.sink, selected, undo_rope=True)
             assert max(errors(work, out[:6], 0)) <= 1 and not out[6:].any()
             kept.append([chunk.flat.data_ptr() for chunk in attention.chunks["csa"]])
-        assert kept[0] == kept[1] == kept[2]
-        assert Event.waits - waits == (2 if schedule == "stock" else 0)
+        assert kept[0] == kept[1]
+        assert Event.waits - waits == (1 if schedule == "stock" else 0)
+        check_workspace(work, attention, plan)
         refused(
             lambda a=attention, w=work: a.plan(w.plan),
             ValueError,
             "expected 8 tokens, the fixed shape, got 6",
         )
+
+
+def check_workspace(work, attention, plan):
+    """A smaller shape can use the workspace of a larger one; a larger one is refused, since graphs hold the addresses."""
+    make, shared = FLASHINFER.FlashInferAttention, attention.workspace
+    place = attention.chunks["csa"][0].flat.data_ptr()
+    smaller = make(work.cache, 8, fixed=FixedShape(6, 1280), workspace=shared)
+    smaller.plan(work.plan)
+    assert smaller.chunks["csa"][0].flat.data_ptr() == place
+    larger = make(work.cache, 8, fixed=FixedShape(8, 1 << 20), workspace=shared)
+    larger.plan(plan)  # a window and 64 entries, as before
+    refused(
+        lambda: shared.buffer("lists csa", 1 << 20, torch.int32),
+        ValueError,
+        "plan the largest shape first",
+    )
+    refused(
+        lambda: make(work.cache, 16, workspace=shared),
+        ValueError,
+        "workspace: expected one for 16 heads, got 8",
+    )
 
 
 def refused(call, kind, text):
