@@ -19,6 +19,7 @@ from dsv4_kernels.row_gather.fused import row_gather
 from dsv4_kernels.row_lists import ListKind
 from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope.fused import sink_rope
+from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention import device
 from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.attention.choose import why_not_flashinfer, why_not_flashmla_prefill
@@ -59,17 +60,15 @@ class _StockPlan:
         fixed_tokens: int | None,
         lists: torch.Tensor | None,
     ) -> None:
-        buffers = {}
+        buffers: dict[str, object] = {}
         if fixed_tokens is not None:
-            assert lists is not None
-            ints = {"dtype": torch.int32, "device": floats.device}
+            begins, counts = fixed_tokens + 1, fixed_tokens
+            names = {"qo_indptr": begins, "kv_indptr": begins, "kv_len_arr": counts}
             buffers = {
-                "use_cuda_graph": True,
-                "qo_indptr": torch.zeros(fixed_tokens + 1, **ints),
-                "kv_indptr": torch.zeros(fixed_tokens + 1, **ints),
-                "kv_indices": lists,
-                "kv_len_arr": torch.zeros(fixed_tokens, **ints),
+                name: torch.zeros(count, dtype=torch.int32, device=floats.device)
+                for name, count in names.items()
             }
+            buffers |= {"use_cuda_graph": True, "kv_indices": lists}
         self._fixed = fixed_tokens is not None
         self.wrapper = BatchMLAPagedAttentionWrapper(floats, backend=backend, **buffers)
         self._copied: torch.cuda.Event | None = None
@@ -98,7 +97,7 @@ class _StockPlan:
             _DTYPE,
             _DTYPE,
         )
-        self._copied = torch.cuda.Event()
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
 
     def run(
@@ -327,7 +326,7 @@ class FlashInferAttention(Attention):
         )
         return rows.view(-1, 1, 512)
 
-    def _step(self, part: slice) -> object:
+    def _step(self, part: slice) -> StepTensors:
         step = self._plan.step
         return replace(step, positions=step.positions[part], token_rows=step.token_rows[part])
 
