@@ -207,7 +207,7 @@ class FlashInferAttention(Attention):
         self._packed = cache.spec.rows is FP8_584_ROW
         if workspace is None:
             partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
-            workspace = Workspace(partials, self.device, captured=fixed is not None)
+            workspace = Workspace(partials, self.device)
         elif workspace.partials.num_heads != num_heads:
             raise ValueError(
                 f"workspace: expected one for {num_heads} heads, got {workspace.partials.num_heads}"
@@ -238,6 +238,8 @@ class FlashInferAttention(Attention):
         on_host = host_positions(plan, lengths) if self.schedule == "stock" else None
         for kind in kinds_of(self.cache.spec):
             self._plan_kind(kind, on_host)
+        if self.fixed is not None:
+            self.workspace.seal()
 
     def run(
         self,
@@ -352,6 +354,8 @@ class FlashInferAttention(Attention):
                 counts = kind.lengths(self._plan.step.positions[part]).int().clamp_min(1)
                 self.chunks[kind.name].append(Chunk(part, mine, flat, counts))
                 continue
+            if self._packed:  # what `run` will ask for
+                self.workspace.buffer("decoded", mine.numel() * 512, _DTYPE)
             plan = self._schedule(kind, number, part.stop - part.start, flat)
             if isinstance(plan, OwnSchedule):
                 plan.plan(self._plan.step.positions[part], kind, width)

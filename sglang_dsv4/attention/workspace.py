@@ -12,20 +12,23 @@ class Workspace:
     Args:
         partials (Partials): results of pieces.
         device (torch.device): where the buffers live.
-        captured (bool): graphs may hold the buffers' addresses: none is ever replaced by a larger one.
     """
 
-    def __init__(self, partials: Partials, device: torch.device, *, captured: bool) -> None:
+    def __init__(self, partials: Partials, device: torch.device) -> None:
         self.partials = partials
         self._device = device
-        self._captured = captured
+        self._sealed = False
         self._buffers: dict[str, torch.Tensor] = {}
+
+    def seal(self) -> None:
+        """From now on graphs may hold the buffers' addresses: none is replaced by a larger one any more."""
+        self._sealed = True
 
     def buffer(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
         """The first ``count`` elements of a buffer.
 
         Raises:
-            ValueError: it is shorter, and graphs may have captured it.
+            ValueError: it is shorter, and the workspace is sealed.
         """
         found = self._buffers.get(name)
         if found is None or found.numel() < count:
@@ -43,7 +46,7 @@ class Workspace:
         return found[:count]
 
     def _check_growth(self, name: str, found: torch.Tensor | None, count: int) -> None:
-        if found is not None and self._captured:
+        if found is not None and self._sealed:
             raise ValueError(
                 f"{name}: expected at most {found.numel()} elements, since a graph may have captured the buffer, got {count}; "
                 "plan the largest shape first"

@@ -12,11 +12,13 @@ from dataclasses import replace
 import torch
 
 from dsv4_kernels import memory
-from sglang_dsv4.attention import FixedShape, device, lists
+from sglang_dsv4.attention import EagerAttention, FixedShape, device, lists
 from sglang_dsv4.bench.attention_check import exact, worst
-from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
+from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
+from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention import flashinfer_model
+from tests.cache.driver import make_spec
 
 SCALE = 512**-0.5
 
@@ -134,6 +136,42 @@ def check_fixed_shape():
             ValueError,
             "expected 8 tokens, the fixed shape, got 6",
         )
+
+
+def check_all_kinds_share_a_workspace():
+    """A window-only, a CSA and an HCA layer of packed rows: all buffers are made by the first plan of a fixed shape."""
+    spec = make_spec(("fp8_584", "fp8"))
+    cache = CompressedKVCache(spec, ExternalPages(Capacity(8, 8, 4, 1024)))
+    for layer in cache.layers:
+        fill(layer.storage.pool, spec.rows, torch.Generator().manual_seed(1))
+    table = torch.arange(8).view(2, 4)
+    attention = FLASHINFER.FlashInferAttention(cache, 4, fixed=FixedShape(3, 1024))
+    for positions in ([5, 700, -1], [900, 255, 3]):
+        plan = cache.plan_tables(
+            positions=torch.tensor(positions),
+            token_rows=torch.tensor([0, 1, 0]),
+            seq_lens=torch.tensor([901, 701]),
+            extend_lens=torch.tensor([2, 1]),
+            state_slots=torch.tensor([0, 1]),
+            tables=PageTables(history=table, window=table),
+        )
+        attention.plan(plan)
+        eager = EagerAttention(cache)
+        eager.plan(
+            replace(plan, step=replace(plan.step, positions=plan.step.positions.clamp_min(0)))
+        )
+        q, sink = torch.randn(3, 4, 512).bfloat16(), torch.randn(4)
+        chosen = eager._plan.entry_indices(eager._plan.visible_entries(4)[:, :16], 4)
+        for layer_id, selected in ((0, None), (1, chosen), (2, None)):
+            found = attention.run(layer_id, q, sink, selected, undo_rope=True)
+            expected = eager.run(layer_id, q.float(), sink, selected, undo_rope=True)
+            for query, position in enumerate(positions):
+                if position < 0:
+                    assert not found[query].any()
+                    continue
+                # Weights of at most 160 rows and two roundings to bf16, relative to the largest value.
+                allowed = 2.0**-6 * expected[query].abs().max()
+                assert (found[query] - expected[query]).abs().max() <= allowed, (layer_id, query)
 
 
 def check_workspace(work, attention, plan):
@@ -259,6 +297,7 @@ CHECKS = {
     "values": check_values,
     "chunks": check_chunks,
     "fixed shape": check_fixed_shape,
+    "all kinds": check_all_kinds_share_a_workspace,
     "refusals": check_refusals,
     "versions": check_versions,
 }
