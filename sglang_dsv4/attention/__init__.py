@@ -1,7 +1,12 @@
 """Attention over the compressed cache: plan once per step, run once per layer."""
 
 from sglang_dsv4.attention.base import Attention, HostLengths
-from sglang_dsv4.attention.choose import Capabilities, choose_attention, find_capabilities
+from sglang_dsv4.attention.choose import (
+    Capabilities,
+    choose_attention,
+    find_capabilities,
+    make_attention,
+)
 from sglang_dsv4.attention.eager import EagerAttention
 from sglang_dsv4.attention.lists import FixedShape
 
@@ -13,4 +18,5 @@ __all__ = [
     "HostLengths",
     "choose_attention",
     "find_capabilities",
+    "make_attention",
 ]

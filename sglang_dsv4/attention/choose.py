@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.attention.device import Device, device_of
 from sglang_dsv4.attention.eager import EagerAttention
+from sglang_dsv4.attention.lists import FixedShape
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import UnsupportedError
 
@@ -78,6 +79,26 @@ def choose_attention(name: str | None, capabilities: Capabilities) -> tuple[type
     passed = [f"{name}: {fault}" for name, fault in faults.items() if fault]
     reason = f"the fastest for {capabilities.row_format} rows on {capabilities.device}"
     return _load(best), "; ".join([reason, *passed])
+
+
+def make_attention(
+    name: str | None, cache: CompressedKVCache, num_heads: int, *, fixed: FixedShape | None = None
+) -> tuple[Attention, str]:
+    """Choose as `choose_attention` does, and make it.
+
+    Args:
+        name (str | None): of `NAMES`; None takes the fastest that is possible.
+        cache (CompressedKVCache): what is attended to.
+        num_heads (int): query heads.
+        fixed (FixedShape | None): the one shape of every step, for CUDA graphs; eager attention has no use for it.
+
+    Returns:
+        tuple[Attention, str]: the attention, and the reason.
+    """
+    chosen, reason = choose_attention(name, find_capabilities(cache, num_heads))
+    if chosen is EagerAttention:
+        return EagerAttention(cache), reason
+    return chosen(cache, num_heads, fixed=fixed), reason  # type: ignore[call-arg]
 
 
 def why_not_flashinfer(device: Device, row_format: str, num_heads: int) -> str:

@@ -19,6 +19,7 @@ from dsv4_kernels.row_gather.fused import row_gather
 from dsv4_kernels.row_lists import ListKind
 from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope.fused import sink_rope
+from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention import device
 from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.attention.choose import why_not_flashinfer, why_not_flashmla_prefill
@@ -38,6 +39,7 @@ from sglang_dsv4.attention.schedule import (
     check_stock_plan,
     read_stock_plan,
 )
+from sglang_dsv4.attention.workspace import Workspace
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
@@ -58,17 +60,15 @@ class _StockPlan:
         fixed_tokens: int | None,
         lists: torch.Tensor | None,
     ) -> None:
-        buffers = {}
+        buffers: dict[str, object] = {}
         if fixed_tokens is not None:
-            assert lists is not None
-            ints = {"dtype": torch.int32, "device": floats.device}
+            begins, counts = fixed_tokens + 1, fixed_tokens
+            names = {"qo_indptr": begins, "kv_indptr": begins, "kv_len_arr": counts}
             buffers = {
-                "use_cuda_graph": True,
-                "qo_indptr": torch.zeros(fixed_tokens + 1, **ints),
-                "kv_indptr": torch.zeros(fixed_tokens + 1, **ints),
-                "kv_indices": lists,
-                "kv_len_arr": torch.zeros(fixed_tokens, **ints),
+                name: torch.zeros(count, dtype=torch.int32, device=floats.device)
+                for name, count in names.items()
             }
+            buffers |= {"use_cuda_graph": True, "kv_indices": lists}
         self._fixed = fixed_tokens is not None
         self.wrapper = BatchMLAPagedAttentionWrapper(floats, backend=backend, **buffers)
         self._copied: torch.cuda.Event | None = None
@@ -97,7 +97,7 @@ class _StockPlan:
             _DTYPE,
             _DTYPE,
         )
-        self._copied = torch.cuda.Event()
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
 
     def run(
@@ -157,6 +157,8 @@ class FlashInferAttention(Attention):
             lists (SM90, bf16 rows, 64 or 128 heads, package sgl-flash-mla); ``"flashinfer"``: all alike; ``"auto"``: FlashMLA
             where it is possible.
         fixed (FixedShape | None): the one shape of every step, for CUDA graphs.
+        workspace (Workspace | None): another's, for graphs of several shapes that take turns, each planned anew at its turn;
+            the largest shape is planned first. By default a new one.
 
     Raises:
         UnsupportedError: the device, row format or version of FlashInfer does not fit; the message says which.
@@ -173,6 +175,7 @@ class FlashInferAttention(Attention):
         backend: str = "auto",
         prefill: str = "auto",
         fixed: FixedShape | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         super().__init__(cache)
         found = device.device_of(cache.device)
@@ -188,6 +191,8 @@ class FlashInferAttention(Attention):
         self.device = cache.device
         self.num_heads = num_heads
         self.backend = ("fa3" if hopper else "fa2") if backend == "auto" else backend
+        if schedule not in ("auto", "own", "stock"):
+            raise UnsupportedError(f"schedule: expected auto, own or stock, got {schedule!r}")
         if schedule == "auto":
             schedule = "own" if flashinfer.__version__ in KNOWN_VERSIONS else "stock"
         if schedule == "own" and flashinfer.__version__ not in KNOWN_VERSIONS:
@@ -200,11 +205,17 @@ class FlashInferAttention(Attention):
         self._sparse_prefill = _load_prefill(prefill, found, cache.spec.row_format, num_heads)
         self.prefill = "flashinfer" if self._sparse_prefill is None else "flashmla"
         self._packed = cache.spec.rows is FP8_584_ROW
-        self._partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
+        if workspace is None:
+            partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
+            workspace = Workspace(partials, self.device)
+        elif workspace.partials.num_heads != num_heads:
+            raise ValueError(
+                f"workspace: expected one for {num_heads} heads, got {workspace.partials.num_heads}"
+            )
+        self.workspace = workspace
         self._module = get_batch_mla_module(
             self.backend, _DTYPE, _DTYPE, _DTYPE, torch.int32, cache.spec.head_dim, 0, False
         )
-        self._buffers: dict[str, torch.Tensor] = {}
         self._lists: dict[str, torch.Tensor] = {}
         self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
         self.chunks: dict[str, list[Chunk]] = {}
@@ -227,6 +238,8 @@ class FlashInferAttention(Attention):
         on_host = host_positions(plan, lengths) if self.schedule == "stock" else None
         for kind in kinds_of(self.cache.spec):
             self._plan_kind(kind, on_host)
+        if self.fixed is not None:
+            self.workspace.seal()
 
     def run(
         self,
@@ -304,7 +317,7 @@ class FlashInferAttention(Attention):
     def _decoded(self, kind: ListKind, chunk: Chunk, pool: torch.Tensor) -> torch.Tensor:
         """The chunk's listed rows as bf16, in list order."""
         count = chunk.lists.numel()
-        rows = self._buffer("decoded", count * 512, _DTYPE)
+        rows = self.workspace.buffer("decoded", count * 512, _DTYPE)
         row_gather(
             pool,
             self.cache.spec.rows,
@@ -315,7 +328,7 @@ class FlashInferAttention(Attention):
         )
         return rows.view(-1, 1, 512)
 
-    def _step(self, part: slice) -> object:
+    def _step(self, part: slice) -> StepTensors:
         step = self._plan.step
         return replace(step, positions=step.positions[part], token_rows=step.token_rows[part])
 
@@ -326,18 +339,23 @@ class FlashInferAttention(Attention):
         )
         if sparse:
             width = -(-width // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE
-        lists = self._buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(-1, width)
+        lists = self.workspace.buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(
+            -1, width
+        )
         self._lists[kind.name] = lists
         row_lists(self._plan.step, kind, lists, pad=sparse)
         row_bytes = 2 * self.cache.spec.head_dim if self._packed else 0
         for number, part in enumerate(chunks(num_tokens, width, decoded_row_bytes=row_bytes)):
             mine = lists[part]
             # A decoded row lies where its list names it: list cell ``i`` is row ``i``.
-            flat = self._counting(mine.numel()) if self._packed else mine.view(-1)
+            flat = self.workspace.counting(mine.numel()) if self._packed else mine.view(-1)
             if sparse:
-                counts = kind.lengths(self._plan.step.positions[part]).int()
+                # Padding has a list of one -1, not an empty one, as in `FlashMLAAttention`.
+                counts = kind.lengths(self._plan.step.positions[part]).int().clamp_min(1)
                 self.chunks[kind.name].append(Chunk(part, mine, flat, counts))
                 continue
+            if self._packed:  # what `run` will ask for
+                self.workspace.buffer("decoded", mine.numel() * 512, _DTYPE)
             plan = self._schedule(kind, number, part.stop - part.start, flat)
             if isinstance(plan, OwnSchedule):
                 plan.plan(self._plan.step.positions[part], kind, width)
@@ -356,32 +374,17 @@ class FlashInferAttention(Attention):
             found = None
         if found is None:
             if self.schedule == "own":
-                found = OwnSchedule(num_tokens, self._partials, self.device)
+                found = OwnSchedule(num_tokens, self.workspace.partials, self.device)
             else:
                 fixed_tokens = None if self.fixed is None else num_tokens
-                found = _StockPlan(self._partials.floats, self.backend, fixed_tokens, flat)
+                found = _StockPlan(self.workspace.partials.floats, self.backend, fixed_tokens, flat)
             self._plans[key] = found
         return found
-
-    def _buffer(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first ``count`` elements of a buffer that is kept from step to step."""
-        found = self._buffers.get(name)
-        if found is None or found.numel() < count:
-            found = self._buffers[name] = empty((count,), dtype, self.device)
-        return found[:count]
-
-    def _counting(self, count: int) -> torch.Tensor:
-        found = self._buffers.get("counting")
-        if found is None or found.numel() < count:
-            found = self._buffers["counting"] = torch.arange(
-                count, dtype=torch.int32, device=self.device
-            )
-        return found[:count]
 
     def _check_layout(self) -> None:
         """Read a plan that FlashInfer's planner makes, as our own is written; raise where that fails."""
         lengths, stride = [640, 1, 0, 5000], 5003
-        stock = _StockPlan(self._partials.floats, self.backend, None, None)
+        stock = _StockPlan(self.workspace.partials.floats, self.backend, None, None)
         lists = torch.zeros(len(lengths) * stride, dtype=torch.int32, device=self.device)
         stock.plan(
             torch.tensor(lengths, dtype=torch.int32), lists, stride, self.num_heads, self.sm_scale

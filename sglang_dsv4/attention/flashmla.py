@@ -125,10 +125,11 @@ class FlashMLAAttention(Attention):
             q.unsqueeze(1), pages, None, None, self.cache.spec.head_dim, self._meta[kind.name], None, self.sm_scale, False,
             True, lists.unsqueeze(1), sink.float(), topk_length=self._lengths[kind.name], use_legacy=True, kv_format="V4",
         )  # fmt: skip
-        out = out.squeeze(1)
+        attended: torch.Tensor = out.squeeze(1)
         if undo_rope:
-            sink_rope(out, lse.view(out.shape[:2]), None, step.positions, self.rope_table(layer_id))
-        return out
+            table = self.rope_table(layer_id)
+            sink_rope(attended, lse.view(attended.shape[:2]), None, step.positions, table)
+        return attended
 
     def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
         layer = self.cache.spec.layers[layer_id]

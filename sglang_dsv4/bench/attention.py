@@ -8,6 +8,7 @@ import torch
 
 from dsv4_kernels.memory import empty
 from dsv4_kernels.sparse_attention import naive_sparse_attention
+from sglang_dsv4.attention import EagerAttention, make_attention
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.bench import attention_peers
 from sglang_dsv4.bench.attention_check import exact, worst
@@ -97,7 +98,7 @@ def variants(work: AttentionWork, missing: set[str]) -> tuple[Calls, dict[str, A
     """Calls by name, one per layer; all but the ones named ``kernel`` give the same result.
 
     ``direct``: the chosen rows were written where the kernel reads them, as `Attention.selected_buffer` allows; FlashMLA's
-    lists are ready too.
+    lists are ready too. ``chosen``: what `make_attention` makes.
     """
     layers = range(len(work.q))
     calls: Calls = {}
@@ -110,9 +111,12 @@ def variants(work: AttentionWork, missing: set[str]) -> tuple[Calls, dict[str, A
             assert place is not None and work.selected[0] is not None
             wanted = work.kind.num_entries(work.plan.step.positions).unsqueeze(1)
             valid = torch.arange(place.shape[1], device=place.device) < wanted
-
             place.copy_(torch.where(valid, work.selected[0][:, : place.shape[1]], place))
             calls[f"{name} direct"] = _calls(attention, work, [place] * len(work.q))
+    chosen, _ = make_attention(None, work.cache, work.case.heads)
+    if not isinstance(chosen, EagerAttention):
+        chosen.plan(work.plan, work.lengths)
+        calls["chosen"] = _calls(chosen, work, work.selected)
     tokens = work.case.num_tokens
     if work.case.kind == "hca" and len(work.case.starts) == 1 < tokens and planned:
         shared = importlib.import_module("sglang_dsv4.bench.attention_shared")

@@ -12,11 +12,13 @@ from dataclasses import replace
 import torch
 
 from dsv4_kernels import memory
-from sglang_dsv4.attention import FixedShape, device, lists
+from sglang_dsv4.attention import EagerAttention, FixedShape, device, lists
 from sglang_dsv4.bench.attention_check import exact, worst
-from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
+from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
+from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention import flashinfer_model
+from tests.cache.driver import make_spec
 
 SCALE = 512**-0.5
 
@@ -74,15 +76,15 @@ def check_values():
         ("csa", "fp8_584"),
         ("hca", "bf16"),
     ):
-        for heads in (8, 128):
+        for heads in (8, 128) if (kind, row_format) == ("csa", "bf16") else (8,):
             work = make_work(kind, heads, row_format)
             for schedule in ("own", "stock"):
                 attention = FLASHINFER.FlashInferAttention(work.cache, heads, schedule=schedule)
                 attention.plan(work.plan, work.lengths)
-                for i in (1, 0):
+                for i in (1, 0) if heads == 8 else (1,):
                     out = attention.run(i, work.q[i], work.sink, work.selected[i], undo_rope=True)
                     assert max(errors(work, out, i)) <= 1, (kind, row_format, heads, schedule)
-                if kind == "csa":
+                if kind == "csa" and heads == 8:
                     wrong = work.selected[0].roll(1, 0)
                     out = attention.run(0, work.q[0], work.sink, wrong, undo_rope=True)
                     assert max(errors(work, out, 0)) > 1, "other queries' entries went unnoticed"
@@ -93,9 +95,9 @@ def check_chunks():
     kept, lists.MAX_CHUNK_TOKENS = lists.MAX_CHUNK_TOKENS, 7
     try:
         for kind in ("csa", "hca"):
-            work = make_work(kind, starts=(250, 0), extends=(10, 9))
+            work = make_work(kind, starts=(250, 0), extends=(10, 9), heads=4)
             for schedule in ("own", "stock"):
-                attention = FLASHINFER.FlashInferAttention(work.cache, 8, schedule=schedule)
+                attention = FLASHINFER.FlashInferAttention(work.cache, 4, schedule=schedule)
                 attention.plan(work.plan, work.lengths)
                 launches = flashinfer_model.MODULE.launches
                 out = attention.run(1, work.q[1], work.sink, work.selected[1], undo_rope=True)
@@ -121,18 +123,76 @@ def check_fixed_shape():
         selected = torch.cat([work.selected[0], torch.full((2, 64), -1, dtype=torch.int32)])
         attention = FLASHINFER.FlashInferAttention(work.cache, 8, schedule=schedule, fixed=fixed)
         kept, waits = [], Event.waits
-        for _ in range(3):
+        for _ in range(2):
             attention.plan(plan, work.lengths)
             out = attention.run(0, q, work.sink, selected, undo_rope=True)
             assert max(errors(work, out[:6], 0)) <= 1 and not out[6:].any()
             kept.append([chunk.flat.data_ptr() for chunk in attention.chunks["csa"]])
-        assert kept[0] == kept[1] == kept[2]
-        assert Event.waits - waits == (2 if schedule == "stock" else 0)
+        assert kept[0] == kept[1]
+        assert Event.waits - waits == (1 if schedule == "stock" else 0)
+        check_workspace(work, attention, plan)
         refused(
             lambda a=attention, w=work: a.plan(w.plan),
             ValueError,
             "expected 8 tokens, the fixed shape, got 6",
         )
+
+
+def check_all_kinds_share_a_workspace():
+    """A window-only, a CSA and an HCA layer of packed rows: all buffers are made by the first plan of a fixed shape."""
+    spec = make_spec(("fp8_584", "fp8"))
+    cache = CompressedKVCache(spec, ExternalPages(Capacity(8, 8, 4, 1024)))
+    for layer in cache.layers:
+        fill(layer.storage.pool, spec.rows, torch.Generator().manual_seed(1))
+    table = torch.arange(8).view(2, 4)
+    attention = FLASHINFER.FlashInferAttention(cache, 4, fixed=FixedShape(3, 1024))
+    for positions in ([5, 700, -1], [900, 255, 3]):
+        plan = cache.plan_tables(
+            positions=torch.tensor(positions),
+            token_rows=torch.tensor([0, 1, 0]),
+            seq_lens=torch.tensor([901, 701]),
+            extend_lens=torch.tensor([2, 1]),
+            state_slots=torch.tensor([0, 1]),
+            tables=PageTables(history=table, window=table),
+        )
+        attention.plan(plan)
+        eager = EagerAttention(cache)
+        eager.plan(
+            replace(plan, step=replace(plan.step, positions=plan.step.positions.clamp_min(0)))
+        )
+        q, sink = torch.randn(3, 4, 512).bfloat16(), torch.randn(4)
+        chosen = eager._plan.entry_indices(eager._plan.visible_entries(4)[:, :16], 4)
+        for layer_id, selected in ((0, None), (1, chosen), (2, None)):
+            found = attention.run(layer_id, q, sink, selected, undo_rope=True)
+            expected = eager.run(layer_id, q.float(), sink, selected, undo_rope=True)
+            for query, position in enumerate(positions):
+                if position < 0:
+                    assert not found[query].any()
+                    continue
+                # Weights of at most 160 rows and two roundings to bf16, relative to the largest value.
+                allowed = 2.0**-6 * expected[query].abs().max()
+                assert (found[query] - expected[query]).abs().max() <= allowed, (layer_id, query)
+
+
+def check_workspace(work, attention, plan):
+    """A smaller shape can use the workspace of a larger one; a larger one is refused, since graphs hold the addresses."""
+    make, shared = FLASHINFER.FlashInferAttention, attention.workspace
+    place = attention.chunks["csa"][0].flat.data_ptr()
+    smaller = make(work.cache, 8, fixed=FixedShape(6, 1280), workspace=shared)
+    smaller.plan(work.plan)
+    assert smaller.chunks["csa"][0].flat.data_ptr() == place
+    larger = make(work.cache, 8, fixed=FixedShape(8, 1 << 20), workspace=shared)
+    larger.plan(plan)  # a window and 64 entries, as before
+    refused(
+        lambda: shared.buffer("lists csa", 1 << 20, torch.int32),
+        ValueError,
+        "plan the largest shape first",
+    )
+    refused(
+        lambda: make(work.cache, 16, workspace=shared),
+        ValueError,
+        "workspace: expected one for 16 heads, got 8",
+    )
 
 
 def refused(call, kind, text):
@@ -237,6 +297,7 @@ CHECKS = {
     "values": check_values,
     "chunks": check_chunks,
     "fixed shape": check_fixed_shape,
+    "all kinds": check_all_kinds_share_a_workspace,
     "refusals": check_refusals,
     "versions": check_versions,
 }

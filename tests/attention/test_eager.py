@@ -210,3 +210,19 @@ def test_selected_rows_are_asked_for_exactly_in_csa_layers():
         attention.run(0, q, sink, torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="layer 0 q: expected 2 tokens, got 3"):
         attention.run(0, torch.randn(3, 4, 512), sink)
+
+
+@pytest.mark.parametrize("layer_id", [0, 2])
+def test_the_rotation_can_be_undone(layer_id):
+    cache = CompressedKVCache.create(make_spec(), num_pages=1, max_requests=1)
+    attention, request = EagerAttention(cache), cache.open()
+    plan = cache.plan([(request, 5)])
+    window = WindowInput(torch.randn(5, 512), torch.ones(512), 1e-6)
+    cache.append(layer_id, plan, window=window)
+    attention.plan(plan)
+    q, sink = torch.randn(5, 4, 512), torch.randn(4)
+    rotated = attention.run(layer_id, q, sink)
+    table = attention.rope_table(layer_id)
+    expected = naive_rope(rotated, table[torch.arange(5)], inverse=True)
+    assert torch.equal(attention.run(layer_id, q, sink, undo_rope=True), expected)
+    assert not torch.equal(rotated, expected)

@@ -91,6 +91,33 @@ def test_prefill_of_bf16_rows(kind):
         assert torch.equal(attention.run(1, work.q[1], work.sink, place, undo_rope=True), found)
 
 
+@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
+def test_prefill_kernel_in_a_graph_with_padding(kind):
+    if not hopper():
+        return
+    fixed = FixedShape(80, 8192)
+    work = make_work(kind, starts=tuple(range(0, 7000, 100)))
+    plan, q, selected = pad(work, fixed, 3.0)
+    attention = make(work, fixed=fixed, prefill="flashmla")
+
+    def attend():
+        attention.plan(plan)
+        return attention.run(0, q[0], work.sink, selected[0], undo_rope=True)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend()
+    assert isinstance(attention.chunks[kind][0].plan, torch.Tensor), "FlashInfer attended"
+    found.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    count = work.case.num_tokens
+    assert not found[count:].any()
+    assert max(worst(found[i], expect(work, 0, i)) for i in range(count)) <= 1
+
+
 def test_what_is_chosen():
     for row_format in ("bf16", "fp8_584"):
         work = make_work("csa", row_format=row_format)
