@@ -53,11 +53,11 @@ def machine_code(kernel, arguments, constants, architecture, warps, **options):
     return compiled.asm["cubin"]
 
 
-# A long prefill's program takes a compiler half a minute; its row format is not what differs between architectures.
+# A long prefill's program takes a compiler half a minute. It differs from an extension's in the length of its chunks, and
+# between architectures in its casts.
 CSA_CASES = [
     *product(ARCHITECTURES, (64, 512), FORMATS),
-    *product(ARCHITECTURES, (4096,), ("fp8",)),
-    (90, 4096, "bf16"),
+    *product((86, 90, 120), (4096,), ("fp8",)),
 ]
 
 
