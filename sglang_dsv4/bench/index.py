@@ -36,7 +36,6 @@ class Row:
     copy_percent: float
     sglang_us: float | None
     torch_us: float | None
-    sglang_v2_us: float | None = None
     flashinfer_us: float | None = None
     flashinfer_exact_us: float | None = None
     torch_exact_us: float | None = None
@@ -101,7 +100,7 @@ def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[Row]:
         ours = times["ours"]
         peers = {
             f"{name}_us": times[name].median_us if name in times else None
-            for name in ("sglang", "sglang_v2", "flashinfer", "flashinfer_exact", "torch_exact")
+            for name in ("sglang", "flashinfer", "flashinfer_exact", "torch_exact")
         }
         return Row(
             op, f"{case.name}-{model}", shape, fmt, "bfloat16", ours.median_us, ours.p10_us, ours.p90_us, moved,

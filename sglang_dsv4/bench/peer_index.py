@@ -42,10 +42,6 @@ def topk_peers(work: IndexWork, scores: torch.Tensor) -> dict[str, Callable[[], 
         pages = work.step.history_pages[work.step.token_rows].to(torch.int32)
         out = torch.empty_like(work.out)
         found["sglang"] = lambda: sglang.topk_transform_512(scores, lengths, pages, out, _PER_PAGE)
-        plan = sglang.plan_topk_v2(lengths)
-        found["sglang_v2"] = lambda: sglang.topk_transform_512_v2(
-            scores, lengths, pages, out, _PER_PAGE, plan
-        )
     flashinfer, _ = load(_FLASHINFER)
     if flashinfer is not None:
         rows = work.step.token_rows.to(torch.int32)
