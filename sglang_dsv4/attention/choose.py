@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.attention.device import Device, device_of
 from sglang_dsv4.attention.eager import EagerAttention
@@ -38,11 +40,11 @@ class Capabilities:
     flashmla: str | None
 
 
-def find_capabilities(cache: CompressedKVCache, num_heads: int) -> Capabilities:
-    """Look at the device and at the installed packages."""
+def find_capabilities(device: torch.device, row_format: str, num_heads: int) -> Capabilities:
+    """Look at the device and at the installed packages; arguments as the fields of `Capabilities`."""
     return Capabilities(
-        device_of(cache.device),
-        cache.spec.row_format,
+        device_of(device),
+        row_format,
         num_heads,
         installed("flashinfer-python"),
         installed(_FLASHMLA),
@@ -95,7 +97,9 @@ def make_attention(
     Returns:
         tuple[Attention, str]: the attention, and the reason.
     """
-    chosen, reason = choose_attention(name, find_capabilities(cache, num_heads))
+    chosen, reason = choose_attention(
+        name, find_capabilities(cache.device, cache.spec.row_format, num_heads)
+    )
     if chosen is EagerAttention:
         return EagerAttention(cache), reason
     return chosen(cache, num_heads, fixed=fixed), reason  # type: ignore[call-arg]

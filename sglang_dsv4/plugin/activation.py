@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ def prepare(args: Any) -> None:
     """
     refusals.check_arguments(args)
     refusals.check_device(args.device, has_cuda=torch.cuda.is_available())
-    refusals.check_checkpoint(args.model_path, asdict(options.read()))
+    spec = refusals.check_checkpoint(args.model_path, options.read().formats())
+    refusals.check_attention(options.read().attention, spec)
     if args.device is None:
         args.device = "cpu"
 
@@ -86,13 +86,14 @@ def activate() -> None:
 def _check_server_args(server_args: Any) -> None:
     """Check arguments that may have been made before the plug-in was loaded."""
     refusals.check_device(server_args.device, has_cuda=torch.cuda.is_available())
-    refusals.check_checkpoint(server_args.model_path, asdict(options.read()))
+    spec = refusals.check_checkpoint(server_args.model_path, options.read().formats())
+    refusals.check_attention(options.read().attention, spec)
     check_resolved(server_args)
 
 
 def _spec_of(model_config: Any) -> CacheSpec:
     return CacheSpec.from_hf(
-        model_config.hf_config, page_tokens=refusals.PAGE_TOKENS, **asdict(options.read())
+        model_config.hf_config, page_tokens=refusals.PAGE_TOKENS, **options.read().formats()
     )
 
 
@@ -137,7 +138,7 @@ def _state_bytes(original: Callable[..., Any], sizes: Any, max_running_requests:
 
 
 def _create_backend(runner: Any) -> Any:
-    from sglang_dsv4.attention import EagerAttention
+    from sglang_dsv4.attention import make_attention
     from sglang_dsv4.plugin import model_fixes
     from sglang_dsv4.plugin.backend import CompressedKVBackend
     from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
@@ -161,12 +162,12 @@ def _create_backend(runner: Any) -> Any:
         ops.append(f"{len(widened)} bf16 parameters widened to {runner.dtype}")
     if unscaled:
         ops.append(f"unscaled RoPE of window-only layers {unscaled}")
-    facts = describe(pool.cache, EagerAttention.name, ops)
+    heads = runner.model_config.num_attention_heads // runner.ps.tp_size
+    attention, reason = make_attention(options.read().attention, pool.cache, heads)
+    facts = describe(pool.cache, attention.name, reason, ops)
     pool.facts = facts
     logger.info(active_line(facts))
-    return CompressedKVBackend(
-        pool, runner.req_to_token_pool.req_to_token, EagerAttention(pool.cache)
-    )
+    return CompressedKVBackend(pool, runner.req_to_token_pool.req_to_token, attention)
 
 
 def _check_serving(result: Any, scheduler: Any) -> None:

@@ -15,10 +15,15 @@ _INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
 
 @dataclass(frozen=True)
 class Options:
-    """Formats of the cache."""
+    """Formats of the cache, and the attention that was asked for; None takes the fastest that is possible."""
 
     row_format: str = "bf16"
     index_format: str = "bf16"
+    attention: str | None = None
+
+    def formats(self) -> dict[str, str]:
+        """Those of them that are fields of `CacheSpec`."""
+        return {"row_format": self.row_format, "index_format": self.index_format}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,24 +46,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Format of index keys: bf16, fp8 or fp32 (default: the one of the rows; fp8 with fp8_584 rows).",
     )
+    group.add_argument(
+        "--dsv4-attention",
+        metavar="NAME",
+        default=None,
+        help="Attention: eager, flashinfer or flashmla (default: the fastest that is possible on the device).",
+    )
 
 
 def publish(args: argparse.Namespace) -> None:
     """Hand parsed flags to this process and to those it starts.
 
     Raises:
-        UnsupportedError: a format was chosen without the flag that enables the cache.
+        UnsupportedError: a format or an attention was chosen without the flag that enables the cache.
     """
     # A program may call SGLang's ``from_cli_args`` with a namespace that no parser of SGLang's has made.
     chosen = {
         env.KV_FORMAT: getattr(args, "dsv4_kv_format", None),
         env.INDEX_FORMAT: getattr(args, "dsv4_index_format", None),
+        env.ATTENTION: getattr(args, "dsv4_attention", None),
     }
     if getattr(args, "enable_dsv4_compressed_kv", False):
         env.set_value(env.COMPRESSED_KV, "1")
     elif any(chosen.values()) and not is_enabled():
         raise UnsupportedError(
-            f"--dsv4-kv-format, --dsv4-index-format: expected together with {ENABLE_FLAG}"
+            f"--dsv4-kv-format, --dsv4-index-format, --dsv4-attention: expected together with {ENABLE_FLAG}"
         )
     for name, value in chosen.items():
         if value is not None:
@@ -71,7 +83,7 @@ def is_enabled() -> bool:
 
 
 def read() -> Options:
-    """The formats in force.
+    """The options in force.
 
     Raises:
         UnsupportedError: a variable names a format that does not exist.
@@ -88,4 +100,4 @@ def read() -> Options:
         raise UnsupportedError(
             f"{env.INDEX_FORMAT}: expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}"
         )
-    return Options(row_format, index_format)
+    return Options(row_format, index_format, env.get(env.ATTENTION))

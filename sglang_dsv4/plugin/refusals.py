@@ -178,6 +178,23 @@ def check_device(device: str | None, *, has_cuda: bool) -> None:
         )
 
 
+def check_attention(name: str | None, spec: CacheSpec) -> None:
+    """Refuse an attention that is not possible on the one device that is served, before the model is loaded.
+
+    Raises:
+        UnsupportedError: names the attention and why.
+    """
+    import torch
+
+    from sglang_dsv4.attention import choose_attention, find_capabilities
+
+    some_heads = 64  # what is impossible on a CPU is so for any number
+    try:
+        choose_attention(name, find_capabilities(torch.device("cpu"), spec.row_format, some_heads))
+    except ValueError as error:
+        raise UnsupportedError(f"--dsv4-attention: {error}") from error
+
+
 def check_checkpoint(model_path: str, options: dict[str, Any]) -> CacheSpec:
     """Refuse a checkpoint that is missing, or not of DeepSeek-V4.
 

@@ -9,7 +9,9 @@ from sglang_dsv4.cache import CompressedKVCache
 _MIB = 1 << 20
 
 
-def describe(cache: CompressedKVCache, attention: str, portable_ops: list[str]) -> dict[str, Any]:
+def describe(
+    cache: CompressedKVCache, attention: str, reason: str, portable_ops: list[str]
+) -> dict[str, Any]:
     """What runs, as plain values."""
     report = asdict(cache.report())
     report["requests"] = list(report["requests"])
@@ -17,6 +19,8 @@ def describe(cache: CompressedKVCache, attention: str, portable_ops: list[str]) 
         "version": __version__,
         "cache": "CompressedKVCache",
         "attention": attention,
+        "attention_reason": reason,
+        "kernels": cache.ops.name,
         "device": str(cache.device),
         "portable_ops": portable_ops,
         "spec_digest": cache.spec.digest(),
@@ -32,7 +36,7 @@ def active_line(facts: dict[str, Any]) -> str:
     )
     return (
         f"sglang_dsv4 active: CompressedKVCache {facts['version']}, rows {report['row_format']}, "
-        f"index keys {report['index_format']}, attention {facts['attention']} on {facts['device']}, "
+        f"index keys {report['index_format']}, kernels {facts['kernels']}, attention {facts['attention']} on {facts['device']} ({facts['attention_reason']}), "
         f"{report['max_tokens']} tokens in pages of {report['page_tokens']}, {report['counts']['state_slots']} requests, "
         f"{report['total_bytes'] / _MIB:.1f} MiB ({pools}), "
         f"portable ops: {', '.join(facts['portable_ops']) or 'none'}"

@@ -47,6 +47,8 @@ def outcomes(warm, tiny, tmp_path_factory):
             "page size": Program([*LAUNCH, *model, "--page-size", "64"]),
             "taken port": Program([*LAUNCH, *model, "--port", port]),
             "small window pool": Program([*LAUNCH, *model, "--max-total-tokens", "8192"]),
+            "attention": Program([*LAUNCH, *model, "--dsv4-attention", "flashinfer"]),
+            "attention's name": Program([*LAUNCH, *model, "--dsv4-attention", "flash"]),
             "version": Program(
                 [*LAUNCH, *model], path=[fake_distribution(folder / "fake", "sglang", "0.5.16")]
             ),
@@ -61,6 +63,8 @@ SENTENCES = {
     "page size": f"--page-size 64: not supported with {FLAG}: pages of DeepSeek-V4 hold 256 tokens",
     "taken port": "expected a free port on 127.0.0.1, but it is taken",
     "small window pool": "window pool: expected 1024 tokens or more, got 768; raise --max-total-tokens",
+    "attention": "attention flashinfer: expected the package flashinfer-python",
+    "attention's name": "--dsv4-attention: attention: expected one of ('eager', 'flashinfer', 'flashmla'), got 'flash'",
     "version": "sglang: expected version 0.5.17, got 0.5.16",
     "missing dependency": "No module named 'a_module_that_is_not_installed'",
 }

@@ -11,7 +11,7 @@ from sglang_dsv4.plugin import options
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in (env.COMPRESSED_KV, env.KV_FORMAT, env.INDEX_FORMAT):
+    for name in (env.COMPRESSED_KV, env.KV_FORMAT, env.INDEX_FORMAT, env.ATTENTION):
         monkeypatch.setenv(name, "")
 
 
@@ -44,6 +44,12 @@ def test_formats_may_be_mixed():
         )
     )
     assert options.read() == options.Options("fp8_584", "bf16")
+
+
+def test_the_attention_is_carried_and_is_no_field_of_the_spec():
+    options.publish(parse("--enable-dsv4-compressed-kv", "--dsv4-attention", "eager"))
+    assert options.read() == options.Options("bf16", "bf16", "eager")
+    assert options.read().formats() == {"row_format": "bf16", "index_format": "bf16"}
 
 
 def test_a_format_without_the_flag_is_refused():
