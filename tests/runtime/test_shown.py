@@ -29,6 +29,7 @@ def test_report_adds_up(runtime):
         assert sum(pools.values()) == report.cache.total_bytes
         snapshots = pools.pop("snapshots")
         assert snapshots == report.index["state_bytes"] - 4 * 264 * report.index["ends"] > 0
+        assert (pools.pop("undo"), pools.pop("scratch")) == (0, 0)
         assert pools == runtime.cache.storage.bytes_by_pool()
         json.dumps(report.to_dict())
         request = handle.live().request
