@@ -205,6 +205,22 @@ print("pages taken by its first step:", before - pages_free())
 print("pages:", request.pages.history, "and", twin.pages.history)
 
 # %% [markdown]
+# ## A step that is not finished
+#
+# A model can fail between two layers, when some of them are written already. `abandon` takes such a step back: its pages are
+# free again, the stream state is what it was, and the sequence goes on as if nothing had been appended.
+
+# %%
+lost = torch.tensor(tokens[:100])
+plan = cache.plan([(twin, len(lost))])
+window = WindowInput(table["window"][lost], ones, EPS)
+cache.append(0, plan, window=window)
+cache.append(1, plan, window=window, main=compressor("csa", lost), index=compressor("index", lost))
+print("pages that the step holds:", before - pages_free())
+cache.abandon(plan)  # layer 2 was never reached
+print("pages after:", before - pages_free(), "- length:", twin.seq_len)
+
+# %% [markdown]
 # ## Truncate
 #
 # Rolling back moves nothing: the stream state keeps a few rows more than pooling needs. Further back than

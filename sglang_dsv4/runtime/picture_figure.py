@@ -67,10 +67,27 @@ def _box(axes: Any, begin: float, width: float, row: float, **style: Any) -> Non
     axes.add_patch(Rectangle((begin, row + 0.15), width, 0.7, **style))
 
 
-def _label(axes: Any, begin: float, end: float, row: float, text: str, share: float) -> None:
+def _label(
+    axes: Any, begin: float, end: float, row: float, text: str, share: float, **style: Any
+) -> None:
     """Write in the middle of a box, where the text fits: about 130 characters go over the whole width."""
     if text and (end - begin) / share * 130 >= len(text):
-        axes.text((begin + end) / 2, row + 0.5, text, ha="center", va="center", fontsize=8)
+        middle = (begin + end) / 2
+        axes.text(middle, row + 0.5, text, ha="center", va="center", fontsize=8, **style)
+
+
+def _note(axes: Any, picture: Picture, height: float, text: str, color: str) -> None:
+    """Write beside a lane."""
+    axes.annotate(
+        text,
+        (picture.seq_len, height),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color=color,
+        annotation_clip=False,
+    )
 
 
 def _draw_tokens(axes: Any, picture: Picture, row: int) -> None:
@@ -111,7 +128,8 @@ def _draw_blocks(axes: Any, picture: Picture, lane: BlockLane, row: int) -> None
         begin = total - lane.tail_len
         style = {"facecolor": _OPEN, "edgecolor": "#999999", "hatch": "///", "linewidth": 0.6}
         _box(axes, begin, lane.tail_len, row, **style)
-        _label(axes, begin, total, row, f"{lane.tail_len}/{lane.ratio}", total)
+        plain = {"facecolor": _OPEN, "edgecolor": "none", "pad": 1.5}  # hatching hides letters
+        _label(axes, begin, total, row, f"{lane.tail_len}/{lane.ratio}", total, bbox=plain)
     if total:
         axes.plot(
             [lane.stream_begin, total],
@@ -120,16 +138,7 @@ def _draw_blocks(axes: Any, picture: Picture, lane: BlockLane, row: int) -> None
             linewidth=3,
             solid_capstyle="butt",
         )
-        axes.annotate(
-            f"streams: {lane.stream_rows}",
-            (total, row + 0.05),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-            color=_STREAM,
-            annotation_clip=False,
-        )
+        _note(axes, picture, row + 0.05, f"streams: {lane.stream_rows}", _STREAM)
 
 
 def _draw_window(axes: Any, picture: Picture, row: int) -> None:
@@ -150,3 +159,5 @@ def _draw_pages(axes: Any, picture: Picture, row: int) -> None:
         if box.window_owners > 1:
             window += f" ×{box.window_owners}"
         _label(axes, box.begin, box.end, row, f"{history}, window {window}", picture.seq_len)
+    if any(box.history_owners > 1 or box.window_owners > 1 for box in picture.pages):
+        _note(axes, picture, row + 0.5, "×n: shared by n owners", "#a0622a")
