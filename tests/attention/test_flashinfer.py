@@ -24,7 +24,7 @@ def results():
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_a_model_of_the_kernel(results, check):
     assert results[check] == ""

@@ -24,6 +24,7 @@ def results():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(results, check):
     assert results[check] == ""
