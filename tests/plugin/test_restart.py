@@ -5,24 +5,21 @@ import pytest
 
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
 from tests.plugin.serving import generate, prompt, request_body, serving
-from tests.plugin.warm import COPIES
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+pytestmark = [pytest.mark.sglang, pytest.mark.long]
 
 ARGUMENTS = (
     "--dtype", "float32", "--dsv4-kv-format", "fp8_584", "--chunked-prefill-size", "256", "--sleep-on-idle",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "before", [COPIES, pytest.param("", marks=pytest.mark.long)], ids=["copied", "spawned"]
-)
-def test_a_killed_server_restarts_on_its_port(warm, tiny, before):
-    with serving(warm, tiny, ARGUMENTS, before=before) as server:
+def test_a_killed_server_restarts_on_its_port(warm, tiny):
+    """As a user starts them: in processes of their own, not in copies of one that has SGLang imported."""
+    with serving(warm, tiny, ARGUMENTS, before="") as server:
         body = request_body(prompt(500, salt=6), 400)
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{server.url}/generate", json=body, timeout=0.5)
-    with serving(warm, tiny, ARGUMENTS, port=server.port, before=before) as again:
+    with serving(warm, tiny, ARGUMENTS, port=server.port, before="") as again:
         cold, hit = generate(again, prompt(300, salt=9)), generate(again, prompt(300, salt=9))
     assert (cold[2], hit[2]) == (0, 256)
     oracle = Oracle(tiny)
