@@ -24,6 +24,8 @@ RULES = [
     "extend", "decode", "verify", "begin a step", "go on with a step", "finish a step", "abandon a step", "open", "fork",
     "truncate", "snapshot", "restore", "rewind", "release", "save", "load", "close", "evict", "refused: in a step",
 ]  # fmt: skip
+# So few examples may leave these out; `tests.cache.test_steps` has programs of them.
+RARE = {"go on with a step", "finish a step", "abandon a step", "evict", "refused: in a step"}
 
 
 def test_every_rule_did_something():
@@ -32,7 +34,8 @@ def test_every_rule_did_something():
     print("\n".join(f"{count:7} {name}" for name, count in sorted(done.items())))
     print(f"{done.total():7} in all")
     assert done.total() >= MIN_DONE
-    assert [name for name in RULES if not done[name]] == []
+    excused = RARE if settings.get_current_profile_name() == "repeatable" else set()
+    assert {name for name in RULES if not done[name]} <= excused
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
