@@ -4,14 +4,11 @@ Run as a program it makes every check and prints ``{check: "" or its fault}``: b
 modules are imported.
 """
 
-import json
 import sys
-import traceback
 from dataclasses import replace
 
 import torch
 
-from dsv4_kernels import memory
 from sglang_dsv4.attention import EagerAttention, FixedShape, device, lists
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
@@ -19,6 +16,7 @@ from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTa
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention import flashinfer_model
 from tests.cache.driver import make_spec
+from tests.kernels.interpreting import make_checks
 
 SCALE = 512**-0.5
 
@@ -307,17 +305,7 @@ def main():
     """Make every check."""
     global FLASHINFER
     FLASHINFER = load()
-    torch.set_num_threads(1)
-    memory.set_poison(True)
-    results = {}
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            check()
-            results[name] = ""
-        except (AssertionError, ValueError, UnsupportedError):
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    make_checks(CHECKS, (AssertionError, ValueError, UnsupportedError))
 
 
 if __name__ == "__main__":

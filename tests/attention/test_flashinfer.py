@@ -1,27 +1,14 @@
 """FlashInfer attention without a GPU: our kernels interpreted, FlashInfer's planner and kernel as plain loops."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from sglang_dsv4 import env
 from tests.attention.flashinfer_checks import CHECKS
+from tests.kernels.interpreting import interpreted
 
 
 @pytest.fixture(scope="module")
 def results():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.attention.flashinfer_checks"],
-        env=env.snapshot()
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return interpreted("tests.attention.flashinfer_checks")
 
 
 @pytest.mark.long

@@ -3,13 +3,10 @@
 Run as a program it makes every check on the CPU and prints ``{check: "" or its fault}``.
 """
 
-import json
 import math
-import traceback
 
 import torch
 
-from dsv4_kernels import memory
 from dsv4_kernels.layout import BF16_ROW, FP8_584_ROW
 from dsv4_kernels.mla_schedule import naive_mla_schedule
 from dsv4_kernels.mla_schedule.fused import mla_schedule
@@ -31,6 +28,7 @@ from tests.kernels.attention_world import (
     make_step,
     make_work,
 )
+from tests.kernels.interpreting import make_checks
 
 INF, NAN = math.inf, math.nan
 
@@ -183,20 +181,5 @@ CHECKS = {
 }
 
 
-def main():
-    """Make every check on the CPU."""
-    torch.set_num_threads(1)
-    memory.set_poison(True)
-    results = {}
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            check()
-            results[name] = ""
-        except AssertionError:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    make_checks(CHECKS)

@@ -4,15 +4,12 @@ Run as a program it makes every check on the CPU and prints ``{check: "" or its 
 kernel is defined, so it needs a process of its own.
 """
 
-import json
 import random
-import traceback
 
 import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels import memory
 from dsv4_kernels.device import EXACT
 from dsv4_kernels.flush_csa import CsaTuning
 from dsv4_kernels.flush_hca import HcaTuning
@@ -23,6 +20,7 @@ from dsv4_kernels.norm_rope.fused import tree_sum
 from dsv4_kernels.row_codec import naive_store_rows
 from dsv4_kernels.row_codec.fused import store_chunk, store_format
 from tests.kernels.flush_world import HCA_RATIO, World, nan_pool, one_step, random_schedule
+from tests.kernels.interpreting import make_checks
 
 POOLS = ("csa_pool", "index_pool", "hca_pool")
 # Relative error of a pooled fp32 value. A weight exp2((g - m) log2 e) is off by 2^-24 (1 + 2 |g - m|) from its argument and
@@ -213,20 +211,5 @@ CHECKS = {
 }
 
 
-def main():
-    """Make every check on the CPU."""
-    torch.set_num_threads(1)
-    memory.set_poison(True)
-    results = {}
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            check()
-            results[name] = ""
-        except AssertionError:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    make_checks(CHECKS)

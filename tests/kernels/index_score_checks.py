@@ -3,14 +3,11 @@
 Run as a program it makes every check on the CPU and prints ``{check: "" or its fault}``.
 """
 
-import json
-import traceback
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
 
-from dsv4_kernels import memory
 from dsv4_kernels.index_query import fused as index_query_fused
 from dsv4_kernels.index_score import fused as index_score_fused
 from dsv4_kernels.index_score.fused import IndexTuning, select_entries
@@ -26,6 +23,7 @@ from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.step import StepTensors
 from tests.kernels.flush_world import nan_pool
+from tests.kernels.interpreting import make_checks
 
 RATIO = 4
 NOWHERE = 1 << 40
@@ -316,20 +314,5 @@ CHECKS = {
 }
 
 
-def main():
-    """Make every check on the CPU."""
-    torch.set_num_threads(1)
-    memory.set_poison(True)
-    results = {}
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            check()
-            results[name] = ""
-        except AssertionError:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    make_checks(CHECKS)

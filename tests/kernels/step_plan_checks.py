@@ -3,8 +3,6 @@
 Run as a program it makes them on the CPU and prints ``{check: "" or its fault}``.
 """
 
-import json
-import traceback
 from dataclasses import fields
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from dsv4_kernels import memory
 from dsv4_kernels.step_plan import naive_step_plan, step_buffers, step_part
 from dsv4_kernels.step_plan.fused import step_plan
+from tests.kernels.interpreting import make_checks
 
 PAGE = 256
 TENSORS = ("positions", "token_rows", "seq_lens", "extend_lens", "state_slots", "history_pages", "window_pages")  # fmt: skip
@@ -120,19 +119,5 @@ CHECKS = {"batches": check_batches, "long tables": check_long_tables, "nothing":
 assert {field.name for field in fields(step_buffers(1, 1, 1, PAGE, 0, "cpu"))} > set(TENSORS)
 
 
-def main():
-    """Make every check on the CPU."""
-    torch.set_num_threads(1)
-    memory.set_poison(True)
-    results = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            results[name] = ""
-        except AssertionError:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    make_checks(CHECKS)

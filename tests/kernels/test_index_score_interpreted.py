@@ -1,27 +1,14 @@
 """The fused indexer's logic under Triton's CPU interpreter."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from sglang_dsv4 import env
 from tests.kernels.index_score_checks import CHECKS
+from tests.kernels.interpreting import interpreted
 
 
 @pytest.fixture(scope="module")
 def results():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.index_score_checks"],
-        env=env.snapshot()
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return interpreted("tests.kernels.index_score_checks")
 
 
 @pytest.mark.long

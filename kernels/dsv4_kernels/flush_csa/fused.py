@@ -8,8 +8,6 @@ A **request program** pools the blocks that need rows of earlier steps (of the s
 only then overwrites the ring rows they came from. In a decode step it does everything.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +22,7 @@ from dsv4_kernels.flush.fused import (
     store_entries,
 )
 from dsv4_kernels.flush.naive import CompressorParams, CsaFlush
+from dsv4_kernels.flush_csa.tuning import CsaTuning, csa_tuning
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.step import StepTensors
 
@@ -248,8 +247,8 @@ def csa_tokens(
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_csa_kernel(
     step, main, index, num_requests, num_tokens, page_stride, num_window_rows, main_eps, index_eps,
-    MAIN: tl.constexpr, INDEX: tl.constexpr, C: tl.constexpr, MAIN_BLOCKS: tl.constexpr, INDEX_BLOCKS: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr,
-    SCAN: tl.constexpr,
+    MAIN: tl.constexpr, INDEX: tl.constexpr, C: tl.constexpr, MAIN_BLOCKS: tl.constexpr,
+    INDEX_BLOCKS: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Requests of the main compressor, requests of the indexer, then their tokens: those that wait longest go first."""
     PARTS: tl.constexpr = (MAIN is not None) + (INDEX is not None)
@@ -283,35 +282,6 @@ def flush_csa_kernel(
                 csa_tokens(
                     step, index, i_g, num_tokens, page_stride, no_row, index_eps, INDEX, min(C, INDEX.dim), INDEX_BLOCKS, CASTS
                 )  # fmt: skip
-
-
-class CsaTuning(NamedTuple):
-    """How a launch is cut; the bytes written do not depend on it.
-
-    Attributes:
-        warps (int): warps per program.
-        chunk (int): channels of the pooled rows that a program holds at once.
-        main_blocks (int): entries that a token program pools together.
-        index_blocks (int): index keys that a token program pools together.
-        options (dict[str, int]): of the compiler.
-    """
-
-    warps: int
-    chunk: int
-    main_blocks: int
-    index_blocks: int
-    options: dict[str, int]
-
-
-def csa_tuning(num_tokens: int, num_requests: int) -> CsaTuning:
-    """The tuning for a step of this shape.
-
-    A decode step waits for one block's latency: a program takes all its channels at once. A long prefill needs many loads in
-    flight: one warp, which waits for no other, takes 16 bytes a thread at a time, and many fit on a multiprocessor.
-    """
-    if num_tokens <= max(8 * num_requests, 2048):
-        return CsaTuning(4, 512, 1, 4, {})
-    return CsaTuning(1, 128, 1, 1, {"maxnreg": 128})
 
 
 def _launch_csa(
