@@ -16,10 +16,11 @@ TERMINATE_S = 15.0
 LOG_LINES_SHOWN = 25
 # Enough for every request of the demonstration at once, small enough for any machine. The share of window pages is
 # SGLang's to choose, and it would choose a tenth: too few for the requests, and windows that a prefix hit needs would
-# be gone by then, or not, depending on the order in which requests ended.
+# be gone by then, or not, depending on the order in which requests ended. The share of memory only has to be large: SGLang
+# counts what other programs take during the start as the model's, and ends if that is more.
 CAPACITY = (
     "--max-total-tokens", "16384", "--swa-full-tokens-ratio", "0.5", "--max-running-requests", "16",
-    "--mem-fraction-static", "0.1",
+    "--mem-fraction-static", "0.5",
 )  # fmt: skip
 
 

@@ -261,7 +261,7 @@ import json, sys
 import sglang
 engine = sglang.Engine(
     model_path=sys.argv[1], device="cpu", attention_backend="torch_native", skip_tokenizer_init=True,
-    max_total_tokens=1024, mem_fraction_static=0.1,
+    max_total_tokens=1024, mem_fraction_static=0.5,
 )
 asked = dict(sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}, return_logprob=True)
 answers = engine.generate(input_ids=[[1, 2, 3], list(range(40)), list(range(40))], **asked)
