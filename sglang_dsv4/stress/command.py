@@ -30,11 +30,11 @@ from sglang_dsv4.stress.summary import Run
 from sglang_dsv4.tiny.tokenizer import VOCAB_SIZE
 
 REQUESTS = 200
-# A burst outgrows these pages, so that requests are sent back to the queue in the middle; and exact rows, so that one
-# wrong entry among many shows.
+# Pages enough to keep prefixes, and few enough that a burst outgrows them and requests are sent back to the queue in the
+# middle; and exact rows, so that one wrong entry among many shows.
 TINY_SERVER = (
-    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "5120", "--swa-full-tokens-ratio", "0.9",
-    "--schedule-conservativeness", "0.01", "--enable-cache-report",
+    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "10240", "--swa-full-tokens-ratio", "0.9",
+    "--max-running-requests", "32", "--schedule-conservativeness", "0.01", "--enable-cache-report",
 )  # fmt: skip
 RUNTIME_PAGES = 64
 

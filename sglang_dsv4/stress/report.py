@@ -54,6 +54,7 @@ def draw_run(run: Run, path: Path) -> None:
     pairs = list(zip(run.samples, run.samples[1:], strict=False))
     rates = [(b.done - a.done) / (b.at_s - a.at_s) for a, b in pairs]
     top.plot(times[1:], rates, color="black")
+    top.set_ylim(bottom=0)
     top.set_ylabel("requests per second")
     top.set_title(
         f"{len(run.outcomes)} requests, {run.load.concurrency} at a time: {len(run.faults)} faults"
@@ -61,14 +62,18 @@ def draw_run(run: Run, path: Path) -> None:
     for pool in run.start["usage"]:
         total = run.start["usage"][pool]["total"]
         name = pool.replace("_", " ")
-        used = [(s.usage[pool]["used"] + s.usage[pool]["cached"]) / total for s in run.samples]
-        (line,) = bottom.plot(times, used, label=f"{name}, with kept prefixes")
         live = [sample.usage[pool]["used"] / total for sample in run.samples]
-        bottom.plot(times, live, color=line.get_color(), linestyle=":", label=f"{name}, in use")
+        (line,) = bottom.plot(times, live, label=f"{name} in use")
+        kept = [s.usage[pool]["cached"] / total for s in run.samples]
+        if any(kept):
+            both = [a + b for a, b in zip(live, kept, strict=True)]
+            bottom.plot(
+                times, both, color=line.get_color(), linestyle=":", label="and kept prefixes"
+            )
     bottom.set_ylim(0, 1.05)
     bottom.set_ylabel("share of the pool")
     bottom.set_xlabel("seconds")
-    bottom.legend(loc="upper left", fontsize="small", ncols=2)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=3)
     figure.savefig(path, dpi=120)
 
 
