@@ -6,10 +6,11 @@ ARGS ?=
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: help env demo test test-long lint stress-cache clean
+.PHONY: help env demo stress test test-long lint stress-cache clean
 
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
+	@echo 'make stress  serve it, send many requests at once, and check every answer; ARGS="--requests 2000" goes to the command'
 	@echo 'make test    lint, types and all tests but the long ones; ARGS="-k name" goes to pytest'
 	@echo 'make test-long      the tests that take minutes: kernels interpreted and compiled for SM80 to SM120, long walks, slow starts'
 	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
@@ -24,6 +25,9 @@ env:
 
 demo: env
 	@.venv/bin/python -m sglang_dsv4 demo $(ARGS)
+
+stress: env
+	@.venv/bin/python -m sglang_dsv4 stress --tiny $(ARGS)
 
 lint: env
 	.venv/bin/python -m ruff check .

@@ -20,6 +20,10 @@ COMMANDS = {
         "sglang_dsv4.demo.command",
         "serve a tiny checkpoint with SGLang and check every answer",
     ),
+    "stress": (
+        "sglang_dsv4.stress.command",
+        "send a server many requests at once and check every answer",
+    ),
     "prune": (
         "sglang_dsv4.cache.prune_command",
         "remove pages of saved sequences that no manifest names any more",

@@ -2,7 +2,6 @@
 
 import argparse
 import signal
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -23,13 +22,12 @@ from sglang_dsv4.demo.client import Client
 from sglang_dsv4.demo.report import print_answers, print_memory, print_verdict
 from sglang_dsv4.demo.server import Server, ServerDiedError, active_line
 from sglang_dsv4.demo.standards import build_standards, num_steps
+from sglang_dsv4.demo.start import ready_checkpoint, wait_until_healthy
 from sglang_dsv4.demo.verdict import check_lengths, check_prefix_hits, check_proof, judge
 from sglang_dsv4.demo.workload import NEW_TOKENS, plan_requests
 from sglang_dsv4.runtime.oracle import Oracle
 from sglang_dsv4.runtime.rounding import ROUNDINGS
-from sglang_dsv4.tiny import TinySpec, holds_checkpoint, write_tiny_checkpoint
 
-START_S = 240.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,7 +63,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; the exit status."""
     # A `kill` must end the server too: as an exception it passes through the `with` block that owns it.
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     console = Console()
     columns = (
         SpinnerColumn(),
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress) -> int:
-    checkpoint = _checkpoint(args.build_dir / "tiny", progress)
+    checkpoint = ready_checkpoint(args.build_dir / "tiny", progress)
     oracle = Oracle(checkpoint)
     requests = plan_requests()
     log = args.build_dir / "demo-server.log"
@@ -94,7 +92,7 @@ def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress)
         checkpoint, log, ("--dtype", args.dtype, "--dsv4-kv-format", args.dsv4_kv_format)
     ) as server:
         client = Client(server.url, oracle.vocab_size)
-        _wait_until_healthy(server, client, progress)
+        wait_until_healthy(server, client, progress)
         task = progress.add_task("requests", total=len(requests))
         answers = client.run(requests, NEW_TOKENS, lambda: progress.advance(task))
         facts = client.plugin_facts()
@@ -127,35 +125,6 @@ def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress)
     return 1 if faults else 0
 
 
-def _checkpoint(path: Path, progress: Progress) -> Path:
-    """The tiny checkpoint, written unless it is there."""
-    spec = TinySpec()
-    task = progress.add_task("checkpoint", total=1)
-    if not holds_checkpoint(path, spec):
-        write_tiny_checkpoint(path, spec)
-    progress.advance(task)
-    return path
-
-
-def _wait_until_healthy(server: Server, client: Client, progress: Progress) -> None:
-    """Wait for the server to take requests.
-
-    Raises:
-        ServerDiedError: it ended instead.
-        TimeoutError: it did neither within `START_S` seconds.
-    """
-    task = progress.add_task("server starts", total=1)
-    deadline = time.monotonic() + START_S
-    while not client.is_healthy():
-        server.check_alive()
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"the server was not ready after {START_S:.0f} s; its log is {server.log}"
-            )
-        time.sleep(0.25)
-    progress.advance(task)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
+def leave(number: int, frame: FrameType | None) -> None:
     del frame
     raise SystemExit(128 + number)

@@ -82,6 +82,12 @@ class Server:
         assert self._process is not None
         end_group(self._process)
 
+    @property
+    def group(self) -> int:
+        """Its process group."""
+        assert self._process is not None
+        return self._process.pid
+
     def check_alive(self) -> None:
         """Raise if the server has ended.
 

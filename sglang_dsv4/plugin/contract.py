@@ -69,6 +69,10 @@ CONTRACT = (
     ContractName(STATE_BYTES, "our bytes per request, for the size of the pools"),
     ContractName(VALIDATE, "refuses token ids outside the vocabulary, which would end the server"),
     ContractName(INTERNAL_STATE, "adds the memory report to /server_info"),
+    ContractName(
+        f"{_SRT}.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
+        "tells /server_info how many pages are in use",
+    ),
     ContractName(INIT_INFO, "the last check before a scheduler takes requests"),
     ContractName(f"{_POOL}._make_kv_pool", "overridden: no native rows are allocated"),
     ContractName(f"{_POOL}._make_indexer_pool", "overridden: no native index keys are allocated"),

@@ -120,7 +120,7 @@ def demo(build_dir: Path, shared: dict[Path, Oracle], monkeypatch: pytest.Monkey
         return shared.setdefault(checkpoint, Oracle(checkpoint))
 
     def run(row_format: str = "bf16", **attributes: object) -> int:
-        path = command._checkpoint(build_dir / "tiny", _NoProgress())
+        path = command.ready_checkpoint(build_dir / "tiny", _NoProgress())
         client = type(
             "Client",
             (FakeClient,),

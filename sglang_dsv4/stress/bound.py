@@ -1,0 +1,49 @@
+"""How far two runs of a right server may be apart, and the control that proves that more would show."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
+from sglang_dsv4.stress.answers import Answer, Outcome
+from sglang_dsv4.stress.summary import is_served
+
+
+def measured_bound(checkpoint: Path, token_ids: Sequence[Sequence[int]], row_format: str) -> float:
+    """The bound of a checkpoint, by its rounding errors on some sequences.
+
+    Each of two runs is within `comparison_bound` of exact arithmetic over rows rounded alike; so the two are within
+    twice that of each other.
+
+    Args:
+        checkpoint (Path): what is served, in fp32.
+        token_ids (Sequence[Sequence[int]]): sequences like those that are compared.
+        row_format (str): of the cache.
+    """
+    oracle = Oracle(checkpoint)
+    errors = [oracle.arithmetic_error(tuple(ids), row_format).max().item() for ids in token_ids]
+    return 2 * comparison_bound(0.0, max(errors))
+
+
+def control_answer(outcomes: Sequence[Outcome]) -> tuple[Outcome, Answer] | None:
+    """The answer by which a wrong prompt must show: the longest prompt whose tokens came, log-probabilities first."""
+    found = [
+        (outcome, answer)
+        for outcome in outcomes
+        for answer in outcome.answers
+        if is_served(outcome) and answer.token_ids and not outcome.case.stop
+    ]
+    return max(
+        found,
+        key=lambda pair: (pair[1].logprobs is not None, pair[1].prompt_tokens),
+        default=None,
+    )
+
+
+def wrong_prompt(prompt_ids: Sequence[int], *, has_logprobs: bool) -> tuple[tuple[int, ...], int]:
+    """A prompt with one other token, and where.
+
+    With log-probabilities it lies in the first quarter: a long prompt knows it through compressed entries only. Tokens
+    alone may not change by that; then it is the last.
+    """
+    at = len(prompt_ids) // 4 if has_logprobs else len(prompt_ids) - 1
+    return (*prompt_ids[:at], prompt_ids[at] ^ 1, *prompt_ids[at + 1 :]), at

@@ -1,0 +1,200 @@
+"""A whole stress test of one target: load, leak check, comparison, control."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.progress import Progress
+
+from sglang_dsv4.stress.answers import Outcome
+from sglang_dsv4.stress.bound import control_answer, measured_bound, wrong_prompt
+from sglang_dsv4.stress.cases import Case, make_case
+from sglang_dsv4.stress.check import judge, read_reference
+from sglang_dsv4.stress.client import StressClient
+from sglang_dsv4.stress.drive import Load, Sample, drive, sample_pools, wait_until_unused
+from sglang_dsv4.stress.references import Judge, Question, Reference
+from sglang_dsv4.stress.runtime_target import ROW_FORMAT, RuntimeTarget
+from sglang_dsv4.stress.summary import Run, is_served
+
+# Requests in a row without a reply, after which the server is taken for gone.
+PATIENCE = 20
+NUM_BOUND_SAMPLES = 4
+Facts = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class Asked(Protocol):
+    """What a comparison needs of a target."""
+
+    async def ask(self, question: Question) -> Reference: ...
+
+    async def tokenize(self, message: str) -> tuple[int, ...]: ...
+
+
+class ServerTarget:
+    """A server that answers requests alone.
+
+    Args:
+        client (StressClient): of the server.
+    """
+
+    def __init__(self, client: StressClient) -> None:
+        self.client = client
+
+    async def ask(self, question: Question) -> Reference:
+        """The answer to a question alone on a cold cache."""
+        prompt_ids, new_tokens, stop = question
+        reply = await self.client.generate_alone(prompt_ids, new_tokens, stop)
+        return read_reference(prompt_ids, reply)
+
+    async def tokenize(self, message: str) -> tuple[int, ...]:
+        """The tokens of a chat."""
+        return await self.client.chat_ids(message)
+
+
+class Watch:
+    """Shows outcomes as they come, and sees when a server is gone."""
+
+    def __init__(self, progress: Progress, load: Load) -> None:
+        self.num_done = 0
+        self._silent = 0
+        self._num_answers = 0
+        self._progress = progress
+        self._task = progress.add_task("requests", total=load.requests)
+
+    def note(self, outcome: Outcome) -> None:
+        """One more."""
+        self.num_done += 1
+        self._num_answers += len(outcome.answers)
+        self._silent = 0 if outcome.status else self._silent + 1
+        self._progress.update(
+            self._task, advance=1, description=f"requests, {self._num_answers} answers"
+        )
+
+    def is_gone(self) -> bool:
+        """Whether nothing has come for long."""
+        return self._silent >= PATIENCE
+
+
+async def stress_server(
+    url: str,
+    load: Load,
+    progress: Progress,
+    *,
+    target: str,
+    bound: float | None,
+    memory_bytes: Callable[[], int] | None,
+) -> Run:
+    """Stress a running server.
+
+    Raises:
+        ConnectionError: it stopped answering.
+        ValueError: our cache does not run there; or no bound was given, and its checkpoint cannot give one.
+        httpx.HTTPError: it refused a request that was sent alone.
+    """
+    client = StressClient(url)
+
+    async def facts() -> dict[str, Any]:
+        now = await client.facts()
+        return now if memory_bytes is None else {**now, "memory_bytes": memory_bytes()}
+
+    try:
+        start, _ = await wait_until_unused(facts)
+        watch, samples, began = Watch(progress, load), list[Sample](), time.monotonic()
+        sampler = asyncio.create_task(sample_pools(facts, samples, lambda: watch.num_done))
+        outcomes = await drive(client.send, load, watch.note, watch.is_gone)
+        load_s = time.monotonic() - began
+        sampler.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await sampler
+        if watch.is_gone():
+            raise ConnectionError(f"the server stopped answering: {outcomes[-1].faults[0]}")
+        end, leaks = await wait_until_unused(facts)
+        asked = ServerTarget(client)
+        checker = Judge(asked.ask, asked.tokenize)
+        checkpoint, row_format = _checkpoint_of(end), end["report"]["row_format"]
+        checker.bound = await _bound(checker, outcomes, bound, checkpoint, row_format)
+        control = await compare(checker, outcomes, progress)
+    finally:
+        await client.close()
+    return Run(
+        target, load, outcomes, checker.findings, checker.bound, control, leaks, start, end, samples,
+        load_s, checker.num_references,
+    )  # fmt: skip
+
+
+async def stress_runtime(checkpoint: Path, load: Load, progress: Progress, num_pages: int) -> Run:
+    """Stress a runtime in this process, ``load.concurrency`` cases in a batch."""
+    runtime = RuntimeTarget(checkpoint, num_pages, max_requests=load.concurrency)
+    start = await runtime.facts()
+    watch, outcomes, began = Watch(progress, load), list[Outcome](), time.monotonic()
+    number, deadline = load.first, began + 60 * load.minutes
+    last = None if load.requests is None else load.first + load.requests
+    while number < last if last is not None else time.monotonic() < deadline:
+        upto = number + load.concurrency if last is None else min(number + load.concurrency, last)
+        cases: list[Case] = [make_case(load.seed, index) for index in range(number, upto)]
+        for outcome in runtime.send(cases):
+            outcomes.append(outcome)
+            watch.note(outcome)
+        number = upto
+    load_s = time.monotonic() - began
+    end, leaks = await wait_until_unused(runtime.facts, patience_s=0)
+    checker = Judge(runtime.ask, runtime.tokenize)
+    checker.bound = await _bound(checker, outcomes, None, checkpoint, ROW_FORMAT)
+    control = await compare(checker, outcomes, progress)
+    return Run(
+        f"--runtime {checkpoint}", load, outcomes, checker.findings, checker.bound, control, leaks,
+        start, end, (), load_s, checker.num_references,
+    )  # fmt: skip
+
+
+async def compare(
+    checker: Judge, outcomes: Sequence[Outcome], progress: Progress
+) -> tuple[str, ...]:
+    """Judge all outcomes; then what the judge says of an answer to another prompt."""
+    task = progress.add_task("comparing", total=len(outcomes))
+    for outcome in outcomes:
+        await checker.add(outcome)
+        shown = f"comparing, {checker.num_references} alone, {len(checker.findings.mismatches)} mismatches"
+        progress.update(task, advance=1, description=shown)
+    chosen = control_answer(outcomes)
+    if chosen is None:
+        return ()
+    outcome, answer = chosen
+    prompt_ids, new_tokens, stop = await checker.question(outcome, answer)
+    wrong, at = wrong_prompt(prompt_ids, has_logprobs=answer.logprobs is not None)
+    reference = await checker.reference((wrong, new_tokens, stop))
+    verdict = judge(answer, reference, checker.bound, is_whole=True)
+    where = f"with token {at} of {len(wrong)} another one"
+    return tuple(f"{where}: {fault}" for fault in verdict.faults)
+
+
+async def _bound(
+    checker: Judge,
+    outcomes: Sequence[Outcome],
+    given: float | None,
+    checkpoint: Path | None,
+    row_format: str,
+) -> float:
+    """The user's, or that of the checkpoint over the longest sequences: errors grow with the context."""
+    if given is not None:
+        return given
+    if checkpoint is None:
+        raise ValueError(
+            "--bound: expected a number, since the server's checkpoint is not a folder here that is served in float32"
+        )
+    answered = [(o, answer) for o in outcomes if is_served(o) for answer in o.answers]
+    questions = {await checker.question(outcome, answer) for outcome, answer in answered}
+    longest = sorted(questions, key=lambda question: len(question[0]))[-NUM_BOUND_SAMPLES:]
+    if not longest:
+        raise ValueError("expected at least one answer to compare, got none")
+    references = [await checker.reference(question) for question in longest]
+    sequences = [(*reference.prompt_ids, *reference.token_ids[:-1]) for reference in references]
+    return measured_bound(checkpoint, sequences, row_format)
+
+
+def _checkpoint_of(facts: dict[str, Any]) -> Path | None:
+    path = Path(str(facts["model_path"]))
+    return path if path.is_dir() and facts["dtype"] == "float32" else None

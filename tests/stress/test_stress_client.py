@@ -1,0 +1,191 @@
+"""The client against a server of a few lines: what it sends, and what it makes of whole, cut and refused replies."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from sglang_dsv4.stress.cases import (
+    CHAT,
+    COMPLETIONS,
+    EDGES,
+    GENERATE,
+    INVALID,
+    NUM_TURNS,
+    Case,
+    make_case,
+)
+from sglang_dsv4.stress.client import StressClient
+from sglang_dsv4.stress.drive import Load, drive
+
+PROMPT = (9, 10, 11)
+
+
+def native(text, ids, finish=None):
+    return {
+        "text": text,
+        "meta_info": {
+            "output_token_logprobs": [[-0.5, token, None] for token in ids],
+            "finish_reason": finish and {"type": finish},
+            "prompt_tokens": 3,
+            "cached_tokens": 0,
+            "num_retractions": 1,
+        },
+    }
+
+
+WHOLE = [native("a", [5]), native("ab", [5, 6]), native("abc", [5, 6, 7], "length")]
+
+
+def sse(events, end="data: [DONE]\n\n"):
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
+
+
+def send(case, content, status=200):
+    """The outcome of one case, and the bodies that the server got."""
+    bodies = []
+
+    def handle(request):
+        bodies.append((request.url.path, json.loads(request.content)))
+        return httpx.Response(status, text=content)
+
+    async def run():
+        client = StressClient("http://server", httpx.MockTransport(handle))
+        try:
+            return await client.send(case)
+        finally:
+            await client.close()
+
+    return asyncio.run(run()), bodies
+
+
+def case(endpoint=GENERATE, **options):
+    return Case(3, "short", endpoint, (PROMPT,), new_tokens=3, **options)
+
+
+def test_a_stream_is_read_to_its_end():
+    outcome, ((path, body),) = send(case(stream=True), sse(WHOLE))
+    (answer,) = outcome.answers
+    assert outcome.faults == () and outcome.first_s is not None
+    assert (answer.text, answer.token_ids, answer.finish) == ("abc", (5, 6, 7), "length")
+    assert answer.retractions == 1
+    assert path == GENERATE and body["stream"] and body["sampling_params"]["temperature"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("events", "end", "message"),
+    [
+        (WHOLE[:2], "", "the stream ended after 2 events"),
+        ([], "", "the stream ended after 0 events"),
+        ([WHOLE[1], native("xb", [5, 6], "length")], "data: [DONE]\n\n", "after 'ab'"),
+        ([{"error": {"message": "no memory"}}], "data: [DONE]\n\n", "no memory"),
+        (WHOLE, "data: {\n\n", "JSONDecodeError"),
+    ],
+)
+def test_a_stream_that_is_cut_or_takes_text_back_is_a_fault(events, end, message):
+    outcome, _ = send(case(stream=True), sse(events, end))
+    assert message in " ".join(outcome.faults)
+
+
+def test_a_character_that_is_completed_later_is_no_fault():
+    events = [native("a\ufffd", [5]), native("aé", [5, 6], "length")]
+    assert send(case(stream=True), sse(events))[0].faults == ()
+
+
+def test_a_client_that_leaves_stops_listening_and_one_that_aborts_says_so():
+    left, bodies = send(case(stream=True, leave_after=1), sse(WHOLE))
+    assert left.faults == () and left.answers[0].text == "a" and len(bodies) == 1
+    aborted, bodies = send(case(stream=True, leave_after=1, abort=True), sse(WHOLE))
+    assert aborted.faults == () and aborted.answers[0].text == "abc"
+    assert bodies[1] == ("/abort_request", {"rid": bodies[0][1]["rid"]})
+
+
+def test_many_prompts_and_many_continuations():
+    replies = json.dumps([WHOLE[2]] * 4)
+    burst = Case(0, "burst", GENERATE, (PROMPT, (9,)), new_tokens=3, n=2)
+    outcome, ((_, body),) = send(burst, replies)
+    assert [answer.prompt for answer in outcome.answers] == [0, 0, 1, 1]
+    assert body["input_ids"] == [[9, 10, 11], [9]] and body["sampling_params"]["n"] == 2
+
+
+def test_openai_replies_whole_and_streamed():
+    choice = {"text": "abc", "token_ids": [5, 6, 7], "finish_reason": "stop"}
+    outcome, ((_, body),) = send(
+        case(COMPLETIONS, stop=("x",)),
+        json.dumps({"choices": [choice], "usage": {"prompt_tokens": 3}}),
+    )
+    assert outcome.answers[0].token_ids == (5, 6, 7) and body["stop"] == ["x"]
+    events = [
+        {"choices": [{"text": "ab", "token_ids": [5, 6], "finish_reason": None}]},
+        {"choices": [{"text": "c", "token_ids": [7], "finish_reason": "length"}]},
+    ]
+    (answer,) = send(case(COMPLETIONS, stream=True), sse(events))[0].answers
+    assert (answer.text, answer.token_ids, answer.finish) == ("abc", (5, 6, 7), "length")
+    chat = Case(0, "chat", CHAT, message="hi", new_tokens=2, stream=True)
+    events = [
+        {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
+        {"choices": [{"delta": {"content": "yo"}, "finish_reason": "length"}]},
+        {"choices": []},
+    ]
+    outcome, ((_, body),) = send(chat, sse(events))
+    (answer,) = outcome.answers
+    assert (answer.text, answer.token_ids, answer.finish) == ("yo", None, "length")
+    assert body["messages"] == [{"role": "user", "content": "hi"}]
+
+
+def test_a_status_is_kept_and_no_reply_is_a_fault():
+    assert send(case(), "{}", status=503)[0].status == 503
+    assert "KeyError" in send(case(), "{}")[0].faults[0]
+
+    async def refuse():
+        def handle(request):
+            raise httpx.ConnectError("refused", request=request)
+
+        return await StressClient("http://server", httpx.MockTransport(handle)).send(case())
+
+    outcome = asyncio.run(refuse())
+    assert outcome.status == 0 and "ConnectError: refused" in outcome.faults[0]
+
+
+def test_cases_are_a_function_of_seed_and_number():
+    cases = [make_case(7, number) for number in range(3000)]
+    assert cases == [make_case(7, number) for number in range(3000)]
+    assert cases != [make_case(8, number) for number in range(3000)]
+    kinds = {c.workload for c in cases}
+    assert kinds == {
+        "short", "chat", "edge", "long", "agent", "branch", "stop", "leave", "abort", "burst", "invalid",
+    }  # fmt: skip
+    edges = {len(c.prompts[0]) for c in cases if c.workload == "edge"}
+    assert edges == {edge + by for edge in EDGES for by in range(-2, 3)}
+    agents = {c.prompts[0] for c in cases if c.workload == "agent"}
+    longer = [a for a in agents if any(a != b and a[: len(b)] == b for b in agents)]
+    assert len(longer) >= len(agents) * (NUM_TURNS - 1) // NUM_TURNS
+    assert {str(c.invalid) for c in cases if c.invalid} == {str(body) for _, body in INVALID}
+    assert {c.endpoint for c in cases} == {GENERATE, COMPLETIONS, CHAT}
+
+
+@pytest.mark.parametrize(("requests", "expected"), [(10, 10), (2, 2)])
+def test_as_many_at_once_as_asked_for(requests, expected):
+    running, most, steps = 0, 0, []
+
+    async def answer(sent):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return sent
+
+    class Sent:
+        def __init__(self, case):
+            self.case = case
+
+    load = Load(seed=0, first=5, requests=requests, minutes=0.0, concurrency=3)
+    outcomes = asyncio.run(
+        drive(lambda c: answer(Sent(c)), load, steps.append, is_ended=lambda: False)
+    )
+    assert [outcome.case.number for outcome in outcomes] == list(range(5, 5 + expected))
+    assert len(steps) == expected and most == min(3, requests)
+    ended = asyncio.run(drive(lambda c: answer(Sent(c)), load, steps.append, lambda: True))
+    assert ended == []

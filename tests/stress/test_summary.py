@@ -1,0 +1,127 @@
+"""The result: what it counts, what it prints, what it draws, and the command that sends a request again."""
+
+import io
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from sglang_dsv4.plugin.usage import pool_usage
+from sglang_dsv4.stress.answers import Answer, Outcome
+from sglang_dsv4.stress.bound import control_answer, wrong_prompt
+from sglang_dsv4.stress.cases import Case
+from sglang_dsv4.stress.drive import Load, Sample, leaks
+from sglang_dsv4.stress.references import Findings
+from sglang_dsv4.stress.report import draw_run, print_run
+from sglang_dsv4.stress.summary import Run, percentiles
+
+USAGE = {"history_pages": {"total": 20, "free": 12, "cached": 8, "used": 0}}
+FACTS = {"usage": USAGE, "report": {"total_bytes": 3 << 20}, "memory_bytes": 5 << 20}
+ANSWER = Answer(0, "ab", (5, 6), (-0.1, -0.2), "length", 400, 256, 1)
+OUTCOMES = [
+    Outcome(Case(number, "short", prompts=((9,) * 400,)), 200, (ANSWER,), seconds=number + 1.0)
+    for number in range(30)
+]
+RUN = Run(
+    target="http://server",
+    load=Load(seed=7, first=0, requests=30, minutes=0.0, concurrency=16),
+    outcomes=OUTCOMES,
+    findings=Findings(num_answers=30, num_tokens=60),
+    bound=1e-4,
+    control=("with token 100 of 400 another one: off",),
+    leaks=(),
+    start=FACTS,
+    end=FACTS,
+    samples=[Sample(5.0 * i, USAGE, 10 * i) for i in range(4)],
+    load_s=15.0,
+    num_references=3,
+)
+
+
+def printed(run):
+    console = Console(file=io.StringIO(), width=200)
+    print_run(console, run)
+    return console.file.getvalue()
+
+
+def test_a_right_run():
+    facts = json.loads(json.dumps(RUN.to_dict()))
+    assert facts["faults"] == [] and facts["retractions"] == 30
+    assert facts["cached_share"] == pytest.approx(256 / 400)
+    assert facts["seconds"]["p50"] == pytest.approx(15.5) and facts["seconds"]["max"] == 30
+    text = printed(RUN)
+    assert "RIGHT  30 requests, 0 mismatches, 0 leaks" in text and "64.0%" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"findings": Findings(mismatches=[(OUTCOMES[20], "token 2 is 8")])},
+            "request 20 (short): token 2 is 8; again: python -m sglang_dsv4 stress http://server --seed 7 --first 4 "
+            "--requests 17 --concurrency 16",
+        ),
+        ({"leaks": ["leak: window_pages: 1 of 18"]}, "leak: window_pages: 1 of 18"),
+        ({"control": ()}, "the comparison proves nothing"),
+    ],
+)
+def test_each_wrong_thing_fails(changes, message):
+    run = replace(RUN, **changes)
+    assert run.to_dict()["faults"] == run.faults and len(run.faults) == 1
+    text = printed(run)
+    assert message in text and "FAILED  1 faults" in text and "RIGHT" not in text
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    draw_run(RUN, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_control_takes_the_longest_prompt_with_log_probabilities():
+    bare = replace(ANSWER, prompt_tokens=900, logprobs=None)
+    left = replace(OUTCOMES[1], case=replace(OUTCOMES[1].case, leave_after=2))
+    short = replace(OUTCOMES[2], answers=(replace(ANSWER, prompt_tokens=5),))
+    outcomes = [left, short, OUTCOMES[0], replace(OUTCOMES[3], answers=(bare,))]
+    assert control_answer(outcomes) == (OUTCOMES[0], ANSWER)
+    assert control_answer([left]) is None
+    prompt = tuple(range(8, 48))
+    assert wrong_prompt(prompt, has_logprobs=True) == ((*prompt[:10], 19, *prompt[11:]), 10)
+    assert wrong_prompt(prompt, has_logprobs=False) == ((*prompt[:39], 46), 39)
+
+
+def test_percentiles_of_few_values():
+    assert percentiles([]) == {}
+    assert percentiles([2.0]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0, "max": 2.0}
+
+
+def scheduler(held_tokens=0, free_slots=4):
+    stats = SimpleNamespace(
+        full_available_size=2048 - held_tokens, full_evictable_size=512, full_num_used=held_tokens,
+        swa_available_size=1024, swa_evictable_size=256, swa_num_used=0,
+    )  # fmt: skip
+    slots = SimpleNamespace(size=4, available_size=lambda: free_slots)
+    observer = SimpleNamespace(get_pool_stats=lambda: stats)
+    return SimpleNamespace(pool_stats_observer=observer, req_to_token_pool=slots)
+
+
+def test_the_use_of_pools_in_pages():
+    usage = pool_usage(scheduler(), 256)
+    assert usage["history_pages"] == {"total": 10, "free": 8, "cached": 2, "used": 0}
+    assert usage["window_pages"] == {"total": 5, "free": 4, "cached": 1, "used": 0}
+    assert leaks(usage) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"held_tokens": 256}, "history_pages: 1 of 10"),
+        ({"held_tokens": 1}, "history_pages: 1 of 10"),
+        ({"held_tokens": -256}, "history_pages: -1 of 10"),
+        ({"free_slots": 3}, "request_slots: 1 of 4"),
+    ],
+)
+def test_a_leak_of_less_than_a_page_shows(fault, message):
+    (found,) = leaks(pool_usage(scheduler(**fault), 256))
+    assert message in found
