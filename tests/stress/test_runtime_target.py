@@ -37,12 +37,14 @@ class Hurt(RuntimeTarget):
         return outcomes
 
 
+@pytest.mark.long
 def test_a_run_is_right(small_checkpoint):
     run = stress(small_checkpoint)
     assert run.faults == [] and run.control
     assert len(run.outcomes) == REQUESTS and run.findings.num_answers >= REQUESTS // 2
 
 
+@pytest.mark.long
 def test_a_held_page_and_a_wrong_token_are_found(small_checkpoint, monkeypatch):
     monkeypatch.setattr(session, "RuntimeTarget", Hurt)
     run = stress(small_checkpoint)
