@@ -24,6 +24,10 @@ COMMANDS = {
         "sglang_dsv4.stress.command",
         "send a server many requests at once and check every answer",
     ),
+    "inspect": (
+        "sglang_dsv4.inspect_command",
+        "show what a failed integrity check left behind",
+    ),
     "prune": (
         "sglang_dsv4.cache.prune_command",
         "remove pages of saved sequences that no manifest names any more",

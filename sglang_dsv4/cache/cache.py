@@ -290,7 +290,7 @@ class CompressedKVCache(CacheSequences):
             self.spec, ledger.allocator, requests, ledger.snapshots, ledger.grants
         )
         if memory:
-            integrity.check_memory(self.spec, self.layers, self.storage.num_window_rows, requests)
+            integrity.check_memory(self.spec, self.layers, requests)
 
     def _layer(self, layer_id: int) -> LayerCache:
         if not 0 <= layer_id < len(self.layers):

@@ -10,16 +10,18 @@ Device memory, one pass over what requests can read:
     I6 rows: every entry, index key and window row that a query could reach is finite.
     I7 streams: the kept rows of the open and the previous block, the open block's accumulator, and the boundary state of
        the page before an open page are finite.
+    I8 sums (`sglang_dsv4.cache.row_sums`, where it was asked for): every row that a query could read has the checksum that
+       was kept when its step wrote it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4.cache.layer import LayerCache
 from sglang_dsv4.cache.pages import NULL_PAGE, PageAllocator, PageGrant, stack_tables
+from sglang_dsv4.cache.reach import Spans, load, reachable
 from sglang_dsv4.cache.request import Request, Snapshot
 from sglang_dsv4.errors import CacheInvariantError
 from sglang_dsv4.spec import CacheSpec
@@ -79,57 +81,33 @@ def check_pages(
 
 
 def check_memory(
-    spec: CacheSpec, layers: Sequence[LayerCache], num_window_rows: int, requests: Sequence[Request]
+    spec: CacheSpec, layers: Sequence[LayerCache], requests: Sequence[Request]
 ) -> None:
     """I6 and I7: reads device memory.
 
     Raises:
         CacheInvariantError: names the invariant, the request, the layer and the first bad row.
     """
-    for request in requests:
-        if request.seq_len:
-            for cache in layers:
-                for label, what, values in _reachable(spec, cache, num_window_rows, request):
-                    bad = torch.nonzero(~torch.isfinite(values).flatten(1).all(dim=1)).flatten()
-                    if len(bad):
-                        raise CacheInvariantError(
-                            f"{label}: {request}: layer {cache.layer.layer_id}: {what} {int(bad[0])}: expected finite "
-                            f"values, got {len(bad)} of {len(values)} that are not"
-                        )
-
-
-def _reachable(
-    spec: CacheSpec, cache: LayerCache, num_window_rows: int, request: Request
-) -> Iterator[tuple[str, str, torch.Tensor]]:
-    storage, ratio, page_tokens = cache.storage, cache.layer.ratio, spec.page_tokens
-    device = storage.pool.device
-    tables = stack_tables([(request.pages, PageGrant((), ()))], device)
-    positions = torch.arange(
-        spec.first_window_position(request.min_len), request.seq_len, device=device
-    )
-    rows = tables.window[0, positions // page_tokens] * page_tokens + positions % page_tokens
-    yield "I6 rows", "window row", naive_load_rows(storage.pool, rows, spec.rows)
-    if ratio == 0:
+    filled = [request for request in requests if request.seq_len]
+    if not filled:
         return
-    per_page = page_tokens // ratio
-    entries = torch.arange(request.num_entries(ratio), device=device)
-    rows = tables.history[0, entries // per_page] * per_page + entries % per_page
-    yield "I6 rows", "entry", naive_load_rows(storage.pool, num_window_rows + rows, spec.rows)
-    if storage.index_pool is not None:
-        yield "I6 rows", "index key", naive_load_rows(storage.index_pool, rows, spec.index_keys)
-    slot, tail = request.state_slot, request.tail_len(ratio)
-    if storage.accumulators is not None and tail:
-        ring = storage.accumulators.shape[1]
-        yield (
-            "I7 streams",
-            "accumulator part",
-            storage.accumulators[slot, (request.seq_len - 1) % ring],
-        )
-    first_row = max(request.seq_len - tail - ratio, request.seq_len // page_tokens * page_tokens)
-    for store in (storage.main, storage.index):
-        if store is not None:
-            kept = torch.arange(first_row, request.seq_len, device=device) % store.streams.shape[1]
-            yield "I7 streams", "stream row", store.streams[slot, kept]
-            before = (request.seq_len - tail) // page_tokens - 1
-            if before >= 0 and (request.seq_len - tail) % page_tokens == 0:
-                yield "I7 streams", "boundary row", store.boundary[tables.window[0, before]]
+    tables = stack_tables(
+        [(request.pages, PageGrant((), ())) for request in filled], layers[0].storage.pool.device
+    )
+    spans = Spans(
+        seq_lens=[request.seq_len for request in filled],
+        min_lens=[request.min_len for request in filled],
+        state_slots=[request.state_slot for request in filled],
+        history=tables.history,
+        window=tables.window,
+    )
+    for cache in layers:
+        for rows in reachable(spec, cache, spans):
+            finite = torch.isfinite(load(spec, cache, rows.what, rows.rows)).all(dim=1)
+            bad = torch.nonzero(~finite).flatten()
+            if len(bad):
+                request = filled[int(rows.owners[bad[0]])]
+                raise CacheInvariantError(
+                    f"{rows.label}: {request}: layer {cache.layer.layer_id}: {rows.what} {int(rows.indices[bad[0]])}: "
+                    f"expected finite values, got {len(bad)} of {len(finite)} rows that are not"
+                )

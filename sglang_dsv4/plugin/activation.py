@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ def _create_backend(runner: Any) -> Any:
     from sglang_dsv4.attention import make_attention
     from sglang_dsv4.plugin import model_fixes
     from sglang_dsv4.plugin.backend import CompressedKVBackend
+    from sglang_dsv4.plugin.checks import ServingChecks
     from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
     from sglang_dsv4.plugin.portable.install import check_installed
     from sglang_dsv4.plugin.portable.model_ops import widen_bf16_parameters
@@ -168,7 +170,12 @@ def _create_backend(runner: Any) -> Any:
     facts = describe(pool.cache, attention.name, reason, ops)
     pool.facts = facts
     logger.info(active_line(facts))
-    return CompressedKVBackend(pool, runner.req_to_token_pool.req_to_token, attention)
+    chosen = options.read()
+    checks = None
+    if chosen.check != "off":
+        checks = ServingChecks(pool.cache, chosen.check, Path(chosen.dumps))
+        logger.info("sglang_dsv4: integrity checks: %s", chosen.check)
+    return CompressedKVBackend(pool, runner.req_to_token_pool.req_to_token, attention, checks)
 
 
 def _check_serving(result: Any, scheduler: Any) -> None:

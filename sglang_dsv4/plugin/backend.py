@@ -9,6 +9,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang_dsv4.attention import Attention
 from sglang_dsv4.cache import CompressorInput, PageTables, StepPlan
 from sglang_dsv4.errors import StalePlanError
+from sglang_dsv4.plugin.checks import ServingChecks
 from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
 
 
@@ -25,12 +26,17 @@ class CompressedKVBackend(AttentionBackend):
     needs_cpu_seq_lens = True
 
     def __init__(
-        self, pool: CompressedTokenToKVPool, req_to_token: torch.Tensor, attention: Attention
+        self,
+        pool: CompressedTokenToKVPool,
+        req_to_token: torch.Tensor,
+        attention: Attention,
+        checks: ServingChecks | None = None,
     ) -> None:
         super().__init__()
         self.token_to_kv_pool = pool
         self.cache = pool.cache
         self.attention = attention
+        self.checks = checks
         self._req_to_token = req_to_token
         self._selected: dict[int, torch.Tensor] = {}
         self.steps: Counter[str] = Counter()
@@ -43,6 +49,8 @@ class CompressedKVBackend(AttentionBackend):
             self.token_to_kv_pool.plan = None
             return
         plan = self._plan(forward_batch)
+        if self.checks is not None:
+            self.checks.before(plan, forward_batch.rids)
         self.token_to_kv_pool.plan = plan
         self.attention.plan(plan)
 
@@ -134,9 +142,12 @@ class CompressedKVBackend(AttentionBackend):
             raise StalePlanError(
                 f"layer {layer.layer_id}: expected rows stored before attention, got save_kv_cache=True"
             )
-        return self.attention.run(
+        out = self.attention.run(
             layer.layer_id, q, attn_sink, self._selected.pop(layer.layer_id, None)
         )
+        if self.checks is not None and layer.layer_id == len(self.cache.layers) - 1:
+            self.checks.after(self.token_to_kv_pool.current_plan(), forward_batch.rids)
+        return out
 
     def _compressor_input(
         self, x: torch.Tensor, forward_batch: Any, compressor: Any

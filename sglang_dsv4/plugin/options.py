@@ -10,16 +10,20 @@ from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 
 ENABLE_FLAG = "--enable-dsv4-compressed-kv"
+CHECK_LEVELS = ("off", "boundary", "step")
 _INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Formats of the cache, and the attention that was asked for; None takes the fastest that is possible."""
+    """Formats of the cache, the attention that was asked for (None takes the fastest that is possible), and how much is
+    checked while serving, with the folder for what a failed check leaves behind."""
 
     row_format: str = "bf16"
     index_format: str = "bf16"
     attention: str | None = None
+    check: str = "off"
+    dumps: str = "."
 
     def formats(self) -> dict[str, str]:
         """Those of them that are fields of `CacheSpec`."""
@@ -52,6 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Attention: eager, flashinfer or flashmla (default: the fastest that is possible on the device).",
     )
+    group.add_argument(
+        "--dsv4-check",
+        metavar="LEVEL",
+        default=None,
+        help="Checksums of stored rows: off (default), boundary (compared at prefix hits and whole pages) or step (before "
+        "every step). A failed check stops the server and leaves a dump for `python -m sglang_dsv4 inspect`.",
+    )
+    group.add_argument(
+        "--dsv4-check-dumps",
+        metavar="DIR",
+        default=None,
+        help="Folder for dumps (default: the current one).",
+    )
 
 
 def publish(args: argparse.Namespace) -> None:
@@ -65,12 +82,15 @@ def publish(args: argparse.Namespace) -> None:
         env.KV_FORMAT: getattr(args, "dsv4_kv_format", None),
         env.INDEX_FORMAT: getattr(args, "dsv4_index_format", None),
         env.ATTENTION: getattr(args, "dsv4_attention", None),
+        env.CHECK: getattr(args, "dsv4_check", None),
+        env.CHECK_DUMPS: getattr(args, "dsv4_check_dumps", None),
     }
     if getattr(args, "enable_dsv4_compressed_kv", False):
         env.set_value(env.COMPRESSED_KV, "1")
     elif any(chosen.values()) and not is_enabled():
         raise UnsupportedError(
-            f"--dsv4-kv-format, --dsv4-index-format, --dsv4-attention: expected together with {ENABLE_FLAG}"
+            "--dsv4-kv-format, --dsv4-index-format, --dsv4-attention, --dsv4-check, --dsv4-check-dumps: expected together "
+            f"with {ENABLE_FLAG}"
         )
     for name, value in chosen.items():
         if value is not None:
@@ -86,7 +106,7 @@ def read() -> Options:
     """The options in force.
 
     Raises:
-        UnsupportedError: a variable names a format that does not exist.
+        UnsupportedError: a variable names a format, or a level of checks, that does not exist.
     """
     from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
 
@@ -100,4 +120,8 @@ def read() -> Options:
         raise UnsupportedError(
             f"{env.INDEX_FORMAT}: expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}"
         )
-    return Options(row_format, index_format, env.get(env.ATTENTION))
+    check = env.get(env.CHECK) or CHECK_LEVELS[0]
+    if check not in CHECK_LEVELS:
+        raise UnsupportedError(f"{env.CHECK}: expected one of {list(CHECK_LEVELS)}, got {check!r}")
+    dumps = env.get(env.CHECK_DUMPS) or "."
+    return Options(row_format, index_format, env.get(env.ATTENTION), check, dumps)

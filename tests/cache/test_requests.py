@@ -255,8 +255,13 @@ def test_each_page_invariant_is_checked_under_its_label(cache, label, damage):
         ("I6", 0, "window row", lambda layer, slot: layer.pool[slot["window"]]),
         ("I6", 1, "entry", lambda layer, slot: layer.pool[slot["entry"]]),
         ("I6", 1, "index key", lambda layer, slot: layer.index_pool[slot["key"]]),
-        ("I7", 1, "stream row", lambda layer, slot: layer.main.streams[slot["state"], 300 % 8]),
-        ("I7", 2, "accumulator part", lambda layer, slot: layer.accumulators[slot["state"], 0, 1]),
+        (
+            "I7",
+            1,
+            "main stream row",
+            lambda layer, slot: layer.main.streams[slot["state"], 300 % 8],
+        ),
+        ("I7", 2, "accumulator", lambda layer, slot: layer.accumulators[slot["state"], 0, 1]),
     ],
 )
 def test_each_memory_invariant_is_checked_under_its_label(cache, label, layer_id, what, tensor):
@@ -277,7 +282,7 @@ def test_boundary_state_is_checked(cache):
     request = cache.open()
     feed(cache, [(request, random_sequence(cache.spec, 257), 257)])
     cache.storage.layers[1].main.boundary[request.pages.window[0]].fill_(float("nan"))
-    with pytest.raises(CacheInvariantError, match="^I7 .*layer 1: boundary row"):
+    with pytest.raises(CacheInvariantError, match="^I7 .*layer 1: main boundary state"):
         cache.check_integrity(memory=True)
 
 

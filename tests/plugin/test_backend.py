@@ -92,6 +92,7 @@ class Server:
             positions=torch.cat([torch.arange(begin, end) for *_, begin, end in items]),
             req_pool_indices=torch.tensor([slot for slot, *_ in items]),
             out_cache_loc=None,
+            rids=[f"r{slot}" for slot, *_ in items],
         )
         self.backend.init_forward_metadata(batch)
         append_all(

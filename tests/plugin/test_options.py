@@ -11,7 +11,14 @@ from sglang_dsv4.plugin import options
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in (env.COMPRESSED_KV, env.KV_FORMAT, env.INDEX_FORMAT, env.ATTENTION):
+    for name in (
+        env.COMPRESSED_KV,
+        env.KV_FORMAT,
+        env.INDEX_FORMAT,
+        env.ATTENTION,
+        env.CHECK,
+        env.CHECK_DUMPS,
+    ):
         monkeypatch.setenv(name, "")
 
 
@@ -69,4 +76,18 @@ def test_a_misspelt_switch_is_not_off(monkeypatch, value):
 def test_a_misspelt_format_is_named(monkeypatch):
     monkeypatch.setenv(env.KV_FORMAT, "fp8")
     with pytest.raises(UnsupportedError, match=f"{env.KV_FORMAT}: expected one of .*, got 'fp8'"):
+        options.read()
+
+
+def test_the_level_of_checks_is_carried():
+    flags = ("--dsv4-check", "step", "--dsv4-check-dumps", "/dumps")
+    options.publish(parse("--enable-dsv4-compressed-kv", *flags))
+    assert (options.read().check, options.read().dumps) == ("step", "/dumps")
+
+
+def test_an_unknown_level_of_checks_is_refused():
+    options.publish(parse("--enable-dsv4-compressed-kv", "--dsv4-check", "always"))
+    with pytest.raises(
+        UnsupportedError, match=r"expected one of \['off', 'boundary', 'step'\], got 'always'"
+    ):
         options.read()
