@@ -15,7 +15,7 @@ class Answer:
         prompt (int): which of the case's prompts it continues.
         text (str): as it came.
         token_ids (tuple[int, ...] | None): None where the endpoint does not give them.
-        logprobs (tuple[float, ...] | None): of the tokens; None where they were not asked for.
+        logprobs (tuple[float, ...] | None): of the tokens; None where they were not asked for, or were lost.
         finish (str | None): why it ended; None: it did not.
         prompt_tokens (int): tokens of the prompt.
         cached_tokens (int): of them, from the prefix cache.
@@ -97,11 +97,16 @@ def read_native(case: Case, reply: dict[str, Any] | list[dict[str, Any]]) -> tup
 def _native(prompt: int, reply: dict[str, Any]) -> Answer:
     meta = reply["meta_info"]
     pairs = meta.get("output_token_logprobs") or ()
+    token_ids = tuple(int(token_id) for _, token_id, *_ in pairs)
+    logprobs: tuple[float, ...] | None = tuple(float(value) for value, *_ in pairs)
+    # SGLang 0.5.17 loses the first log-probabilities of some requests that it retracts; their tokens are whole.
+    if int(meta.get("num_retractions", 0)) and token_ids != tuple(reply["output_ids"]):
+        token_ids, logprobs = tuple(reply["output_ids"]), None
     return Answer(
         prompt,
         reply["text"],
-        tuple(int(token_id) for _, token_id, *_ in pairs),
-        tuple(float(value) for value, *_ in pairs),
+        token_ids,
+        logprobs,
         (meta.get("finish_reason") or {}).get("type"),
         int(meta["prompt_tokens"]),
         int(meta.get("cached_tokens", 0)),

@@ -6,6 +6,7 @@ import json
 import httpx
 import pytest
 
+from sglang_dsv4.stress.answers import read_native
 from sglang_dsv4.stress.cases import (
     CHAT,
     COMPLETIONS,
@@ -25,6 +26,7 @@ PROMPT = (9, 10, 11)
 def native(text, ids, finish=None):
     return {
         "text": text,
+        "output_ids": ids,
         "meta_info": {
             "output_token_logprobs": [[-0.5, token, None] for token in ids],
             "finish_reason": finish and {"type": finish},
@@ -36,6 +38,19 @@ def native(text, ids, finish=None):
 
 
 WHOLE = [native("a", [5]), native("ab", [5, 6]), native("abc", [5, 6, 7], "length")]
+
+
+@pytest.mark.parametrize("retractions", [0, 1])
+def test_tokens_are_whole_where_a_retraction_lost_log_probabilities(retractions):
+    """SGLang's lists of a retracted request may begin late. Without a retraction that is a fault, and stays one."""
+    reply = native("abc", [5, 6, 7], "length")
+    del reply["meta_info"]["output_token_logprobs"][0]
+    reply["meta_info"]["num_retractions"] = retractions
+    (answer,) = read_native(Case(0, "short", GENERATE, (PROMPT,), 3), reply)
+    if retractions:
+        assert (answer.token_ids, answer.logprobs) == ((5, 6, 7), None)
+    else:
+        assert (answer.token_ids, answer.logprobs) == ((6, 7), (-0.5, -0.5))
 
 
 def sse(events, end="data: [DONE]\n\n"):
