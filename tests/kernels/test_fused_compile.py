@@ -10,7 +10,8 @@ from triton.compiler import ASTSource
 from dsv4_kernels.flush.fused import CompressorPointers, CompressorShape, StepPointers
 from dsv4_kernels.flush_csa.fused import flush_csa_kernel
 from dsv4_kernels.flush_csa.tuning import csa_tuning
-from dsv4_kernels.flush_hca.fused import HcaWorkspace, flush_hca_kernel, hca_tuning
+from dsv4_kernels.flush_hca.fused import HcaWorkspace, flush_hca_kernel
+from dsv4_kernels.flush_hca.tuning import hca_tuning
 from dsv4_kernels.layout import BF16_INDEX, BF16_ROW, FP8_584_ROW, FP8_INDEX
 from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.window_store.fused import window_store_kernel, window_tuning

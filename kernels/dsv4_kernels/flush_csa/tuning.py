@@ -27,6 +27,8 @@ def csa_tuning(num_tokens: int, num_requests: int) -> CsaTuning:
     A decode step waits for one block's latency: a program takes all its channels at once. A long prefill needs many loads in
     flight: one warp, which waits for no other, takes 16 bytes a thread at a time, and many fit on a multiprocessor.
     """
-    if num_tokens <= max(8 * num_requests, 2048):
+    if num_tokens <= 8 * num_requests:
         return CsaTuning(4, 512, 1, 4, {})
+    if num_tokens <= 2048:
+        return CsaTuning(4, 512, 1, 1, {})
     return CsaTuning(1, 128, 1, 1, {"maxnreg": 128})

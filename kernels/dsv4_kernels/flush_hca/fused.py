@@ -21,6 +21,7 @@ from dsv4_kernels.flush.fused import (
     store_entries,
 )
 from dsv4_kernels.flush.naive import CompressorParams
+from dsv4_kernels.flush_hca.tuning import HcaTuning, hca_tuning
 from dsv4_kernels.layout import HEAD_DIM, RowFormat
 from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
@@ -218,35 +219,6 @@ def hca_workspace(max_requests: int, max_tokens: int, device: torch.device) -> H
         rows=empty((rows, HEAD_DIM), torch.float32, device),
         arrived=torch.zeros(rows, dtype=torch.int32, device=device),
     )
-
-
-class HcaTuning(NamedTuple):
-    """How a launch is cut; the bytes written do not depend on it.
-
-    Attributes:
-        unroll (int): tokens that are loaded ahead.
-        warps (int): warps per program.
-        split (int): programs that share a block's channels.
-    """
-
-    unroll: int
-    warps: int
-    split: int
-
-
-def hca_tuning(num_tokens: int, num_requests: int) -> HcaTuning:
-    """The tuning for a step of this shape.
-
-    A decode step takes one token per request. A prefill's blocks take 128 tokens one after another, and are few: the
-    fewer, the more programs share the channels of each, and the more tokens each of these must have in flight.
-    """
-    if num_tokens <= num_requests:
-        return HcaTuning(1, 2, 1)
-    if num_tokens <= 8 * num_requests:
-        return HcaTuning(4, 4, 1)
-    if num_tokens <= 16384:
-        return HcaTuning(16, 1, 16)
-    return HcaTuning(4, 1, 4)
 
 
 def flush_hca(
