@@ -3,6 +3,7 @@
 Run as a program it makes every check on the CPU and prints ``{check: "" or its fault}``.
 """
 
+import itertools
 import math
 
 import torch
@@ -140,13 +141,13 @@ def check_mla_schedule(device="cpu"):
     """Every number of every lane equals the reference's, and nothing else is written."""
     for name, positions, lanes in SCHEDULES:
         tensor = torch.tensor(positions, device=device)
-        for kind in KINDS.values():
+        for kind, split in itertools.product(KINDS.values(), (True, False)):
             found, expected = (make_work(len(positions), lanes, device) for _ in range(2))
-            mla_schedule(tensor, kind, 9000, 64, found)
-            naive_mla_schedule(tensor, kind, 9000, 64, expected)
+            mla_schedule(tensor, kind, 9000, 64, found, split)
+            naive_mla_schedule(tensor, kind, 9000, 64, expected, split)
             for field in found.__dataclass_fields__:
                 same = torch.equal(getattr(found, field), getattr(expected, field))
-                assert same, f"{name} {kind.name} {lanes} lanes: {field}"
+                assert same, f"{name} {kind.name} {lanes} lanes, split {split}: {field}"
 
 
 def check_row_gather(device="cpu"):

@@ -53,7 +53,7 @@ def test_mla_schedule(architecture, block):
         "p_positions": "*i64", "num_tokens": "i32", "list_stride": "i32", "num_heads": "i32",
         "work": WorkPointers(*["*i32"] * len(WorkPointers._fields)), "num_lanes": "i32",
     }  # fmt: skip
-    constants = KIND | {"TILE": 64, "SECOND": 2, "MANY": 2, "PIECE": 12, "BT": block}
+    constants = KIND | {"SPLIT": True, "TILE": 64, "SECOND": 2, "MANY": 2, "PIECE": 12, "BT": block}
     assert machine_code(
         mla_schedule_kernel, arguments, constants, architecture, 4 if block == 32 else 8
     )

@@ -30,17 +30,18 @@ def tiles_of_lanes(work):
     return [sum(tiles[a:b]) for a, b in zip(begins, begins[1:], strict=False)]
 
 
-def schedule(positions, kind, lanes):
+def schedule(positions, kind, lanes, split=True):
     work = make_work(len(positions), lanes)
-    naive_mla_schedule(torch.tensor(positions), kind, 9000, 64, work)
+    naive_mla_schedule(torch.tensor(positions), kind, 9000, 64, work, split)
     return work
 
 
+@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", SCHEDULES, ids=[name for name, _, _ in SCHEDULES])
-def test_every_key_is_taken_once(case, kind):
+def test_every_key_is_taken_once(case, kind, split):
     _, positions, lanes = case
-    work = schedule(positions, KINDS[kind], lanes)
+    work = schedule(positions, KINDS[kind], lanes, split)
     count = int(work.lane_begin[-1])
     assert count <= max_works(len(positions), lanes)
     lengths = KINDS[kind].lengths(torch.tensor(positions)).tolist()
@@ -107,6 +108,17 @@ def test_unequal_lists_are_shared_out_evenly():
     positions = [(1 << 20) - 1] + [300] * 255
     taken = tiles_of_lanes(schedule(positions, HCA, 132))
     assert max(taken) <= -(-sum(taken) // 132) + 1
+
+
+@pytest.mark.parametrize("case", SCHEDULES, ids=[name for name, _, _ in SCHEDULES])
+def test_whole_queries_go_round_the_lanes(case):
+    """Nothing about a query's work depends on the others but its lane."""
+    _, positions, lanes = case
+    work = schedule(positions, CSA, lanes, split=False)
+    assert (work.num_pieces == 1).all()
+    assert work.first_lane.tolist() == [token % lanes for token in range(len(positions))]
+    if max(positions) > 10_000 and lanes > 1:
+        assert (schedule(positions, HCA, lanes).num_pieces > 1).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

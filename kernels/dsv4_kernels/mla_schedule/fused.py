@@ -29,7 +29,7 @@ class WorkPointers(NamedTuple):
 @triton.jit(do_not_specialize=["num_tokens", "list_stride", "num_heads"])
 def mla_schedule_kernel(
     p_positions, num_tokens, list_stride, num_heads, work, num_lanes, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    MOST: tl.constexpr, TILE: tl.constexpr, SECOND: tl.constexpr, MANY: tl.constexpr, PIECE: tl.constexpr, BT: tl.constexpr,
+    MOST: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, SECOND: tl.constexpr, MANY: tl.constexpr, PIECE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Every program sees all queries, and writes the works of one lane."""
     i_l = tl.program_id(0)
@@ -54,6 +54,9 @@ def mla_schedule_kernel(
     b_stretch = (b_rounds * b_most + b_piece > b_line + SECOND) & (
         (b_rounds < MANY) | (2 * b_most > b_line)
     )
+    if not SPLIT:
+        b_stretch = b_most < 0
+        b_piece = b_most
     b_rounds = tl.where(b_stretch, 0, b_rounds)
     b_piece = tl.where(b_stretch, b_line, b_piece)
     b_rest = tl.where(o_t >= b_rounds * num_lanes, b_tiles, 0)
@@ -89,8 +92,8 @@ def mla_schedule_kernel(
 
 
 def mla_schedule(
-    positions: torch.Tensor, kind: ListKind, list_stride: int, num_heads: int, work: WorkLists
-) -> None:
+    positions: torch.Tensor, kind: ListKind, list_stride: int, num_heads: int, work: WorkLists, split: bool = True
+) -> None:  # fmt: skip
     """`naive_mla_schedule` in one launch; arguments as there.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: work.
@@ -111,6 +114,7 @@ def mla_schedule(
         WINDOW=kind.window,
         RATIO=kind.ratio,
         MOST=(1 << 40) if kind.most is None else kind.most,
+        SPLIT=split,
         TILE=TILE_KEYS,
         SECOND=SECOND_WORK_TILES,
         MANY=MANY_ROUNDS,

@@ -16,8 +16,8 @@ MANY_ROUNDS = 2
 
 
 def naive_mla_schedule(
-    positions: torch.Tensor, kind: ListKind, list_stride: int, num_heads: int, work: WorkLists
-) -> None:
+    positions: torch.Tensor, kind: ListKind, list_stride: int, num_heads: int, work: WorkLists, split: bool = True
+) -> None:  # fmt: skip
     """Share the tiles of all queries' lists out among the lanes. A query without keys counts as one tile.
 
     Either whole rounds of one query per lane, and the rest cut into pieces of equal size, so few that each lane takes one;
@@ -30,6 +30,8 @@ def naive_mla_schedule(
         list_stride (int): from one query's list to the next one's.
         num_heads (int): rows of partial results per piece.
         work (WorkLists): written.
+        split (bool): whether queries may be cut. Pieces are rounded before they are merged, and where a query is cut depends
+            on the others; of whole queries each has its result whatever the others are.
     """
     lanes = work.num_lanes
     lengths = kind.lengths(positions).tolist()
@@ -44,6 +46,8 @@ def naive_mla_schedule(
         piece += max(1, piece // 8)
     stretch = rounds * most + piece > line + SECOND_WORK_TILES
     stretch = stretch and (rounds < MANY_ROUNDS or 2 * most > line)
+    if not split:
+        stretch, piece = False, most
     if stretch:
         rounds, piece = 0, line
     takes: list[list[tuple[int, int, int, int]]] = [[] for _ in range(lanes)]
