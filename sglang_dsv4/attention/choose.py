@@ -84,7 +84,12 @@ def choose_attention(name: str | None, capabilities: Capabilities) -> tuple[type
 
 
 def make_attention(
-    name: str | None, cache: CompressedKVCache, num_heads: int, *, fixed: FixedShape | None = None
+    name: str | None,
+    cache: CompressedKVCache,
+    num_heads: int,
+    *,
+    fixed: FixedShape | None = None,
+    like: Attention | None = None,
 ) -> tuple[Attention, str]:
     """Choose as `choose_attention` does, and make it.
 
@@ -93,6 +98,8 @@ def make_attention(
         cache (CompressedKVCache): what is attended to.
         num_heads (int): query heads.
         fixed (FixedShape | None): the one shape of every step, for CUDA graphs; eager attention has no use for it.
+        like (Attention | None): one of the same cache with a larger fixed shape, planned before. The two take turns, so the new
+            one uses its buffers where the implementation can.
 
     Returns:
         tuple[Attention, str]: the attention, and the reason.
@@ -102,7 +109,9 @@ def make_attention(
     )
     if chosen is EagerAttention:
         return EagerAttention(cache), reason
-    return chosen(cache, num_heads, fixed=fixed), reason  # type: ignore[call-arg]
+    workspace = getattr(like, "workspace", None)
+    options = {} if workspace is None else {"workspace": workspace}
+    return chosen(cache, num_heads, fixed=fixed, **options), reason  # type: ignore[call-arg]
 
 
 def why_not_flashinfer(device: Device, row_format: str, num_heads: int) -> str:

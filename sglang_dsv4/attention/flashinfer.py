@@ -205,6 +205,7 @@ class FlashInferAttention(Attention):
         self._sparse_prefill = _load_prefill(prefill, found, cache.spec.row_format, num_heads)
         self.prefill = "flashinfer" if self._sparse_prefill is None else "flashmla"
         self._packed = cache.spec.rows is FP8_584_ROW
+        shared = workspace is not None  # whose first user has checked the layout of plans
         if workspace is None:
             partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
             workspace = Workspace(partials, self.device)
@@ -219,8 +220,26 @@ class FlashInferAttention(Attention):
         self._lists: dict[str, torch.Tensor] = {}
         self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
         self.chunks: dict[str, list[Chunk]] = {}
-        if schedule == "own":
+        if schedule == "own" and not shared:
             self._check_layout()
+
+    @property
+    def capture_fault(self) -> str:
+        if self.schedule == "own":
+            return ""
+        return (
+            f"the planner of FlashInfer {flashinfer.__version__} runs on the host; expected {' or '.join(KNOWN_VERSIONS)}, "
+            "whose plan can be made on the device"
+        )
+
+    @property
+    def plans_on_host(self) -> bool:
+        return self.schedule == "stock"
+
+    @property
+    def nbytes(self) -> int:
+        plans = [plan for plan in self._plans.values() if isinstance(plan, OwnSchedule)]
+        return self.workspace.nbytes + sum(plan.ints.nbytes for plan in plans)
 
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:

@@ -82,6 +82,10 @@ class FlashMLAAttention(Attention):
         self._lengths: dict[str, torch.Tensor] = {}
         self._meta: dict[str, object] = {}
 
+    @property
+    def nbytes(self) -> int:
+        return sum(lists.nbytes for lists in self._lists.values())
+
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
             raise ValueError(

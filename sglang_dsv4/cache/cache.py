@@ -53,13 +53,15 @@ class CompressedKVCache(CacheSequences):
         device: torch.device | str = "cpu",
         checks: str = "off",
         kernels: str = "auto",
+        index_heads: int | None = None,
     ) -> None:
+        """`create` says what the arguments are; with ``index_heads``, the indexer's scratch is allocated at once."""
         if checks not in CHECK_LEVELS:
             raise ValueError(f"checks: expected one of {CHECK_LEVELS}, got {checks!r}")
         self.spec = spec
         self.device = torch.device(device)
         self.pages = pages
-        self.ops = make_ops(kernels, spec, pages.capacity, self.device)
+        self.ops = make_ops(kernels, spec, pages.capacity, self.device, index_heads)
         self.storage = CacheStorage(spec, pages.capacity, self.device)
         self.layers = tuple(
             LayerCache(

@@ -66,7 +66,13 @@ class CacheOps(Protocol):
         """Pool rows of the entries that each new token attends to; see `CompressedKVCache.select`."""
 
 
-def make_ops(name: str, spec: CacheSpec, capacity: Capacity, device: torch.device) -> CacheOps:
+def make_ops(
+    name: str,
+    spec: CacheSpec,
+    capacity: Capacity,
+    device: torch.device,
+    index_heads: int | None = None,
+) -> CacheOps:
     """The operations of a cache.
 
     Args:
@@ -74,6 +80,7 @@ def make_ops(name: str, spec: CacheSpec, capacity: Capacity, device: torch.devic
         spec (CacheSpec): the cache's.
         capacity (Capacity): bounds the scratch.
         device (torch.device): where the cache lives.
+        index_heads (int | None): of the indexer, where they are known beforehand.
 
     Raises:
         ValueError: an unknown name.
@@ -88,7 +95,7 @@ def make_ops(name: str, spec: CacheSpec, capacity: Capacity, device: torch.devic
 
     if device.type != "cuda" and not is_interpreting():
         raise UnsupportedError(f"kernels triton: expected a CUDA device, got {device}")
-    return TritonOps(spec, capacity, device)
+    return TritonOps(spec, capacity, device, index_heads)
 
 
 class TorchOps:

@@ -25,7 +25,13 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, spec: CacheSpec, capacity: Capacity, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: CacheSpec,
+        capacity: Capacity,
+        device: torch.device,
+        index_heads: int | None = None,
+    ) -> None:
         self._spec = spec
         self._device = device
         # No step has more new tokens than the window pages hold.
@@ -33,6 +39,8 @@ class TritonOps:
         self._max_entries = capacity.history_pages * spec.page_tokens // CSA_RATIO
         self._hca = hca_workspace(capacity.state_slots, self._max_tokens, device)
         self._index: IndexWorkspace | None = None
+        if index_heads is not None and any(layer.indexed for layer in spec.layers):
+            self._index_scratch(index_heads)
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +112,7 @@ class TritonOps:
         return out
 
     def _index_scratch(self, heads: int) -> IndexWorkspace:
-        """Made by the first call, since only the model knows how many index heads there are."""
+        """Made by the first call where nobody said how many index heads the model has."""
         if self._index is None:
             tokens = min(self._max_tokens, _MAX_SCORED_TOKENS)
             scores = max(self._max_entries, min(_MAX_SCORES, tokens * self._max_entries))
