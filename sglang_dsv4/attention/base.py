@@ -48,10 +48,9 @@ class Attention(ABC):
         """Whether ``plan`` needs the step's lengths on the host."""
         return False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers that it keeps from step to step."""
-        return 0
+    def buffers(self) -> dict[int, int]:
+        """Bytes of the buffers that it keeps from step to step, by address; others may share them."""
+        return {}
 
     def __init__(self, cache: CompressedKVCache) -> None:
         self.cache = cache

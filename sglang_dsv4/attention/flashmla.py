@@ -82,9 +82,8 @@ class FlashMLAAttention(Attention):
         self._lengths: dict[str, torch.Tensor] = {}
         self._meta: dict[str, object] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(lists.nbytes for lists in self._lists.values())
+    def buffers(self) -> dict[int, int]:
+        return {lists.data_ptr(): lists.nbytes for lists in self._lists.values()}
 
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:

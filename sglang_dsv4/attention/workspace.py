@@ -20,10 +20,9 @@ class Workspace:
         self._sealed = False
         self._buffers: dict[str, torch.Tensor] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it holds."""
-        return self.partials.floats.nbytes + sum(found.nbytes for found in self._buffers.values())
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds."""
+        return [self.partials.floats, *self._buffers.values()]
 
     def seal(self) -> None:
         """From now on graphs may hold the buffers' addresses: none is replaced by a larger one any more."""

@@ -163,6 +163,14 @@ class CompressedKVCache(CacheSequences):
             page_tokens=self.spec.page_tokens,
             num_window_rows=self.storage.num_window_rows,
         )
+        return self.plan_step(step)
+
+    def plan_step(self, step: StepTensors) -> StepPlan:
+        """Prepare a step over pages that somebody else owns, whose tensors are filled already; as `plan_tables`."""
+        if not isinstance(self.pages, ExternalPages):
+            raise TypeError(
+                f"plan_step: expected a cache over ExternalPages, got {type(self.pages).__name__}"
+            )
         return StepPlan(step=step, window=self.spec.window, owner=self)
 
     def append(
