@@ -115,14 +115,16 @@ class TorchOps:
         pool: torch.Tensor,
         fmt: RowFormat,
     ) -> None:
-        naive_window_store(plan.step, given.kv, given.norm_weight, given.eps, cos_sin, pool, fmt)
+        step, kv = plan.unpadded(given.kv)
+        naive_window_store(step, kv, given.norm_weight, given.eps, cos_sin, pool, fmt)
 
     def flush_csa(self, plan: StepPlan, main: CsaFlush | None, index: CsaFlush | None) -> None:
         for part in (main, index):
             if part is not None:
+                step, kv_score = plan.unpadded(part.kv_score)
                 naive_flush_csa(
-                    plan.step,
-                    part.kv_score,
+                    step,
+                    kv_score,
                     part.streams,
                     part.boundary,
                     part.pool,
@@ -139,7 +141,8 @@ class TorchOps:
         fmt: RowFormat,
         params: CompressorParams,
     ) -> None:
-        naive_flush_hca(plan.step, kv_score, accumulators, pool, fmt, params)
+        step, kv_score = plan.unpadded(kv_score)
+        naive_flush_hca(step, kv_score, accumulators, pool, fmt, params)
 
     def select(
         self,
