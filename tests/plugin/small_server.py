@@ -185,9 +185,7 @@ class SmallServer:
         self.spec, self.device = spec, device
         self.pool = make_pool(spec, device)
         self.cache = self.pool.cache
-        self.req_to_token = torch.zeros(
-            REQUESTS + 1, LONGEST + 4, dtype=torch.int32, device=device
-        )
+        self.req_to_token = torch.zeros(REQUESTS + 1, LONGEST + 4, dtype=torch.int32, device=device)
         self.layers = Layers(spec, max_tokens, heads, device)
 
         def make(fixed=None, like=None):
@@ -298,6 +296,10 @@ class SmallServer:
 
     def load_batch(self, items):
         """What SGLang does before a replay."""
+        self.backend.init_forward_metadata_out_graph(self.view(items))
+
+    def view(self, items):
+        """SGLang's padded view of a decode step, after its buffers are filled."""
         from sglang.srt.model_executor.runner.decode_cuda_graph_runner import build_replay_fb_view
 
         batch, count, real = self.batch(items, True), self._size(items), len(items)
@@ -309,11 +311,10 @@ class SmallServer:
             buffer[:real].copy_(getattr(batch, name))
             buffer[real:count].fill_(rest)
         self.layers.load(items)
-        view = build_replay_fb_view(
+        return build_replay_fb_view(
             forward_batch=batch, buffers=self.buffers, bs=count, raw_bs=real, num_tokens=count,
             seq_len_fill_value=fill, capture_forward_mode=batch.forward_mode, is_encoder_decoder=False,
         )  # fmt: skip
-        self.backend.init_forward_metadata_out_graph(view)
 
     def _size(self, items):
         return min(size for size in self.graphs if size >= len(items))

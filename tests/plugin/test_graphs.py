@@ -76,7 +76,10 @@ def test_replays_store_the_bytes_of_cold_runs(formats):
     server.step([(2, one, 0, 126), (1, one, 516, 519)])
     for offset in range(5):
         server.replay(
-            [(slot, one, at + offset, at + offset + 1) for slot, at in ((4, 514), (2, 126), (1, 519))]
+            [
+                (slot, one, at + offset, at + offset + 1)
+                for slot, at in ((4, 514), (2, 126), (1, 519))
+            ]
         )
     server.replay([(2, one, 131, 132)])
     for slot, length in ((1, 524), (4, 519), (2, 132)):
