@@ -139,6 +139,10 @@ def run(args: argparse.Namespace) -> int:
     except UnsupportedError as error:
         console.print(f"Would refuse to start: {error}", soft_wrap=True)
         return 1
+    if sm is not None:
+        console.print(
+            "CUDA graphs: with attention flashinfer or flashmla; eager needs --disable-cuda-graph"
+        )
     kernels = "triton" if capabilities.has_triton_gpu else "torch"
     console.print(
         f"Would run on {device}: CompressedKVCache, kernels {kernels}, attention and portable ops as listed",

@@ -55,6 +55,7 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
             index_heads=shape.index_heads,
         )
         self.plan: StepPlan | None = None
+        self._stored: torch.Tensor | None = None
         self.mem_usage = self.get_kv_size_bytes() / _GIB
 
     def get_kv_size_bytes(self) -> int:
@@ -86,6 +87,8 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
         """Store window rows. Slots and positions come from the plan, RoPE from the cache's own table."""
         del swa_loc, freqs_cis, positions
         self.cache.append(layer_id, self.current_plan(), window=WindowInput(kv, kv_weight, eps))
+        # SGLang drops its projections before it joins this stream; kept until the next layer, their memory is not reused by then.
+        self._stored = kv
 
     def get_ring_size(self, compress_ratio: int) -> int:
         """Rows of SGLang's native state ring; none, since stream state is ours."""
