@@ -218,7 +218,12 @@ class CompressedKVCache(CacheSequences):
         return self._layer(layer_id).view(plan)
 
     def select(
-        self, layer_id: int, plan: StepPlan, index_q: torch.Tensor, index_weights: torch.Tensor
+        self,
+        layer_id: int,
+        plan: StepPlan,
+        index_q: torch.Tensor,
+        index_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Choose the entries each new token attends to in a CSA layer.
 
@@ -226,17 +231,20 @@ class CompressedKVCache(CacheSequences):
             layer_id (int): a CSA layer, whose index keys of this step are appended.
             plan (StepPlan): the step.
             index_q (torch.Tensor): ``[T, heads, 128]``, index queries before RoPE and rotation, fp32 or bf16.
-            index_weights (torch.Tensor): ``[T, heads]``, scales included.
+            index_weights (torch.Tensor): ``[T, heads]``; a positive factor common to all chooses the same.
+            out (torch.Tensor | None): ``[T, K]`` int32, to write into: of `Attention.selected_buffer`. Cells behind the entries
+                are left alone then.
 
         Returns:
-            torch.Tensor: ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, in ascending entry order, then -1.
+            torch.Tensor: ``out``, or ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, in ascending entry order, then
+            -1.
         """
         self._check_current(plan)
         if plan.num_tokens and (layer_id, "index") not in plan.appended:
             raise StalePlanError(
                 f"layer {layer_id}: expected its index keys appended before select, got none"
             )
-        return self._layer(layer_id).select(plan, index_q, index_weights)
+        return self._layer(layer_id).select(plan, index_q, index_weights, out)
 
     def commit(self, plan: StepPlan) -> None:
         """Make a step's tokens part of their sequences, and free window pages that no query can reach any more.

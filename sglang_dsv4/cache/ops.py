@@ -62,6 +62,7 @@ class CacheOps(Protocol):
         index_pool: torch.Tensor,
         cos_sin: torch.Tensor,
         ratio: int,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Pool rows of the entries that each new token attends to; see `CompressedKVCache.select`."""
 
@@ -145,6 +146,24 @@ class TorchOps:
         naive_flush_hca(step, kv_score, accumulators, pool, fmt, params)
 
     def select(
+        self,
+        plan: StepPlan,
+        index_q: torch.Tensor,
+        index_weights: torch.Tensor,
+        index_pool: torch.Tensor,
+        cos_sin: torch.Tensor,
+        ratio: int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = self._select(plan, index_q, index_weights, index_pool, cos_sin, ratio)
+        if out is None:
+            return rows
+        width = min(rows.shape[1], out.shape[1])
+        chosen, place = rows[:, :width], out[:, :width]
+        place.copy_(torch.where(chosen >= 0, chosen.to(out.dtype), place))
+        return out
+
+    def _select(
         self,
         plan: StepPlan,
         index_q: torch.Tensor,

@@ -95,8 +95,11 @@ class TritonOps:
         index_pool: torch.Tensor,
         cos_sin: torch.Tensor,
         ratio: int,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = empty((plan.num_tokens, self._spec.index_topk), torch.int32, self._device)
+        pad = out is None
+        if out is None:
+            out = empty((plan.num_tokens, self._spec.index_topk), torch.int32, self._device)
         if plan.num_tokens:
             select_entries(
                 plan.step,
@@ -108,6 +111,7 @@ class TritonOps:
                 ratio,
                 out,
                 self._index_scratch(index_q.shape[1]),
+                pad=pad,
             )
         return out
 

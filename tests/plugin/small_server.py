@@ -329,6 +329,10 @@ class SmallServer:
         """All that a query of a request could reach."""
         return table_bytes(self.cache, seq_len, *self.tables(slot, seq_len))
 
+    def entries(self, item, chosen):
+        """The chosen rows of the last token of ``item``: what is behind them belongs to its window."""
+        return chosen[: min(item[3] // 4, self.spec.index_topk)]
+
     def expected(self, layer_id, item, chosen):
         """Attention of the last token of ``item`` in fp64, over the rows that it should list; ``chosen`` in CSA layers."""
         slot, sequence, _, end = item
@@ -341,7 +345,7 @@ class SmallServer:
             slots = history[entries // per_page] * per_page + entries % per_page
             rows = torch.cat([rows, slots + self.cache.storage.num_window_rows])
         if chosen is not None:
-            rows = torch.cat([rows, chosen[chosen >= 0].long().cpu()])
+            rows = torch.cat([rows, self.entries(item, chosen).long().cpu()])
         pool = self.cache.layers[layer_id].storage.pool
         values = naive_load_rows(pool, rows.to(self.device), self.spec.rows)
         q = sequence.q[layer_id, end - 1]
