@@ -190,7 +190,9 @@ class SmallServer:
 
         def make(fixed=None, like=None):
             found = make_attention(attention, self.cache, heads, fixed=fixed, like=like)[0]
-            if device == "cpu":  # there is no graph that could not hold it
+            if (
+                found.name == "eager" and device == "cpu"
+            ):  # there is no graph that could not hold it
                 found.__class__ = type("Captured", (type(found),), {"capture_fault": ""})
             return found
 

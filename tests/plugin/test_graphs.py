@@ -168,3 +168,24 @@ def test_a_sequence_longer_than_the_graphs_is_refused():
     server.capture([1])
     with pytest.raises(StalePlanError, match=f"at most {LONGEST} tokens, got one of 1100"):
         server.load_batch([(1, Sequence(spec, 1100, 0, 4, "cpu"), 1099, 1100)])
+
+
+def test_the_indexer_waits_for_queries_that_another_stream_makes(monkeypatch):
+    done = []
+    stream = SimpleNamespace(wait_event=lambda event: done.append(event))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    server = SmallServer(make_spec())
+    sequence = Sequence(server.spec, 8, 0, 4, "cpu")
+    server.assign(1, [3])
+    items = [(1, sequence, 0, 8)]
+    batch = server.batch(items, False)
+    server.layers.load(items)
+    server.backend.init_forward_metadata(batch)
+    indexer = SimpleNamespace(
+        layer_id=1, n_heads=8, head_dim=128, wq_b=lambda given: (done.append("wq_b"), given)[1:],
+        compute_weights=lambda x, skip_scale: server.layers.index_weights[:8],
+        compressor=server.layers._compressor(1, "index"),
+    )  # fmt: skip
+    q_lora = server.layers.index_q[:8].flatten(1)
+    server.backend.forward_c4_indexer(q_lora, q_lora, indexer, batch, q_lora_ready="event")
+    assert done == ["event", "wq_b"]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract, refusals
 from tests.cache.driver import CONFIG
@@ -110,6 +111,20 @@ def test_a_cpu_and_gpus_from_sm80_on_are_accepted():
     refusals.check_device("cpu", None)
     refusals.check_device("cuda", (8, 0))
     refusals.check_device("cuda:3", (9, 0))
+
+
+def test_another_device_than_the_plug_in_was_loaded_for_is_refused(monkeypatch):
+    """Portable ops and SGLang's switches are chosen when a process loads the plug-in."""
+    from sglang_dsv4.plugin import activation
+
+    monkeypatch.delenv(env.DEVICE, raising=False)
+    activation.check_device("cpu")
+    monkeypatch.setenv(env.DEVICE, "cpu")
+    activation.check_device("cpu")
+    monkeypatch.setenv(env.DEVICE, "cuda")
+    with pytest.raises(UnsupportedError, match=f"--device cpu: expected cuda.* set {env.DEVICE}="):
+        activation.check_device("cpu")
+    assert activation.found_device("cuda:1") == "cuda:1"
 
 
 def test_graphs_that_sglang_resolved_to_are_checked():
