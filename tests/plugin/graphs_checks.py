@@ -28,8 +28,8 @@ FLASHINFER = None
 class TritonCache(CompressedKVCache):
     """With interpreted kernels, on a CPU."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options | {"kernels": "triton"})
+    def __init__(self, spec, pages, device="cpu", checks="off", kernels="auto", index_heads=None):
+        super().__init__(spec, pages, device, checks, "triton", index_heads)
 
 
 def make_attention(_, cache, heads, *, fixed=None, like=None):
