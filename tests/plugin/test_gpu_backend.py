@@ -149,6 +149,7 @@ def test_no_step_waits_for_the_device():
 
 def requested_bytes():
     """What torch was asked for on this device, without its rounding."""
+    torch.cuda.init()
     return torch.cuda.memory_stats()["requested_bytes.all.current"]
 
 
