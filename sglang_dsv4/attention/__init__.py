@@ -6,6 +6,7 @@ from sglang_dsv4.attention.choose import (
     choose_attention,
     find_capabilities,
     make_attention,
+    name_attention,
 )
 from sglang_dsv4.attention.eager import EagerAttention
 from sglang_dsv4.attention.lists import FixedShape
@@ -19,4 +20,5 @@ __all__ = [
     "choose_attention",
     "find_capabilities",
     "make_attention",
+    "name_attention",
 ]

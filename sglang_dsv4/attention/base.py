@@ -38,6 +38,20 @@ class Attention(ABC):
 
     name: str
 
+    @property
+    def capture_fault(self) -> str:
+        """Why a CUDA graph cannot hold ``plan`` and ``run``; empty where it can."""
+        return ""
+
+    @property
+    def plans_on_host(self) -> bool:
+        """Whether ``plan`` needs the step's lengths on the host."""
+        return False
+
+    def buffers(self) -> dict[int, int]:
+        """Bytes of the buffers that it keeps from step to step, by address; others may share them."""
+        return {}
+
     def __init__(self, cache: CompressedKVCache) -> None:
         self.cache = cache
         self.sm_scale: float = cache.spec.head_dim**-0.5

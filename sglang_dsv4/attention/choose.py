@@ -1,5 +1,6 @@
 """Which attention a cache gets, and why."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -51,15 +52,15 @@ def find_capabilities(device: torch.device, row_format: str, num_heads: int) -> 
     )
 
 
-def choose_attention(name: str | None, capabilities: Capabilities) -> tuple[type[Attention], str]:
-    """Choose an implementation.
+def name_attention(name: str | None, capabilities: Capabilities) -> tuple[str, str]:
+    """Choose an implementation without loading it.
 
     Args:
         name (str | None): of `NAMES`; None takes the fastest that is possible.
         capabilities (Capabilities): what there is.
 
     Returns:
-        tuple[type[Attention], str]: the class, and the reason in a few words.
+        tuple[str, str]: its name, and the reason in a few words.
 
     Raises:
         ValueError: an unknown name.
@@ -75,16 +76,27 @@ def choose_attention(name: str | None, capabilities: Capabilities) -> tuple[type
     if name is not None:
         if faults[name]:
             raise UnsupportedError(f"attention {name}: {faults[name]}")
-        return _load(name), "asked for"
+        return name, "asked for"
     # In packed rows FlashMLA reads the pool itself; FlashInfer has them decoded first, but runs on every generation.
     best = next(name for name, fault in faults.items() if not fault)
     passed = [f"{name}: {fault}" for name, fault in faults.items() if fault]
     reason = f"the fastest for {capabilities.row_format} rows on {capabilities.device}"
-    return _load(best), "; ".join([reason, *passed])
+    return best, "; ".join([reason, *passed])
+
+
+def choose_attention(name: str | None, capabilities: Capabilities) -> tuple[type[Attention], str]:
+    """`name_attention`, and the class instead of its name."""
+    chosen, reason = name_attention(name, capabilities)
+    return _load(chosen), reason
 
 
 def make_attention(
-    name: str | None, cache: CompressedKVCache, num_heads: int, *, fixed: FixedShape | None = None
+    name: str | None,
+    cache: CompressedKVCache,
+    num_heads: int,
+    *,
+    fixed: FixedShape | None = None,
+    like: Attention | None = None,
 ) -> tuple[Attention, str]:
     """Choose as `choose_attention` does, and make it.
 
@@ -93,6 +105,8 @@ def make_attention(
         cache (CompressedKVCache): what is attended to.
         num_heads (int): query heads.
         fixed (FixedShape | None): the one shape of every step, for CUDA graphs; eager attention has no use for it.
+        like (Attention | None): one of the same cache with a larger fixed shape, planned before. The two take turns, so the new
+            one uses its buffers where the implementation can.
 
     Returns:
         tuple[Attention, str]: the attention, and the reason.
@@ -102,7 +116,9 @@ def make_attention(
     )
     if chosen is EagerAttention:
         return EagerAttention(cache), reason
-    return chosen(cache, num_heads, fixed=fixed), reason  # type: ignore[call-arg]
+    workspace = getattr(like, "workspace", None)
+    options = {} if workspace is None else {"workspace": workspace}
+    return chosen(cache, num_heads, fixed=fixed, **options), reason  # type: ignore[call-arg]
 
 
 def why_not_flashinfer(device: Device, row_format: str, num_heads: int) -> str:
@@ -138,6 +154,26 @@ def why_not_flashmla_prefill(device: Device, row_format: str, num_heads: int) ->
     if installed(_FLASHMLA) is None:
         return f"expected the package {_FLASHMLA}, got none"
     return ""
+
+
+def load_prefill(
+    name: str, found: Device, row_format: str, num_heads: int
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """FlashMLA's prefill kernel where ``name`` asks for it or leaves it open and it is possible; else None.
+
+    Raises:
+        UnsupportedError: an unknown name, or it was asked for and is not possible.
+    """
+    if name not in ("auto", "flashinfer", "flashmla"):
+        raise UnsupportedError(f"prefill: expected auto, flashinfer or flashmla, got {name!r}")
+    fault = why_not_flashmla_prefill(found, row_format, num_heads)
+    if name == "flashmla" and fault:
+        raise UnsupportedError(f"prefill flashmla: {fault}")
+    if name == "flashinfer" or fault:
+        return None
+    from sglang_dsv4.attention.flashmla import sparse_prefill
+
+    return sparse_prefill
 
 
 def _why_not_installed_flashinfer(capabilities: Capabilities) -> str:

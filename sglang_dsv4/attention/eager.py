@@ -17,6 +17,10 @@ class EagerAttention(Attention):
 
     name = "eager"
 
+    @property
+    def capture_fault(self) -> str:
+        return "it asks the device how many entries there are"
+
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         self._plan = plan
 

@@ -4,7 +4,6 @@ With ``head_dim_kpe=0`` and pages of one row the kernel computes this attention 
 brings in afterwards. Key and value are one row, and window rows and entries lie in one pool.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import flashinfer
@@ -22,7 +21,7 @@ from dsv4_kernels.sink_rope.fused import sink_rope
 from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention import device
 from sglang_dsv4.attention.base import Attention, HostLengths
-from sglang_dsv4.attention.choose import why_not_flashinfer, why_not_flashmla_prefill
+from sglang_dsv4.attention.choose import load_prefill, why_not_flashinfer
 from sglang_dsv4.attention.lists import (
     FixedShape,
     chunks,
@@ -126,21 +125,6 @@ class Chunk:
     plan: OwnSchedule | _StockPlan | torch.Tensor
 
 
-def _load_prefill(
-    name: str, found: device.Device, row_format: str, num_heads: int
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    if name not in ("auto", "flashinfer", "flashmla"):
-        raise UnsupportedError(f"prefill: expected auto, flashinfer or flashmla, got {name!r}")
-    fault = why_not_flashmla_prefill(found, row_format, num_heads)
-    if name == "flashmla" and fault:
-        raise UnsupportedError(f"prefill flashmla: {fault}")
-    if name == "flashinfer" or fault:
-        return None
-    from sglang_dsv4.attention.flashmla import sparse_prefill
-
-    return sparse_prefill
-
-
 class FlashInferAttention(Attention):
     """Plans once per step and kind of layer, and attends with one launch, and one more for sink and rotation.
 
@@ -202,9 +186,10 @@ class FlashInferAttention(Attention):
             )
         self.schedule = schedule
         self.fixed = fixed
-        self._sparse_prefill = _load_prefill(prefill, found, cache.spec.row_format, num_heads)
+        self._sparse_prefill = load_prefill(prefill, found, cache.spec.row_format, num_heads)
         self.prefill = "flashinfer" if self._sparse_prefill is None else "flashmla"
         self._packed = cache.spec.rows is FP8_584_ROW
+        shared = workspace is not None  # whose first user has checked the layout of plans
         if workspace is None:
             partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
             workspace = Workspace(partials, self.device)
@@ -219,8 +204,25 @@ class FlashInferAttention(Attention):
         self._lists: dict[str, torch.Tensor] = {}
         self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
         self.chunks: dict[str, list[Chunk]] = {}
-        if schedule == "own":
+        if schedule == "own" and not shared:
             self._check_layout()
+
+    @property
+    def capture_fault(self) -> str:
+        if self.schedule == "own":
+            return ""
+        return (
+            f"the planner of FlashInfer {flashinfer.__version__} runs on the host; expected {' or '.join(KNOWN_VERSIONS)}, "
+            "whose plan can be made on the device"
+        )
+
+    @property
+    def plans_on_host(self) -> bool:
+        return self.schedule == "stock"
+
+    def buffers(self) -> dict[int, int]:
+        plans = [plan.ints for plan in self._plans.values() if isinstance(plan, OwnSchedule)]
+        return {held.data_ptr(): held.nbytes for held in (*self.workspace.tensors(), *plans)}
 
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:

@@ -82,6 +82,9 @@ class FlashMLAAttention(Attention):
         self._lengths: dict[str, torch.Tensor] = {}
         self._meta: dict[str, object] = {}
 
+    def buffers(self) -> dict[int, int]:
+        return {lists.data_ptr(): lists.nbytes for lists in self._lists.values()}
+
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
             raise ValueError(

@@ -20,6 +20,10 @@ class Workspace:
         self._sealed = False
         self._buffers: dict[str, torch.Tensor] = {}
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds."""
+        return [self.partials.floats, *self._buffers.values()]
+
     def seal(self) -> None:
         """From now on graphs may hold the buffers' addresses: none is replaced by a larger one any more."""
         self._sealed = True

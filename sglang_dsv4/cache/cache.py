@@ -53,13 +53,15 @@ class CompressedKVCache(CacheSequences):
         device: torch.device | str = "cpu",
         checks: str = "off",
         kernels: str = "auto",
+        index_heads: int | None = None,
     ) -> None:
+        """`create` says what the arguments are; with ``index_heads``, the indexer's scratch is allocated at once."""
         if checks not in CHECK_LEVELS:
             raise ValueError(f"checks: expected one of {CHECK_LEVELS}, got {checks!r}")
         self.spec = spec
         self.device = torch.device(device)
         self.pages = pages
-        self.ops = make_ops(kernels, spec, pages.capacity, self.device)
+        self.ops = make_ops(kernels, spec, pages.capacity, self.device, index_heads)
         self.storage = CacheStorage(spec, pages.capacity, self.device)
         self.layers = tuple(
             LayerCache(
@@ -161,6 +163,14 @@ class CompressedKVCache(CacheSequences):
             page_tokens=self.spec.page_tokens,
             num_window_rows=self.storage.num_window_rows,
         )
+        return self.plan_step(step)
+
+    def plan_step(self, step: StepTensors) -> StepPlan:
+        """Prepare a step over pages that somebody else owns, whose tensors are filled already; as `plan_tables`."""
+        if not isinstance(self.pages, ExternalPages):
+            raise TypeError(
+                f"plan_step: expected a cache over ExternalPages, got {type(self.pages).__name__}"
+            )
         return StepPlan(step=step, window=self.spec.window, owner=self)
 
     def append(
@@ -208,7 +218,12 @@ class CompressedKVCache(CacheSequences):
         return self._layer(layer_id).view(plan)
 
     def select(
-        self, layer_id: int, plan: StepPlan, index_q: torch.Tensor, index_weights: torch.Tensor
+        self,
+        layer_id: int,
+        plan: StepPlan,
+        index_q: torch.Tensor,
+        index_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Choose the entries each new token attends to in a CSA layer.
 
@@ -216,17 +231,20 @@ class CompressedKVCache(CacheSequences):
             layer_id (int): a CSA layer, whose index keys of this step are appended.
             plan (StepPlan): the step.
             index_q (torch.Tensor): ``[T, heads, 128]``, index queries before RoPE and rotation, fp32 or bf16.
-            index_weights (torch.Tensor): ``[T, heads]``, scales included.
+            index_weights (torch.Tensor): ``[T, heads]``; a positive factor common to all chooses the same.
+            out (torch.Tensor | None): ``[T, K]`` int32, to write into: of `Attention.selected_buffer`. Cells behind the entries
+                are left alone then.
 
         Returns:
-            torch.Tensor: ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, in ascending entry order, then -1.
+            torch.Tensor: ``out``, or ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, in ascending entry order, then
+            -1.
         """
         self._check_current(plan)
         if plan.num_tokens and (layer_id, "index") not in plan.appended:
             raise StalePlanError(
                 f"layer {layer_id}: expected its index keys appended before select, got none"
             )
-        return self._layer(layer_id).select(plan, index_q, index_weights)
+        return self._layer(layer_id).select(plan, index_q, index_weights, out)
 
     def commit(self, plan: StepPlan) -> None:
         """Make a step's tokens part of their sequences, and free window pages that no query can reach any more.

@@ -111,7 +111,11 @@ class LayerCache:
         )
 
     def select(
-        self, plan: StepPlan, index_q: torch.Tensor, index_weights: torch.Tensor
+        self,
+        plan: StepPlan,
+        index_q: torch.Tensor,
+        index_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Choose the CSA entries of each new token; see `CompressedKVCache.select`."""
         if self.storage.index_pool is None:
@@ -123,8 +127,18 @@ class LayerCache:
         check_tensor(name, index_q, (num_tokens, heads, self.spec.index_dim), _FLOATS, device)
         if num_tokens != plan.num_tokens:
             raise ValueError(f"{name}: expected {plan.num_tokens} tokens, got {num_tokens}")
+        if out is not None and len(out) != num_tokens:
+            raise ValueError(
+                f"layer {self.layer.layer_id} out: expected {num_tokens} tokens, got {len(out)}"
+            )
         return self.ops.select(
-            plan, index_q, index_weights, self.storage.index_pool, self.cos_sin, self.layer.ratio
+            plan,
+            index_q,
+            index_weights,
+            self.storage.index_pool,
+            self.cos_sin,
+            self.layer.ratio,
+            out,
         )
 
     @staticmethod

@@ -62,11 +62,18 @@ class CacheOps(Protocol):
         index_pool: torch.Tensor,
         cos_sin: torch.Tensor,
         ratio: int,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Pool rows of the entries that each new token attends to; see `CompressedKVCache.select`."""
 
 
-def make_ops(name: str, spec: CacheSpec, capacity: Capacity, device: torch.device) -> CacheOps:
+def make_ops(
+    name: str,
+    spec: CacheSpec,
+    capacity: Capacity,
+    device: torch.device,
+    index_heads: int | None = None,
+) -> CacheOps:
     """The operations of a cache.
 
     Args:
@@ -74,6 +81,7 @@ def make_ops(name: str, spec: CacheSpec, capacity: Capacity, device: torch.devic
         spec (CacheSpec): the cache's.
         capacity (Capacity): bounds the scratch.
         device (torch.device): where the cache lives.
+        index_heads (int | None): of the indexer, where they are known beforehand.
 
     Raises:
         ValueError: an unknown name.
@@ -88,7 +96,7 @@ def make_ops(name: str, spec: CacheSpec, capacity: Capacity, device: torch.devic
 
     if device.type != "cuda" and not is_interpreting():
         raise UnsupportedError(f"kernels triton: expected a CUDA device, got {device}")
-    return TritonOps(spec, capacity, device)
+    return TritonOps(spec, capacity, device, index_heads)
 
 
 class TorchOps:
@@ -108,14 +116,16 @@ class TorchOps:
         pool: torch.Tensor,
         fmt: RowFormat,
     ) -> None:
-        naive_window_store(plan.step, given.kv, given.norm_weight, given.eps, cos_sin, pool, fmt)
+        step, kv = plan.unpadded(given.kv)
+        naive_window_store(step, kv, given.norm_weight, given.eps, cos_sin, pool, fmt)
 
     def flush_csa(self, plan: StepPlan, main: CsaFlush | None, index: CsaFlush | None) -> None:
         for part in (main, index):
             if part is not None:
+                step, kv_score = plan.unpadded(part.kv_score)
                 naive_flush_csa(
-                    plan.step,
-                    part.kv_score,
+                    step,
+                    kv_score,
                     part.streams,
                     part.boundary,
                     part.pool,
@@ -132,9 +142,28 @@ class TorchOps:
         fmt: RowFormat,
         params: CompressorParams,
     ) -> None:
-        naive_flush_hca(plan.step, kv_score, accumulators, pool, fmt, params)
+        step, kv_score = plan.unpadded(kv_score)
+        naive_flush_hca(step, kv_score, accumulators, pool, fmt, params)
 
     def select(
+        self,
+        plan: StepPlan,
+        index_q: torch.Tensor,
+        index_weights: torch.Tensor,
+        index_pool: torch.Tensor,
+        cos_sin: torch.Tensor,
+        ratio: int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = self._select(plan, index_q, index_weights, index_pool, cos_sin, ratio)
+        if out is None:
+            return rows
+        width = min(rows.shape[1], out.shape[1])
+        chosen, place = rows[:, :width], out[:, :width]
+        place.copy_(torch.where(chosen >= 0, chosen.to(out.dtype), place))
+        return out
+
+    def _select(
         self,
         plan: StepPlan,
         index_q: torch.Tensor,

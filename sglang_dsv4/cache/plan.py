@@ -1,6 +1,6 @@
 """What one step will do: built on the host, spent once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -61,6 +61,22 @@ class StepPlan:
     def num_tokens(self) -> int:
         """New tokens of the step."""
         return len(self.step.positions)
+
+    @cached_property
+    def _unpadded_step(self) -> tuple[StepTensors, torch.Tensor] | None:
+        """The step without its padding, and which tokens stay; None where all do."""
+        real = self.step.positions >= 0
+        if bool(real.all()):
+            return None
+        positions, rows = self.step.positions[real], self.step.token_rows[real]
+        return replace(self.step, positions=positions, token_rows=rows), real
+
+    def unpadded(self, inputs: torch.Tensor) -> tuple[StepTensors, torch.Tensor]:
+        """The step and a part's input without padding, which asks the device; kernels pass over padding themselves."""
+        if self._unpadded_step is None:
+            return self.step, inputs
+        step, real = self._unpadded_step
+        return step, inputs[real]
 
     @cached_property
     def window_indices(self) -> torch.Tensor:

@@ -25,7 +25,13 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, spec: CacheSpec, capacity: Capacity, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: CacheSpec,
+        capacity: Capacity,
+        device: torch.device,
+        index_heads: int | None = None,
+    ) -> None:
         self._spec = spec
         self._device = device
         # No step has more new tokens than the window pages hold.
@@ -33,6 +39,8 @@ class TritonOps:
         self._max_entries = capacity.history_pages * spec.page_tokens // CSA_RATIO
         self._hca = hca_workspace(capacity.state_slots, self._max_tokens, device)
         self._index: IndexWorkspace | None = None
+        if index_heads is not None and any(layer.indexed for layer in spec.layers):
+            self._index_scratch(index_heads)
 
     @property
     def nbytes(self) -> int:
@@ -87,8 +95,11 @@ class TritonOps:
         index_pool: torch.Tensor,
         cos_sin: torch.Tensor,
         ratio: int,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = empty((plan.num_tokens, self._spec.index_topk), torch.int32, self._device)
+        pad = out is None
+        if out is None:
+            out = empty((plan.num_tokens, self._spec.index_topk), torch.int32, self._device)
         if plan.num_tokens:
             select_entries(
                 plan.step,
@@ -100,11 +111,12 @@ class TritonOps:
                 ratio,
                 out,
                 self._index_scratch(index_q.shape[1]),
+                pad=pad,
             )
         return out
 
     def _index_scratch(self, heads: int) -> IndexWorkspace:
-        """Made by the first call, since only the model knows how many index heads there are."""
+        """Made by the first call where nobody said how many index heads the model has."""
         if self._index is None:
             tokens = min(self._max_tokens, _MAX_SCORED_TOKENS)
             scores = max(self._max_entries, min(_MAX_SCORES, tokens * self._max_entries))

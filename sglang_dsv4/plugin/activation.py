@@ -18,6 +18,7 @@ from sglang_dsv4.spec import CacheSpec
 logger = logging.getLogger(__name__)
 
 _installed_ops: list[Any] = []
+_MOST_REQUESTS = 4096  # where nobody named a number, SGLang takes no more
 
 
 def prepare(args: Any) -> None:
@@ -29,12 +30,42 @@ def prepare(args: Any) -> None:
     Raises:
         UnsupportedError: an argument, the device or the checkpoint is not supported.
     """
+    device = found_device(args.device)
     refusals.check_arguments(args)
-    refusals.check_device(args.device, has_cuda=torch.cuda.is_available())
-    spec = refusals.check_checkpoint(args.model_path, options.read().formats())
-    refusals.check_attention(options.read().attention, spec)
+    check_device(device)
+    _check_attention(args, device)
     if args.device is None:
-        args.device = "cpu"
+        args.device = device
+    if refusals.is_unquantised(args.model_path):
+        # SGLang's output projection takes FP8 weights unless told otherwise, whatever the checkpoint has.
+        env.set_default("SGLANG_OPT_FP8_WO_A_GEMM", "0")
+
+
+def found_device(named: str | None) -> str:
+    """The device that is meant: the one that was named, else a GPU where there is one."""
+    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not served, or for which this process has not been prepared.
+
+    Raises:
+        UnsupportedError: says which.
+    """
+    refusals.check_device(device, refusals.compute_capability(device))
+    prepared = env.get(env.DEVICE)
+    kind = torch.device(device).type
+    if prepared is not None and prepared != kind:
+        raise UnsupportedError(
+            f"--device {device}: expected {prepared}, for which the plug-in was loaded; set {env.DEVICE}={kind}"
+        )
+
+
+def _check_attention(args: Any, device: str) -> None:
+    """Refuse an attention that is not possible, before the model is loaded."""
+    spec = refusals.check_checkpoint(args.model_path, options.read().formats())
+    heads = refusals.query_heads(args.model_path, getattr(args, "tp_size", None) or 1)
+    refusals.check_attention(options.read().attention, spec, device, heads)
 
 
 def check_resolved(server_args: Any) -> None:
@@ -47,13 +78,18 @@ def check_resolved(server_args: Any) -> None:
         UnsupportedError: as in `prepare`, or the pool of window pages is too small.
     """
     refusals.check_arguments(server_args)
+    if torch.device(server_args.device).type == "cuda":
+        refusals.check_graphs(server_args.cuda_graph_config)
     if server_args.max_total_tokens is not None:
         ratio = server_args.swa_full_tokens_ratio
         refusals.check_window_pool(refusals.window_tokens(server_args.max_total_tokens, ratio))
 
 
-def activate() -> None:
+def activate(device: str | None) -> None:
     """Register every hook; needs the flag or variable to be set.
+
+    Args:
+        device (str | None): what the server will run on; None takes what `found_device` takes, or what a parent process took.
 
     Raises:
         UnsupportedError: SGLang lacks a name that we touch, or did not apply a hook.
@@ -65,7 +101,10 @@ def activate() -> None:
     from sglang_dsv4.plugin.portable.environment import apply_environment
     from sglang_dsv4.plugin.portable.install import install
 
-    capabilities = Capabilities.detect("cpu")  # the only device that is not refused
+    chosen = found_device(device or env.get(env.DEVICE))
+    refusals.check_device(chosen, refusals.compute_capability(chosen))
+    env.set_value(env.DEVICE, torch.device(chosen).type)
+    capabilities = Capabilities.detect(chosen)
     apply_environment(capabilities)
     contract.check_names()
     _installed_ops[:] = install(capabilities)
@@ -73,7 +112,7 @@ def activate() -> None:
         (contract.CHECK_ARGS, _check_server_args, HookType.BEFORE),
         (contract.BUILD_POOL, _build_pool, HookType.AROUND),
         (contract.POOL_SIZES, _size_pools, HookType.AFTER),
-        (contract.STATE_BYTES, _state_bytes, HookType.AROUND),
+        (contract.FIT_POOLS, _fit_pools, HookType.AROUND),
         (contract.INTERNAL_STATE, _internal_state, HookType.AFTER),
         (contract.INIT_INFO, _check_serving, HookType.AFTER),
         (contract.VALIDATE, _validate_input_ids, HookType.AFTER),
@@ -87,9 +126,8 @@ def activate() -> None:
 
 def _check_server_args(server_args: Any) -> None:
     """Check arguments that may have been made before the plug-in was loaded."""
-    refusals.check_device(server_args.device, has_cuda=torch.cuda.is_available())
-    spec = refusals.check_checkpoint(server_args.model_path, options.read().formats())
-    refusals.check_attention(options.read().attention, spec)
+    check_device(found_device(server_args.device))
+    _check_attention(server_args, server_args.device)
     check_resolved(server_args)
 
 
@@ -110,10 +148,9 @@ def _build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) 
         )
     # For debugging: whatever was not written is NaN, so that a server that answers right has read nothing unwritten.
     memory.set_poison(env.is_enabled(env.POISON))
-    max_seq_len = configurator.model_config.context_len
     native = kv_cache_configurator.DeepSeekV4TokenToKVPool
     kv_cache_configurator.DeepSeekV4TokenToKVPool = pool_factory(
-        _spec_of(configurator.model_config), max_seq_len
+        _spec_of(configurator.model_config), configurator.model_config
     )
     try:
         return original(configurator, **kwargs)
@@ -122,25 +159,40 @@ def _build_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) 
 
 
 def _size_pools(result: None, sizes: Any, configurator: Any) -> None:
-    from sglang_dsv4.cache.report import window_page_bytes
+    from sglang_dsv4.plugin.budget import bytes_per_token
 
     spec = _spec_of(configurator.model_config)
-    sizes.sglang_dsv4_spec = spec
-    window = sizes.swa_ratio * window_page_bytes(spec) / spec.page_tokens
-    sizes.bytes_per_full_token = spec.history_bytes_per_token() + window
+    sizes.sglang_dsv4 = (spec, configurator.model_config, configurator.device)
+    sizes.bytes_per_full_token = bytes_per_token(spec, sizes.swa_ratio)
 
 
-def _state_bytes(original: Callable[..., Any], sizes: Any, max_running_requests: int) -> int:
-    from sglang_dsv4.cache.report import stream_bytes_per_request
+def _fit_pools(
+    original: Callable[..., Any], sizes: Any, available_bytes: int, page_size: int
+) -> Any:
+    """Sizes of SGLang's pools, so that our cache takes what it was given."""
+    from sglang_dsv4.plugin.budget import shape_of
 
     del original
-    return sizes._get_num_req_slots(max_running_requests) * stream_bytes_per_request(
-        sizes.sglang_dsv4_spec
+    spec, model_config, device = sizes.sglang_dsv4
+    requests = sizes.requested_max_running_requests_per_worker or _MOST_REQUESTS
+    shape = shape_of(spec, model_config, sizes._get_num_req_slots(requests), device)
+
+    def window_tokens(tokens: int) -> int:
+        return sizes._compute_dsv4_sizes(tokens, page_size).swa_max_total_num_tokens
+
+    tokens = shape.most_tokens(available_bytes, window_tokens)
+    logger.info(
+        "sglang_dsv4: %d tokens fit into %.2f GiB (%.1f bytes a token, %d requests)",
+        tokens,
+        available_bytes / (1 << 30),
+        sizes.bytes_per_full_token,
+        requests,
     )
+    return sizes._to_config(sizes._compute_dsv4_sizes(tokens, page_size))
 
 
 def _create_backend(runner: Any) -> Any:
-    from sglang_dsv4.attention import make_attention
+    from sglang_dsv4.attention import Attention, FixedShape, make_attention
     from sglang_dsv4.plugin import model_fixes
     from sglang_dsv4.plugin.backend import CompressedKVBackend
     from sglang_dsv4.plugin.checks import ServingChecks
@@ -155,7 +207,7 @@ def _create_backend(runner: Any) -> Any:
         )
     # Again, because an Engine may be given arguments that were made before the plug-in was loaded.
     refusals.check_arguments(runner.server_args)
-    refusals.check_device(str(runner.device), has_cuda=torch.cuda.is_available())
+    check_device(str(runner.device))
     check_installed(_installed_ops)
     unscaled = model_fixes.unscale_window_rope(runner.model, pool.cache)
     model_fixes.check_rope(runner.model, pool.cache)
@@ -165,8 +217,17 @@ def _create_backend(runner: Any) -> Any:
         ops.append(f"{len(widened)} bf16 parameters widened to {runner.dtype}")
     if unscaled:
         ops.append(f"unscaled RoPE of window-only layers {unscaled}")
-    heads = runner.model_config.num_attention_heads // runner.ps.tp_size
-    attention, reason = make_attention(options.read().attention, pool.cache, heads)
+    heads = refusals.handed_heads(runner.model_config.num_attention_heads, runner.ps.tp_size)
+    name = options.read().attention
+    attention, reason = make_attention(name, pool.cache, heads)
+    if attention.name != "eager" and runner.dtype != torch.bfloat16:
+        raise UnsupportedError(
+            f"--dtype {runner.dtype}: expected bfloat16 with attention {attention.name}"
+        )
+
+    def of_shape(fixed: FixedShape, like: Attention | None) -> Attention:
+        return make_attention(name, pool.cache, heads, fixed=fixed, like=like)[0]
+
     facts = describe(pool.cache, attention.name, reason, ops)
     pool.facts = facts
     logger.info(active_line(facts))
@@ -175,7 +236,13 @@ def _create_backend(runner: Any) -> Any:
     if chosen.check != "off":
         checks = ServingChecks(pool.cache, chosen.check, Path(chosen.dumps))
         logger.info("sglang_dsv4: integrity checks: %s", chosen.check)
-    return CompressedKVBackend(pool, runner.req_to_token_pool.req_to_token, attention, checks)
+    return CompressedKVBackend(
+        pool,
+        runner.req_to_token_pool.req_to_token,
+        attention,
+        checks,
+        of_shape if pool.cache.device.type == "cuda" else None,
+    )
 
 
 def _check_serving(result: Any, scheduler: Any) -> None:
@@ -211,7 +278,12 @@ def _validate_input_ids(
 
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    steps = scheduler.tp_worker.model_runner.attn_backend.steps
+    backend = scheduler.tp_worker.model_runner.attn_backend
     usage = pool_usage(scheduler, pool.cache.spec.page_tokens)
-    result.internal_state["sglang_dsv4"] = {**pool.facts, "steps": dict(steps), "usage": usage}
+    result.internal_state["sglang_dsv4"] = {
+        **pool.facts,
+        "steps": dict(backend.steps),
+        "usage": usage,
+        "attention_bytes": backend.attention_bytes(),
+    }
     return result

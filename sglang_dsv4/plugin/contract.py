@@ -42,9 +42,7 @@ SERVE_KIND = "sglang.cli.serve._extract_model_type_override"
 BUILD_POOL = f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_dsv4_kv_pool"
 POOL_GLOBAL = f"{_SRT}.mem_cache.kv_cache_configurator.DeepSeekV4TokenToKVPool"
 POOL_SIZES = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator.__init__"
-STATE_BYTES = (
-    f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._get_c128_state_fixed_bytes"
-)
+FIT_POOLS = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator.calculate_pool_sizes"
 VALIDATE = f"{_SRT}.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 INTERNAL_STATE = f"{_SRT}.managers.scheduler.Scheduler.get_internal_state"
 INIT_INFO = f"{_SRT}.managers.scheduler.Scheduler.get_init_info"
@@ -66,7 +64,19 @@ CONTRACT = (
         "rebound while the pool is built, so that SGLang passes its own arguments to ours",
     ),
     ContractName(POOL_SIZES, "our bytes per token, for the size of the pools"),
-    ContractName(STATE_BYTES, "our bytes per request, for the size of the pools"),
+    ContractName(FIT_POOLS, "how many tokens fit, by the bytes that our cache allocates"),
+    ContractName(
+        f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._compute_dsv4_sizes",
+        "sizes of SGLang's allocators for so many tokens",
+    ),
+    ContractName(
+        f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._to_config",
+        "the same as SGLang's configuration",
+    ),
+    ContractName(
+        f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._get_num_req_slots",
+        "slots for so many requests",
+    ),
     ContractName(VALIDATE, "refuses token ids outside the vocabulary, which would end the server"),
     ContractName(INTERNAL_STATE, "adds the memory report to /server_info"),
     ContractName(
@@ -111,6 +121,18 @@ CONTRACT = (
     ContractName(
         f"{_SRT}.model_executor.forward_batch_info.ForwardBatch",
         "positions, lengths and slots of a step",
+    ),
+    ContractName(
+        f"{_SRT}.model_executor.runner.decode_cuda_graph_runner.build_replay_fb_view",
+        "what the backend is told of a replay: padded lengths, and how many requests are padding",
+    ),
+    ContractName(
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_out_graph",
+        "overridden: plans a step before a graph replays it",
+    ),
+    ContractName(
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_in_graph",
+        "overridden: attention's own plan, which is captured",
     ),
 )
 

@@ -2,17 +2,21 @@
 
 import argparse
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from dsv4_kernels.layout import ROW_FORMATS
 from sglang_dsv4 import __version__
+from sglang_dsv4.attention import find_capabilities, name_attention
+from sglang_dsv4.attention.device import Device
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract
 from sglang_dsv4.plugin.portable.capabilities import Capabilities
+from sglang_dsv4.plugin.refusals import check_device
 
 _PACKAGES = (
     "torch",
@@ -22,13 +26,23 @@ _PACKAGES = (
     "flashinfer-python",
     "sgl-flash-mla",
     "sglang-kernel",
+    "sgl-deep-gemm",
+    "tilelang",
 )
+_SOME_HEADS = 64
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "doctor", help="print versions, capabilities, SGLang's contract, and what would run"
+    )
+    parser.add_argument(
+        "--as",
+        dest="machine",
+        metavar="DEVICE",
+        default=None,
+        help="Answer for another machine with the same packages: cpu, or a GPU as in sm_80.",
     )
     parser.set_defaults(func=run)
 
@@ -49,8 +63,8 @@ def _versions() -> Table:
     return table
 
 
-def _capabilities(capabilities: Capabilities) -> Table:
-    table = Table("capability", "found", title="This machine", title_justify="left")
+def _capabilities(capabilities: Capabilities, title: str) -> Table:
+    table = Table("capability", "found", title=title, title_justify="left")
     for name, value in asdict(capabilities).items():
         table.add_row(name, "none" if value is None else str(value))
     return table
@@ -78,13 +92,33 @@ def _portable(capabilities: Capabilities) -> Table:
     return table
 
 
-def run(_: argparse.Namespace) -> int:
+def _attention(capabilities: Capabilities) -> Table:
+    table = Table(
+        "rows", "attention", "because", title="Attention, 64 query heads", title_justify="left"
+    )
+    sm, device = capabilities.sm, torch.device(capabilities.device)
+    there = Device(device, None if sm is None else divmod(sm, 10), 0)
+    for row_format in ROW_FORMATS:
+        here = find_capabilities(torch.device("cpu"), row_format, _SOME_HEADS)
+        table.add_row(row_format, *name_attention(None, replace(here, device=there)))
+    return table
+
+
+def run(args: argparse.Namespace) -> int:
     """Print the report; returns 1 where the plug-in would refuse to start."""
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     capabilities = Capabilities.detect(device)
     console.print(_versions())
-    console.print(_capabilities(capabilities))
+    title = "This machine"
+    if args.machine is not None:
+        try:
+            capabilities = capabilities.on(args.machine)
+        except UnsupportedError as error:
+            console.print(f"--as: {error}", soft_wrap=True)
+            return 1
+        title, device = f"{args.machine}, with the packages of this machine", args.machine
+    console.print(_capabilities(capabilities, title))
     try:
         contract.check_version(contract.installed_version())
     except UnsupportedError as error:
@@ -93,15 +127,25 @@ def run(_: argparse.Namespace) -> int:
     table, missing = _contract()
     console.print(table)
     console.print(_portable(capabilities))
+    console.print(_attention(capabilities))
     if missing:
         console.print(
             f"Would refuse to start: missing in SGLang: {', '.join(missing)}", soft_wrap=True
         )
         return 1
-    if device != "cpu":
-        console.print(
-            "Would refuse to start on this device: serving is supported with --device cpu so far"
-        )
+    sm = capabilities.sm
+    try:
+        check_device(capabilities.device, None if sm is None else divmod(sm, 10))
+    except UnsupportedError as error:
+        console.print(f"Would refuse to start: {error}", soft_wrap=True)
         return 1
-    console.print("Would run: CompressedKVCache, attention eager on cpu, portable ops as listed")
+    if sm is not None:
+        console.print(
+            "CUDA graphs: with attention flashinfer or flashmla; eager needs --disable-cuda-graph"
+        )
+    kernels = "triton" if capabilities.has_triton_gpu else "torch"
+    console.print(
+        f"Would run on {device}: CompressedKVCache, kernels {kernels}, attention and portable ops as listed",
+        soft_wrap=True,
+    )
     return 0

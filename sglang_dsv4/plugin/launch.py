@@ -36,8 +36,11 @@ def register() -> None:
         HookRegistry.register(*hook)
 
 
-def activate() -> None:
+def activate(device: str | None = None) -> None:
     """Take over this process; the second time nothing changes.
+
+    Args:
+        device (str | None): as in `activation.activate`.
 
     Raises:
         UnsupportedError: the version or a name of SGLang is not the expected one, or a hook is not in place.
@@ -48,7 +51,7 @@ def activate() -> None:
     contract.check_version(contract.installed_version())
     from sglang_dsv4.plugin import activation
 
-    activation.activate()
+    activation.activate(device)
     check_hooks(_hooks)
     _activated = True
 
@@ -104,7 +107,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
         if is_enabled:
             from sglang_dsv4.plugin import activation, refusals
 
-            activate()
+            activate(args.device)
             refusals.check_port(args.host, args.port)
             activation.prepare(args)
     if not is_enabled:
@@ -119,7 +122,7 @@ def _post_init(original: Callable[..., Any], server_args: Any) -> None:
         return
     from sglang_dsv4.plugin import activation
 
-    activate()  # the variable may have been set after the plug-in was loaded
+    activate(server_args.device)  # the variable may have been set after the plug-in was loaded
     activation.prepare(server_args)
     original(server_args)
     activation.check_resolved(server_args)

@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL",
         default=None,
         help="Checksums of stored rows: off (default), boundary (compared at prefix hits and whole pages) or step (before "
-        "every step). A failed check stops the server and leaves a dump for `python -m sglang_dsv4 inspect`.",
+        "every step). A failed check stops the server and leaves a dump for `python -m sglang_dsv4 inspect`. On a GPU it needs "
+        "--disable-cuda-graph.",
     )
     group.add_argument(
         "--dsv4-check-dumps",

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import torch
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 
-from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, StepPlan, WindowInput
+from sglang_dsv4.cache import CompressedKVCache, ExternalPages, StepPlan, WindowInput
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
+from sglang_dsv4.plugin.budget import PoolShape, shape_of
 from sglang_dsv4.plugin.refusals import check_window_pool
 from sglang_dsv4.spec import CacheSpec
 
@@ -39,21 +40,22 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
     Attributes:
         cache (CompressedKVCache): the rows, keys and state.
         plan (StepPlan | None): the step that is running.
+        max_seq_len (int): tokens of the longest sequence.
     """
 
-    def __init__(self, *, spec: CacheSpec, max_seq_len: int, **native: Any) -> None:
+    def __init__(self, *, shape: PoolShape, **native: Any) -> None:
         super().__init__(**native)
-        page_tokens = spec.page_tokens
-        capacity = Capacity(
-            history_pages=native["c128_size"] * 128 // page_tokens + 1,
-            window_pages=native["swa_size"] // page_tokens + 1,
-            state_slots=self.num_req_slots,
-            # No sequence is longer than the pool.
-            max_seq_len=min(max_seq_len, native["c128_size"] * 128) + page_tokens,
-            reserved_pages=1,
+        tokens = native["c128_size"] * 128
+        capacity = shape.capacity(tokens, native["swa_size"])
+        self.max_seq_len = min(shape.max_seq_len, tokens)
+        self.cache = CompressedKVCache(
+            shape.spec,
+            ExternalPages(capacity),
+            native["device"],
+            index_heads=shape.index_heads,
         )
-        self.cache = CompressedKVCache(spec, ExternalPages(capacity), native["device"])
         self.plan: StepPlan | None = None
+        self._stored: torch.Tensor | None = None
         self.mem_usage = self.get_kv_size_bytes() / _GIB
 
     def get_kv_size_bytes(self) -> int:
@@ -85,6 +87,8 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
         """Store window rows. Slots and positions come from the plan, RoPE from the cache's own table."""
         del swa_loc, freqs_cis, positions
         self.cache.append(layer_id, self.current_plan(), window=WindowInput(kv, kv_weight, eps))
+        # SGLang drops its projections before it joins this stream; kept until the next layer, their memory is not reused by then.
+        self._stored = kv
 
     def get_ring_size(self, compress_ratio: int) -> int:
         """Rows of SGLang's native state ring; none, since stream state is ours."""
@@ -104,8 +108,13 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
         return VacantPool("indexer_state_pool")
 
 
-def pool_factory(spec: CacheSpec, max_seq_len: int) -> Callable[..., CompressedTokenToKVPool]:
-    """What SGLang calls with its own pool's arguments."""
+def pool_factory(spec: CacheSpec, model_config: Any) -> Callable[..., CompressedTokenToKVPool]:
+    """What SGLang calls with its own pool's arguments.
+
+    Args:
+        spec (CacheSpec): of the model.
+        model_config (Any): SGLang's ModelConfig.
+    """
 
     def build(**native: Any) -> CompressedTokenToKVPool:
         if native["page_size"] != spec.page_tokens:
@@ -113,6 +122,7 @@ def pool_factory(spec: CacheSpec, max_seq_len: int) -> Callable[..., CompressedT
                 f"page size: expected {spec.page_tokens}, got {native['page_size']}"
             )
         check_window_pool(native["swa_size"])
-        return CompressedTokenToKVPool(spec=spec, max_seq_len=max_seq_len, **native)
+        shape = shape_of(spec, model_config, native["num_req_slots"], native["device"])
+        return CompressedTokenToKVPool(shape=shape, **native)
 
     return build

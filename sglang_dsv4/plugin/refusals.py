@@ -13,6 +13,8 @@ from sglang_dsv4.spec import CacheSpec
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 PAGE_TOKENS = 256
 MIN_WINDOW_TOKENS = 4 * PAGE_TOKENS
+MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
+PADDED_HEADS = 64  # SGLang fills the heads of a rank up to this many, for FlashMLA
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ REFUSALS = (
     ),
     Refusal(
         "--speculative-algorithm",
-        "rejected draft tokens cannot be rolled back yet",
+        "rejected draft tokens cannot be rolled back yet: the draft's steps would need a cache of their own, and window rows "
+        "and state a truncation that SGLang does not ask for",
         lambda args: args.speculative_algorithm is not None,
     ),
     Refusal("--enable-two-batch-overlap", "a step has one plan", _flag("enable_two_batch_overlap")),
@@ -113,6 +116,38 @@ REFUSALS = (
         "--tokenizer-worker-num",
         "further tokenizer processes do not load plug-ins, and token ids outside the vocabulary would pass",
         _above_one("tokenizer_worker_num"),
+    ),
+    Refusal(
+        "--enable-pdmux",
+        "prefill and decode at the same time would share the kernels' scratch",
+        _flag("enable_pdmux"),
+    ),
+    Refusal(
+        "--enable-torch-compile",
+        "what it compiles would keep the plan of one step",
+        _flag("enable_torch_compile"),
+    ),
+    Refusal(
+        "--enable-memory-saver",
+        "the cache's memory cannot be given back for a time",
+        _flag("enable_memory_saver"),
+    ),
+    Refusal(
+        "--debug-cuda-graph",
+        "decode steps are captured whole or not at all",
+        _flag("debug_cuda_graph"),
+    ),
+    Refusal(
+        "--cuda-graph-backend-prefill",
+        "a prefill's plan depends on its lengths; SGLang captures none of DeepSeek-V4 either unless told to",
+        lambda args: getattr(args, "cuda_graph_backend_prefill", None) not in (None, "disabled"),
+    ),
+    Refusal(
+        "--cuda-graph-backend-decode",
+        "decode steps are captured whole or not at all",
+        lambda args: (
+            getattr(args, "cuda_graph_backend_decode", None) not in (None, "full", "disabled")
+        ),
     ),
     Refusal(
         "--dllm-algorithm",
@@ -164,22 +199,90 @@ def window_tokens(max_total_tokens: int, ratio: float) -> int:
     return int(full * ratio) // PAGE_TOKENS * PAGE_TOKENS
 
 
-def check_device(device: str | None, *, has_cuda: bool) -> None:
-    """Refuse devices on which the plug-in was never run.
+def check_graphs(config: Any) -> None:
+    """Refuse CUDA graphs that SGLang has resolved to, whatever option asked for them.
+
+    Args:
+        config (Any): SGLang's CudaGraphConfig.
+
+    Raises:
+        UnsupportedError: names the phase and what it would be captured by.
+    """
+    for phase, allowed in (("prefill", ("disabled",)), ("decode", ("full", "disabled"))):
+        backend = getattr(config, phase).backend
+        if backend not in allowed:
+            raise UnsupportedError(
+                f"CUDA graphs of {phase}: expected {' or '.join(allowed)}, got {backend}; see --cuda-graph-config"
+            )
+
+
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU; None for another device, or where the driver finds none."""
+    import torch
+
+    if device.partition(":")[0] != "cuda" or torch.version.cuda is None:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def check_device(device: str, capability: tuple[int, int] | None) -> None:
+    """Refuse devices on which the plug-in cannot run.
+
+    Args:
+        device (str): as ``--device`` names it.
+        capability (tuple[int, int] | None): of `compute_capability`.
 
     Raises:
         UnsupportedError: names the device and what works.
     """
-    wanted = device or ("cuda" if has_cuda else "cpu")
-    if wanted != "cpu":
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        return
+    if kind != "cuda":
         raise UnsupportedError(
-            f"--device {wanted}: expected cpu; with --enable-dsv4-compressed-kv other devices are not supported yet "
-            "(the backend has no CUDA graphs, and HIP, NPU and XPU were never run)"
+            f"--device {device}: expected cpu or cuda; with --enable-dsv4-compressed-kv HIP, NPU and XPU were never run"
         )
+    if capability is None:
+        raise UnsupportedError(f"--device {device}: expected an NVIDIA GPU, torch finds none")
+    if capability < MIN_CAPABILITY:
+        found, least = (f"SM{major}{minor}" for major, minor in (capability, MIN_CAPABILITY))
+        raise UnsupportedError(f"--device {device}: expected {least} or later, got {found}")
 
 
-def check_attention(name: str | None, spec: CacheSpec) -> None:
-    """Refuse an attention that is not possible on the one device that is served, before the model is loaded.
+def handed_heads(num_heads: int, tp_size: int) -> int:
+    """Query heads that SGLang's model hands to one rank's attention: its own, filled up to 64 or to all of them.
+
+    Args:
+        num_heads (int): query heads of the model.
+        tp_size (int): ranks that share them.
+    """
+    if tp_size == 1:
+        return num_heads
+    return PADDED_HEADS if num_heads // tp_size <= PADDED_HEADS else num_heads
+
+
+def is_unquantised(model_path: str) -> bool:
+    """Whether a checkpoint's configuration names no quantisation."""
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    return not config.get("quantization_config")
+
+
+def query_heads(model_path: str, tp_size: int) -> int:
+    """`handed_heads` of a checkpoint that `check_checkpoint` has accepted."""
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    return handed_heads(config["num_attention_heads"], tp_size)
+
+
+def check_attention(name: str | None, spec: CacheSpec, device: str, num_heads: int) -> None:
+    """Refuse an attention that is not possible, before the model is loaded.
+
+    Args:
+        name (str | None): what was asked for; None takes the fastest that is possible.
+        spec (CacheSpec): the cache's.
+        device (str): where it will be.
+        num_heads (int): of `handed_heads`.
 
     Raises:
         UnsupportedError: names the attention and why.
@@ -188,9 +291,8 @@ def check_attention(name: str | None, spec: CacheSpec) -> None:
 
     from sglang_dsv4.attention import choose_attention, find_capabilities
 
-    some_heads = 64  # what is impossible on a CPU is so for any number
     try:
-        choose_attention(name, find_capabilities(torch.device("cpu"), spec.row_format, some_heads))
+        choose_attention(name, find_capabilities(torch.device(device), spec.row_format, num_heads))
     except ValueError as error:
         raise UnsupportedError(f"--dsv4-attention: {error}") from error
 

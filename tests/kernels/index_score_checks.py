@@ -304,6 +304,16 @@ def check_many_units(device="cpu"):
     assert torch.equal(out, world.naive())
 
 
+def check_cells_behind(device="cpu"):
+    """Without padding nothing is written behind a token's entries, and the entries are the same."""
+    world = exact_world(FP8_INDEX, device=device)
+    padded, _ = world.fused()
+    bare, _ = world.fused(pad=False)
+    behind = torch.arange(K, device=device) >= world.visible.unsqueeze(1)
+    assert (bare[behind] == 7).all() and (padded[behind] == -1).all() and behind.any()
+    assert torch.equal(bare[~behind], padded[~behind])
+
+
 CHECKS = {
     "values": check_values,
     "exact": check_exact,
@@ -311,6 +321,7 @@ CHECKS = {
     "topk": check_topk,
     "two rounds": check_two_rounds,
     "many units": check_many_units,
+    "cells behind": check_cells_behind,
 }
 
 

@@ -72,7 +72,7 @@ def test_topk(architecture, k, max_entries):
     common = {**STEP, **CHUNKS, "p_scores": "*fp32", "score_stride": "i32"}
     constants = {"RATIO": RATIO, "K": k, "SIZE": size}
     final = {
-        **constants, "PER_PAGE": PER_PAGE, "K_BLOCK": k, "SMALL": small, "CHUNKED": max_entries > BLOCK,
+        **constants, "PER_PAGE": PER_PAGE, "K_BLOCK": k, "SMALL": small, "CHUNKED": max_entries > BLOCK, "PAD": True,
     }  # fmt: skip
     arguments = {
         **common, **TABLE, "p_out": "*i32", "out_stride": "i32", "num_window_rows": "i32",

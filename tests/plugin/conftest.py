@@ -1,13 +1,15 @@
 """Tests of the plug-in import SGLang the way a server without a GPU does."""
 
 import pytest
+import torch
 
 from sglang_dsv4 import env
 from sglang_dsv4.tiny import TinySpec, write_tiny_checkpoint
 from tests.plugin.warm import Warm
 
 # SGLang decides at import whether it is on a CPU.
-env.set_default("SGLANG_USE_CPU_ENGINE", "1")
+if not torch.cuda.is_available():
+    env.set_default("SGLANG_USE_CPU_ENGINE", "1")
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,9 @@ TOKENS = 4096
 REQUESTS = 3
 
 
+MODEL = SimpleNamespace(context_len=2048, hf_config=SimpleNamespace(index_n_heads=8))
+
+
 def make_pool(spec, **changed):
     from sglang_dsv4.plugin.pool import pool_factory
 
@@ -50,7 +53,7 @@ def make_pool(spec, **changed):
         "compression_ratios": [0, 4, 128],
     }
     set_poison(True)
-    pool = pool_factory(spec, max_seq_len=2048)(**{**native, **changed})
+    pool = pool_factory(spec, MODEL)(**{**native, **changed})
     # SGLang's allocators number pages apart; here window pages are history pages in reverse.
     full = torch.arange(TOKENS + 256)
     pool.register_mapping((TOKENS // 256 - full // 256).clamp_min(0) * 256 + full % 256)

@@ -103,7 +103,7 @@ def test_commands_answer(warm, arguments):
     status, output = warm.run_one(program)
     assert status == 0, output[-2000:]
     if arguments == ["doctor"]:
-        assert "Would run: CompressedKVCache, attention eager on cpu" in output
+        assert "Would run on cpu: CompressedKVCache, kernels torch, attention" in output
         assert "MISSING" not in output
         assert "q_norm_rope" in output
 

@@ -20,10 +20,20 @@ from sglang_dsv4.plugin.portable.install import check_installed, choose, install
 from sglang_dsv4.plugin.portable.table import PORTABLE_OPS, PortableOp
 
 CPU = Capabilities(
-    device="cpu", sm=None, has_triton_gpu=False, has_tilelang=False, has_sgl_kernel=False
+    device="cpu",
+    sm=None,
+    has_triton_gpu=False,
+    has_tilelang=False,
+    has_sgl_kernel=False,
+    has_deep_gemm=False,
 )
 H200 = Capabilities(
-    device="cuda", sm=90, has_triton_gpu=True, has_tilelang=True, has_sgl_kernel=True
+    device="cuda",
+    sm=90,
+    has_triton_gpu=True,
+    has_tilelang=True,
+    has_sgl_kernel=True,
+    has_deep_gemm=True,
 )
 
 
@@ -69,6 +79,17 @@ class TestDetection:
             and not found.offers("tilelang")
             and not found.offers("deep_gemm")
         )
+
+    def test_another_machine_has_the_same_packages(self):
+        assert H200.on("sm_80") == replace(H200, sm=80)
+        assert H200.on("cpu") == replace(H200, device="cpu", sm=None, has_triton_gpu=False)
+        assert replace(CPU, has_deep_gemm=True).on("sm_90").offers("deep_gemm")
+        assert not replace(CPU, has_deep_gemm=True).on("sm_86").offers("deep_gemm")
+
+    @pytest.mark.parametrize("device", ["cuda", "sm80", "sm_75", "sm_", "mps"])
+    def test_another_machine_must_be_named_by_its_architecture(self, device):
+        with pytest.raises(UnsupportedError, match=f"device '{device}': expected cpu, or sm_80"):
+            H200.on(device)
 
     def test_another_device_is_refused(self):
         with pytest.raises(UnsupportedError, match="device xpu: expected cpu or cuda"):

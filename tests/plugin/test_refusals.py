@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract, refusals
 from tests.cache.driver import CONFIG
@@ -28,6 +29,12 @@ SUPPORTED = {
     "enable_deterministic_inference": False,
     "use_ray": False,
     "tokenizer_worker_num": 1,
+    "enable_pdmux": False,
+    "enable_torch_compile": False,
+    "enable_memory_saver": False,
+    "debug_cuda_graph": False,
+    "cuda_graph_backend_prefill": None,
+    "cuda_graph_backend_decode": "full",
     "dllm_algorithm": None,
 }
 UNSUPPORTED = {
@@ -48,6 +55,12 @@ UNSUPPORTED = {
     "enable_deterministic_inference": True,
     "use_ray": True,
     "tokenizer_worker_num": 2,
+    "enable_pdmux": True,
+    "enable_torch_compile": True,
+    "enable_memory_saver": True,
+    "debug_cuda_graph": True,
+    "cuda_graph_backend_prefill": "breakable",
+    "cuda_graph_backend_decode": "tc_piecewise",
     "dllm_algorithm": "LowConfidence",
 }
 
@@ -80,17 +93,68 @@ def test_every_refused_option_is_one_of_sglangs():
 
 
 @pytest.mark.parametrize(
-    ("device", "has_cuda"),
-    [("cuda", True), (None, True), ("npu", False), ("xpu", False), ("hip", False)],
+    ("device", "capability", "message"),
+    [
+        ("npu", None, "--device npu: expected cpu or cuda"),
+        ("xpu", None, "--device xpu: expected cpu or cuda"),
+        ("hip", None, "--device hip: expected cpu or cuda"),
+        ("cuda", None, "--device cuda: expected an NVIDIA GPU, torch finds none"),
+        ("cuda:1", (7, 5), "--device cuda:1: expected SM80 or later, got SM75"),
+    ],
 )
-def test_other_devices_are_refused(device, has_cuda):
-    with pytest.raises(UnsupportedError, match=f"--device {device or 'cuda'}: expected cpu"):
-        refusals.check_device(device, has_cuda=has_cuda)
+def test_other_devices_are_refused(device, capability, message):
+    with pytest.raises(UnsupportedError, match=f"^{message}"):
+        refusals.check_device(device, capability)
 
 
-def test_the_cpu_is_accepted():
-    refusals.check_device("cpu", has_cuda=True)
-    refusals.check_device(None, has_cuda=False)
+def test_a_cpu_and_gpus_from_sm80_on_are_accepted():
+    refusals.check_device("cpu", None)
+    refusals.check_device("cuda", (8, 0))
+    refusals.check_device("cuda:3", (9, 0))
+
+
+def test_another_device_than_the_plug_in_was_loaded_for_is_refused(monkeypatch):
+    """Portable ops and SGLang's switches are chosen when a process loads the plug-in."""
+    from sglang_dsv4.plugin import activation
+
+    monkeypatch.delenv(env.DEVICE, raising=False)
+    activation.check_device("cpu")
+    monkeypatch.setenv(env.DEVICE, "cpu")
+    activation.check_device("cpu")
+    monkeypatch.setenv(env.DEVICE, "cuda")
+    with pytest.raises(UnsupportedError, match=f"--device cpu: expected cuda.* set {env.DEVICE}="):
+        activation.check_device("cpu")
+    assert activation.found_device("cuda:1") == "cuda:1"
+
+
+def test_graphs_that_sglang_resolved_to_are_checked():
+    def config(prefill, decode):
+        return SimpleNamespace(
+            prefill=SimpleNamespace(backend=prefill), decode=SimpleNamespace(backend=decode)
+        )
+
+    refusals.check_graphs(config("disabled", "full"))
+    refusals.check_graphs(config("disabled", "disabled"))
+    with pytest.raises(
+        UnsupportedError, match="graphs of prefill: expected disabled, got breakable"
+    ):
+        refusals.check_graphs(config("breakable", "full"))
+    with pytest.raises(UnsupportedError, match="of decode: expected full or disabled, got break"):
+        refusals.check_graphs(config("disabled", "breakable"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "handed"),
+    [(64, 1, 64), (64, 2, 64), (64, 8, 64), (128, 1, 128), (128, 2, 64), (256, 2, 256)],
+)
+def test_heads_of_a_rank_are_filled_up_as_sglang_does(heads, ranks, handed):
+    assert refusals.handed_heads(heads, ranks) == handed
+
+
+@pytest.mark.parametrize(("field", "found"), [({}, True), ({"quant_method": "fp8"}, False)])
+def test_quantisation_is_read_from_the_checkpoint(tmp_path, field, found):
+    path = write_config(tmp_path, quantization_config=field)
+    assert refusals.is_unquantised(path) is found
 
 
 def write_config(folder, **fields):

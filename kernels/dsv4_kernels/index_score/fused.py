@@ -258,6 +258,7 @@ def select_entries(
     workspace: IndexWorkspace,
     tuning: IndexTuning | None = None,
     block: int = BLOCK,
+    pad: bool = True,
 ) -> None:
     """`naive_select_entries`; arguments as there.
 
@@ -265,6 +266,7 @@ def select_entries(
         workspace (IndexWorkspace): of `index_workspace`, for the same heads, k and format.
         tuning (IndexTuning | None): of `index_tuning` if None.
         block (int): scores that one program ranks.
+        pad (bool): write -1 behind the entries of a token that sees fewer than ``out`` has room for; else leave these cells.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
     """
@@ -278,7 +280,7 @@ def select_entries(
                 step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first,
                 count, tuning,
             )  # fmt: skip
-        topk_entries(step, scores[:count], first, ratio, out, workspace.topk, block)
+        topk_entries(step, scores[:count], first, ratio, out, workspace.topk, block, pad)
 
 
 def check_arguments(

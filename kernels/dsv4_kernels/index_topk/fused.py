@@ -105,6 +105,7 @@ def topk_entries_kernel(
     p_positions, p_token_rows, p_pages, page_stride, first_token, p_scores, score_stride, p_chunk_scores,
     p_chunk_entries, candidate_stride, p_out, out_stride, num_window_rows, RATIO: tl.constexpr, PER_PAGE: tl.constexpr,
     K: tl.constexpr, K_BLOCK: tl.constexpr, SMALL: tl.constexpr, SIZE: tl.constexpr, CHUNKED: tl.constexpr,
+    PAD: tl.constexpr,
 ):  # fmt: skip
     """One token per program: all it sees if that is at most ``K`` entries, or the best of its scores."""
     i_t = tl.program_id(0).to(tl.int64)
@@ -118,7 +119,7 @@ def topk_entries_kernel(
         b_page = tl.load(p_table + o_k // PER_PAGE, mask=o_k < visible, other=0)
         b_slot = num_window_rows + b_page * PER_PAGE + o_k % PER_PAGE
         b_slot = tl.where(o_k < visible, b_slot, -1).to(p_out.dtype.element_ty)
-        tl.store(p_out + o_k, b_slot, mask=o_k < K)
+        tl.store(p_out + o_k, b_slot, mask=o_k < (K if PAD else visible))
     elif visible <= SMALL:
         store_best(
             p_row,
@@ -180,6 +181,7 @@ def topk_entries(
     out: torch.Tensor,
     workspace: TopkWorkspace,
     block: int = BLOCK,
+    pad: bool = True,
 ) -> None:
     """`naive_topk_entries` for some tokens of a step, in one launch or two, written as rows of the row pool.
 
@@ -193,6 +195,7 @@ def topk_entries(
             the entries' order, then -1.
         workspace (TopkWorkspace): of `topk_workspace`.
         block (int): scores that one program takes, a power of two, as in `topk_workspace`.
+        pad (bool): write -1 behind the chosen entries of a token that sees fewer than k; else these cells are left alone.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
     """
@@ -243,5 +246,6 @@ def topk_entries(
         K_BLOCK=triton.next_power_of_2(k),
         SMALL=small,
         CHUNKED=chunks > 1,
+        PAD=pad,
         **common,
     )

@@ -1,7 +1,7 @@
 """What this machine can run, asked once at start-up. Portable ops are chosen by it, never by a version."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -20,6 +20,7 @@ class Capabilities:
         has_triton_gpu (bool): Triton kernels can be launched on the device.
         has_tilelang (bool): TileLang is installed.
         has_sgl_kernel (bool): SGLang's compiled kernels are installed, not a stand-in for them.
+        has_deep_gemm (bool): DeepGEMM is installed.
     """
 
     device: str
@@ -27,6 +28,7 @@ class Capabilities:
     has_triton_gpu: bool
     has_tilelang: bool
     has_sgl_kernel: bool
+    has_deep_gemm: bool
 
     @classmethod
     def detect(cls, device: str) -> "Capabilities":
@@ -52,7 +54,27 @@ class Capabilities:
             has_triton_gpu=on_gpu and find_spec("triton") is not None,
             has_tilelang=find_spec("tilelang") is not None,
             has_sgl_kernel=_has_distribution("sglang-kernel"),
+            has_deep_gemm=find_spec("deep_gemm") is not None,
         )
+
+    def on(self, device: str) -> "Capabilities":
+        """The same packages on another machine.
+
+        Args:
+            device (str): ``cpu``, or a GPU by its architecture: ``sm_80``.
+
+        Raises:
+            UnsupportedError: neither of these.
+        """
+        if device == "cpu":
+            return replace(self, device="cpu", sm=None, has_triton_gpu=False)
+        number = device.removeprefix("sm_")
+        if number == device or not number.isdecimal() or int(number) < _FIRST_SM:
+            raise UnsupportedError(
+                f"device {device!r}: expected cpu, or sm_{_FIRST_SM} or later, as in sm_90"
+            )
+        has_triton = find_spec("triton") is not None
+        return replace(self, device="cuda", sm=int(number), has_triton_gpu=has_triton)
 
     def offers(self, need: str) -> bool:
         """Whether a need of a stock kernel is met here.
@@ -68,6 +90,9 @@ class Capabilities:
         return NEEDS[need](self)
 
 
+_FIRST_SM = 80
+
+
 def _is_sm90(have: Capabilities) -> bool:
     return have.sm is not None and have.sm >= 90
 
@@ -77,7 +102,8 @@ def _is_sm90(have: Capabilities) -> bool:
 NEEDS: dict[str, Callable[[Capabilities], bool]] = {
     "cuda": lambda have: have.device == "cuda",
     "cuda_sm90": _is_sm90,
-    "deep_gemm": lambda have: _is_sm90(have) and have.has_sgl_kernel,
+    "deep_gemm": lambda have: _is_sm90(have) and have.has_deep_gemm,
+    "native_pool": lambda have: False,  # ours stands in its place
     "tilelang": lambda have: _is_sm90(have) and have.has_tilelang,
     "triton_gpu": lambda have: have.has_triton_gpu,
 }

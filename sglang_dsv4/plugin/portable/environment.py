@@ -86,8 +86,8 @@ PORTABLE_SETTINGS = (
     PortableSetting(
         "SGLANG_DSV4_USE_BF16_KV_QUANT_SOURCE",
         "0",
-        "window rows would be normalised by a CUDA kernel",
-        "cuda_sm90",
+        "window rows would be normalised for SGLang's own pool",
+        "native_pool",
     ),
 )
 PORTABLE_ENV: dict[str, str] = {setting.name: setting.value for setting in PORTABLE_SETTINGS}
