@@ -211,7 +211,13 @@ def _validate_input_ids(
 
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    steps = scheduler.tp_worker.model_runner.attn_backend.steps
-    usage = pool_usage(scheduler, pool.cache.spec.page_tokens)
-    result.internal_state["sglang_dsv4"] = {**pool.facts, "steps": dict(steps), "usage": usage}
+    backend = scheduler.tp_worker.model_runner.attn_backend
+    facts = {
+        **pool.facts,
+        "steps": dict(backend.steps),
+        "usage": pool_usage(scheduler, pool.cache.spec.page_tokens),
+    }
+    if backend.checks is not None:
+        facts["checks"] = backend.checks.facts()
+    result.internal_state["sglang_dsv4"] = facts
     return result
