@@ -1,0 +1,159 @@
+"""Streams from a server, with the time of every token."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+TIMEOUT_S = 600.0
+_DATA = b"data: {"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, and when its tokens came.
+
+    Attributes:
+        token_ids (tuple[int, ...]): what was generated.
+        prompt_tokens (int): length of the prompt.
+        cached_tokens (int): how many of it the prefix cache served.
+        sent_s (float): when it was sent.
+        arrivals (tuple[tuple[float, int], ...]): times, and how many tokens had come by then.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    sent_s: float
+    arrivals: tuple[tuple[float, int], ...]
+
+    @property
+    def first_token_s(self) -> float:
+        """From sending to the first token."""
+        return self.arrivals[0][0] - self.sent_s
+
+    def gaps_s(self) -> list[float]:
+        """Time per token after the first; tokens that came together share what they took."""
+        found: list[float] = []
+        for (before, had), (now, has) in zip(self.arrivals, self.arrivals[1:], strict=False):
+            found += [(now - before) / (has - had)] * (has - had)
+        return found
+
+
+class Stream:
+    """What came over one connection; it is read when nothing is being timed any more.
+
+    Args:
+        sent_s (float): when the request was sent.
+    """
+
+    def __init__(self, sent_s: float) -> None:
+        self.sent_s = sent_s
+        self._pieces: list[tuple[float, bytes]] = []
+
+    def add(self, now_s: float, piece: bytes) -> None:
+        """Keep a piece."""
+        self._pieces.append((now_s, piece))
+
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens, from the last event."""
+        text = b"".join(piece for _, piece in self._pieces[-4:])
+        if text.count(_DATA) == 0:
+            text = b"".join(piece for _, piece in self._pieces)
+        line = text[text.rindex(_DATA) :].split(b"\n", 1)[0]
+        return tuple(_event(line)["output_ids"])
+
+    def reply(self) -> Reply:
+        """Read it all.
+
+        Raises:
+            ValueError: the server reports an error, or sent no token.
+        """
+        arrivals: list[tuple[float, int]] = []
+        rest, last = b"", None
+        for now_s, piece in self._pieces:
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                if line.startswith(_DATA):
+                    last = _event(line)
+                    count = last["meta_info"]["completion_tokens"]
+                    if count > (arrivals[-1][1] if arrivals else 0):
+                        arrivals.append((now_s, count))
+        if last is None or not arrivals:
+            raise ValueError("stream: expected at least one token, got none")
+        meta = last["meta_info"]
+        return Reply(
+            token_ids=tuple(last["output_ids"]),
+            prompt_tokens=meta["prompt_tokens"],
+            cached_tokens=meta["cached_tokens"],
+            sent_s=self.sent_s,
+            arrivals=tuple(arrivals),
+        )
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    event = json.loads(line[len(b"data: ") :])
+    if "error" in event:
+        raise ValueError(f"stream: expected tokens, got {event['error']}")
+    return dict(event)
+
+
+class ServeClient:
+    """One server.
+
+    Args:
+        url (str): such as ``http://127.0.0.1:30000``.
+        transport (httpx.AsyncBaseTransport | None): for tests; None: the network.
+    """
+
+    def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=TIMEOUT_S, transport=transport, trust_env=False, limits=limits
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def flush(self) -> None:
+        """Empty the prefix cache, once no request runs."""
+        (await self._http.post("/flush_cache?timeout=120")).raise_for_status()
+
+    async def server_info(self) -> dict[str, Any]:
+        """``/server_info``'s first internal state."""
+        reply = (await self._http.get("/server_info")).raise_for_status()
+        return dict(reply.json()["internal_states"][0])
+
+    async def post(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One request that is not timed."""
+        return dict((await self._http.post("/generate", json=body)).raise_for_status().json())
+
+    async def stream(self, prompt_ids: Sequence[int], new_tokens: int) -> Stream:
+        """Ask for a greedy continuation of exactly ``new_tokens`` tokens.
+
+        Raises:
+            httpx.HTTPError: the server did not answer, or refused.
+        """
+        body = {
+            "input_ids": list(prompt_ids),
+            "sampling_params": {
+                "temperature": 0.0,
+                "max_new_tokens": new_tokens,
+                "ignore_eos": True,
+            },
+            "stream": True,
+        }
+        content = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        found = Stream(time.perf_counter())
+        async with self._http.stream(
+            "POST", "/generate", content=content, headers=headers
+        ) as response:
+            response.raise_for_status()
+            async for piece in response.aiter_raw():
+                found.add(time.perf_counter(), piece)
+        return found
