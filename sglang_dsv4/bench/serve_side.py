@@ -57,9 +57,7 @@ class SideServer(Server):
     def variables(self) -> dict[str, str]:
         """On a GPU SGLang must not be told that it is on a CPU."""
         found = super().variables()
-        return (
-            found if self._device == "cpu" else {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"]}
-        )
+        return found if self._device == "cpu" else {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"]}
 
     def is_ready(self) -> bool:
         """Whether it takes requests.

@@ -64,9 +64,7 @@ def long_prompt(prompt_tokens: int, new_tokens: int) -> Work:
     )
 
 
-def agents(
-    count: int, turns: int, system_tokens: int, turn_tokens: int, new_tokens: int
-) -> Work:
+def agents(count: int, turns: int, system_tokens: int, turn_tokens: int, new_tokens: int) -> Work:
     """Agents that share a system prompt. Each turn sends all that was said so far, answers included, and a bit more."""
     rng = random.Random(count)
     system = random_ids(rng, system_tokens)
@@ -83,9 +81,7 @@ def agents(
             return found
 
         return [
-            stream
-            for streams in await asyncio.gather(*map(one_agent, said))
-            for stream in streams
+            stream for streams in await asyncio.gather(*map(one_agent, said)) for stream in streams
         ]
 
     about = (
@@ -98,7 +94,12 @@ def agents(
 def all_work(quick: bool, device: str) -> list[Work]:
     """What ``bench serve`` measures; on a CPU so little that it ends within minutes."""
     if device == "cpu":
-        return [chats(1, 2, 64, 8), chats(4, 8, 64, 8), long_prompt(1024, 4), agents(4, 3, 300, 40, 8)]
+        return [
+            chats(1, 2, 64, 8),
+            chats(4, 8, 64, 8),
+            long_prompt(1024, 4),
+            agents(4, 3, 300, 40, 8),
+        ]
     if quick:
         return [
             *(chats(concurrency, max(4, 2 * concurrency), 512, 64) for concurrency in (1, 32)),
