@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from sglang_dsv4.bench.serve_check import ROUNDED, check
 from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
 from sglang_dsv4.bench.serve_client import ServeClient
 from sglang_dsv4.bench.serve_report import environment, rows, summarize, table
@@ -23,14 +24,14 @@ from sglang_dsv4.bench.serve_side import (
     SideServer,
     facts_of,
     start_in_turn,
+    wait_until_ready,
 )
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
-from sglang_dsv4.compare.ask import make_questions, score
-from sglang_dsv4.compare.judge import Verdict, judge, own_rounding
-from sglang_dsv4.compare.runs import Passes
 from sglang_dsv4.demo.server import ServerDiedError
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
+NATIVE_ROWS = "fp8_584"
+# Questions of the check, and tokens of the longest.
 CHECKED = {"cuda": (24, 1024), "cpu": (4, 300)}
 
 
@@ -108,6 +109,15 @@ def run(args: argparse.Namespace) -> int:
                 ),
             )
             report["servers"] = {server.side.name: facts_of(server) for server in servers}
+            with ExitStack() as short:
+                urls = {server.side.name: server.url for server in servers}
+                rounded = make_rounded(args, device)
+                if rounded is not None:
+                    third = SideServer(rounded, checkpoint, args.build_dir / "bench-serve", device)
+                    wait_until_ready([short.enter_context(third)])
+                    urls[rounded.name] = third.url
+                report["check"] = asyncio.run(check(urls, *CHECKED[device]))
+            console.print(f"Checked: {report['check']}")
             asyncio.run(_measure(args, device, servers, report, console))
     except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
@@ -143,6 +153,18 @@ def make_sides(args: argparse.Namespace, device: str) -> list[Side]:
     return [Side(name, name == OURS, ours if name == OURS else common) for name in wanted]
 
 
+def make_rounded(args: argparse.Namespace, device: str) -> Side | None:
+    """Ours with SGLang's row format, where that is not the one measured: the check needs to know what the format does."""
+    wanted = args.sides.split(",")
+    if device == "cpu" or args.rows == NATIVE_ROWS or len(wanted) < 2:
+        return None
+    options = (
+        "--max-total-tokens", "65536", "--swa-full-tokens-ratio", "0.5", "--mem-fraction-static", "0.8",
+        "--max-running-requests", "64", "--grammar-backend", "none", "--disable-cuda-graph", *shlex.split(args.options),
+    )  # fmt: skip
+    return Side(ROUNDED, True, (*options, "--dsv4-kv-format", NATIVE_ROWS))
+
+
 async def _measure(
     args: argparse.Namespace,
     device: str,
@@ -150,10 +172,8 @@ async def _measure(
     report: dict[str, Any],
     console: Console,
 ) -> None:
-    """Check, then let the sides take turns; the report is written after every round."""
+    """Let the sides take turns; the report is written after every round."""
     clients = {server.side.name: ServeClient(server.url) for server in servers}
-    report["check"] = await check(clients, *CHECKED[device])
-    console.print(f"Checked: {report['check']}")
     quick = args.quick or device == "cpu"
     for work in [work for work in all_work(quick, device) if args.only in work.name]:
         for client in clients.values():  # compiles what this scenario needs
@@ -179,37 +199,3 @@ async def _measure(
 async def _round(client: ServeClient, work: Work) -> dict[str, Any]:
     await client.flush()
     return summarize([stream.reply() for stream in await work.send(client)])
-
-
-async def check(clients: dict[str, ServeClient], count: int, longest: int) -> dict[str, Any]:
-    """Compare answers, cold and at hits, before anything is timed.
-
-    The reference is SGLang's own cache, or ours cold where that does not run. Rounding is what the reference differs from
-    itself; with rows of another format the comparison is looser by what ``compare`` measures, so here the same are wanted.
-
-    Raises:
-        ValueError: an answer is wrong; names it.
-    """
-    passes = Passes(make_questions(count, longest, 1), 8)
-    found = {name: await passes.run(client, name) for name, client in clients.items()}
-    reference = THEIRS if THEIRS in clients else OURS
-
-    async def scorer(prompt_ids: Any, token_ids: Any) -> Any:
-        return await score(clients[reference], prompt_ids, token_ids)
-
-    cold = found[reference][0]
-    scored = {
-        number: await scorer(question.prompt_ids, cold.answers[number].token_ids)
-        for number, question in enumerate(passes.questions)
-    }
-    bound = 2 * own_rounding([run.answers for run in found[reference]], scored)
-    verdict = Verdict()
-    for run_ in found.get(OURS, []):
-        for number, answer in enumerate(run_.answers):
-            await judge(
-                verdict, f"{run_.name}: question {number}", passes.questions[number],
-                cold.answers[number], answer, bound, scorer,
-            )  # fmt: skip
-    if verdict.faults:
-        raise ValueError(f"answers: expected within {bound:.3g}, but {verdict.faults[0]}")
-    return {"reference": reference, "bound": bound, **verdict.to_dict()}

@@ -77,7 +77,7 @@ async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> 
         reference += found[side.name]
     judged = [run for side in plan.judged for run in found[side.name]]
     scored = await _scores(questions, reference[0], scorer)
-    bound = _bound(
+    bound = bound_of(
         reference, judged, found.get(plan.rounded.name) if plan.rounded else None, scored
     )
     result.bound = bound
@@ -124,7 +124,7 @@ async def _scores(questions: Sequence[Question], run: Run, scorer: Any) -> dict[
     }
 
 
-def _bound(
+def bound_of(
     reference: Sequence[Run],
     judged: Sequence[Run],
     rounded: Sequence[Run] | None,
