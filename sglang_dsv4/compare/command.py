@@ -27,7 +27,8 @@ WAYS = {
 }
 POOL_TOKENS = {"cuda": 262144, "cpu": 16384}
 NATIVE_ROWS = "fp8_584"
-EXACT = ("--dtype", "float32")
+# One scheduler that waits must not take a core from another that works.
+EXACT = ("--dtype", "float32", "--sleep-on-idle")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +91,14 @@ class Fleet:
         self._checkpoint = checkpoint
         self._folder = folder
         self._device = device
-        self._stack = ExitStack()
+        self._running: list[SideServer] = []
         self.facts: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "Fleet":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        self.end(self._running)
 
     def start(self, sides: Sequence[Side]) -> list[SideServer]:
         """Start servers at the same time, and wait for all.
@@ -111,14 +110,21 @@ class Fleet:
         servers = []
         for side in sides:
             server = SideServer(side, self._checkpoint, self._folder, self._device)
-            self._stack.enter_context(server)
+            server.__enter__()
+            self._running.append(server)
             servers.append(server)
         wait_until_ready(servers)
         for server in servers:
             self.facts[server.side.name] = facts_of(server)
         return servers
 
-    def end(self) -> None:
-        """End all servers so far."""
-        self._stack.close()
-        self._stack = ExitStack()
+    def end(self, servers: Sequence[SideServer]) -> None:
+        """End some servers; one that has ended may be among them."""
+        for server in tuple(servers):
+            if server in self._running:
+                self._running.remove(server)
+                server.__exit__(None, None, None)
+
+    def end_all(self) -> None:
+        """End what still runs."""
+        self.end(self._running)

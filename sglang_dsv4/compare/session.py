@@ -10,9 +10,8 @@ from typing import Any
 from sglang_dsv4.bench.serve_client import ServeClient
 from sglang_dsv4.bench.serve_side import Side, SideServer
 from sglang_dsv4.bench.serve_work import random_ids
+from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import Question, Token, ask_all, score
-from sglang_dsv4.compare.hit_bytes import OPTIONS as BYTES_OPTIONS
-from sglang_dsv4.compare.hit_bytes import check_bytes
 from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
 from sglang_dsv4.compare.runs import Fleet, Passes, Run
 
@@ -65,14 +64,16 @@ async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> 
     say(f"{anchor.side.name}: {len(questions)} questions, cold and hit")
     others = [*plan.reference[1:], *plan.judged, *([plan.rounded] if plan.rounded else [])]
     found: dict[str, list[Run]] = {}
-    last = None
+    last: SideServer | None = None
     for begin in range(0, len(others), plan.at_once):
         servers = fleet.start(others[begin : begin + plan.at_once])
         for server in servers:
             found[server.side.name] = await _ask(server, plan.passes)
             say(f"{server.side.name}: {len(questions)} questions, cold and hit")
-            if server.side in plan.judged:
-                last = server
+        # One judged server stays, to be asked with planted faults.
+        keep = [server for server in servers if server.side == plan.judged[-1]]
+        last = keep[0] if keep else last
+        fleet.end([server for server in servers if server not in keep])
     for side in plan.reference[1:]:
         reference += found[side.name]
     judged = [run for side in plan.judged for run in found[side.name]]
@@ -99,11 +100,11 @@ async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> 
     await client.close()
 
 
-async def compare_bytes(fleet: Fleet, side: Side, result: Result) -> None:
+async def compare_bytes(fleet: Fleet, side: Side, lengths: tuple[int, ...], result: Result) -> None:
     """Compare the bytes of hits and cold runs on a server of its own."""
-    (server,) = fleet.start([Side(f"{side.name}-bytes", True, (*side.options, *BYTES_OPTIONS))])
+    (server,) = fleet.start([Side(f"{side.name}-bytes", True, (*side.options, *hit_bytes.OPTIONS))])
     client = ServeClient(server.url)
-    result.bytes = await check_bytes(client)
+    result.bytes = await hit_bytes.check_bytes(client, lengths)
     result.faults += result.bytes["faults"][:3]
     await client.close()
 
@@ -194,7 +195,7 @@ def run_session(
     with Fleet(checkpoint, folder, device) as fleet:
         if plan is not None:
             asyncio.run(compare_tokens(fleet, plan, result, say))
-            fleet.end()
+            fleet.end_all()
         if bytes_side is not None:
-            asyncio.run(compare_bytes(fleet, bytes_side, result))
+            asyncio.run(compare_bytes(fleet, bytes_side, hit_bytes.LENGTHS[device], result))
         return result, fleet.facts
