@@ -7,7 +7,10 @@ from sglang_dsv4.tiny import SHAPES, TinySpec, holds_checkpoint, write_tiny_chec
 
 
 def ready_checkpoint(
-    folder: Path, shape: str, say: Callable[[str], None], **changes: int | tuple[int, ...]
+    folder: Path,
+    shape: str,
+    say: Callable[[str], None],
+    layers: tuple[int, ...] = TinySpec.compress_ratios,
 ) -> Path:
     """A checkpoint with random weights of one of `SHAPES`, written unless it is there.
 
@@ -15,9 +18,13 @@ def ready_checkpoint(
         folder (Path): of all checkpoints.
         shape (str): key of `SHAPES`.
         say (Callable[[str], None]): told before a long wait.
-        changes (int | tuple[int, ...]): fields of `TinySpec` that differ from the shape's.
+        layers (tuple[int, ...]): one compression ratio each.
     """
-    spec = TinySpec(**{**SHAPES[shape], **changes})  # type: ignore[arg-type]
+    spec = TinySpec(
+        compress_ratios=layers,
+        num_hash_layers=min(TinySpec.num_hash_layers, len(layers)),
+        **SHAPES[shape],
+    )
     path = folder / f"checkpoint-{shape}"
     if not holds_checkpoint(path, spec):
         say(f"Writing {path}, random weights")

@@ -28,6 +28,7 @@ from sglang_dsv4.bench.serve_side import (
 )
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
 from sglang_dsv4.demo.server import ServerDiedError
+from sglang_dsv4.tiny.command import read_ratios
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
 NATIVE_ROWS = "fp8_584"
@@ -58,7 +59,11 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--model", type=Path, metavar="DIR", help="checkpoint (default: one is written)"
     )
     parser.add_argument(
-        "--layers", default="0,4,128,4,128", metavar="RATIOS", help="of that (default: %(default)s)"
+        "--layers",
+        type=read_ratios,
+        default="0,4,128,4,128",
+        metavar="RATIOS",
+        help="of that (default: %(default)s)",
     )
     parser.add_argument("--rows", help="--dsv4-kv-format of ours (default: the server's)")
     parser.add_argument(
@@ -87,11 +92,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
     console = Console(width=160)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    layers = tuple(int(ratio) for ratio in args.layers.split(","))
     shape = "flash" if device == "cuda" else "tiny"
-    checkpoint = args.model or ready_checkpoint(
-        args.build_dir, shape, console.print, compress_ratios=layers
-    )
+    checkpoint = args.model or ready_checkpoint(args.build_dir, shape, console.print, args.layers)
     report: dict[str, Any] = {
         "environment": environment(device),
         "model": json.loads((checkpoint / "config.json").read_text()) | {"weights": "random"},
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
                 report["check"] = asyncio.run(check(urls, *CHECKED[device]))
             console.print(f"Checked: {report['check']}")
             asyncio.run(_measure(args, device, servers, report, console))
-    except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError) as error:
+    except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
         return 1
     console.print(table(report["rows"]))

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         result, facts = run_session(
             checkpoint, args.build_dir / "compare", device, plan, bytes_side, console.print
         )
-    except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError) as error:
+    except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
         return 1
     if args.json:

@@ -27,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--layers",
-        type=_ratios,
+        type=read_ratios,
         default=default.compress_ratios,
         metavar="RATIOS",
         help="one ratio per layer: 0 window only, 4 CSA, 128 HCA "
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ratios(text: str) -> tuple[int, ...]:
+def read_ratios(text: str) -> tuple[int, ...]:
+    """Layers as on the command line, one ratio each."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

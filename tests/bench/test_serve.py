@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import json
 
-import httpx
 import pytest
 
 from sglang_dsv4.bench import serve_command, serve_report
@@ -81,41 +80,51 @@ def test_ours_is_better_where_it_is_faster_and_the_twin_is_not():
     assert serve_report.table([row]).row_count == 3
 
 
-def test_agents_come_back_with_all_that_was_said():
+def sent_to_a_server(work, reply):
+    """Send some work to a server whose answers are ``reply(ids)``; its streams, and the prompts that it was sent."""
     asked = []
 
-    def reply(request):
-        if request.url.path != "/generate":
-            return httpx.Response(200)
-        ids = json.loads(request.content)["input_ids"]
-        asked.append(ids)
-        return httpx.Response(200, stream=httpx.ByteStream(event(len(ids), 7, prompt=len(ids))))
+    async def serve(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        ids = json.loads(await reader.readexactly(length))["input_ids"]
+        asked.append(tuple(ids))
+        writer.write(reply(ids))
+        await writer.drain()
+        writer.close()
 
     async def send():
-        client = ServeClient("http://x", httpx.MockTransport(reply))
-        streams = await agents(3, 4, 20, 5, 2).send(client)
-        await client.close()
-        return streams
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = ServeClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        try:
+            return await work.send(client)
+        finally:
+            await client.close()
+            server.close()
 
-    assert len(asyncio.run(send())) == 12
-    assert sorted(len(ids) for ids in asked) == sorted([25, 32, 39, 46] * 3)
-    assert len({tuple(ids[:20]) for ids in asked}) == 1 and len({tuple(ids[:25]) for ids in asked}) == 3  # fmt: skip
-    second = next(ids for ids in asked if len(ids) == 32)
-    assert second[25:27] == [25, 7]
+    return asyncio.run(send()), asked
+
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+
+
+def test_agents_come_back_with_all_that_was_said():
+    work = agents(3, 4, 20, 5, 2)
+    streams, asked = sent_to_a_server(work, lambda ids: OK + event(len(ids), 7, prompt=len(ids)))
+    assert [stream.reply().prompt_tokens for stream in streams] == [25, 32, 39, 46] * 3
+    assert len({ids[:20] for ids in asked}) == 1 and len({ids[:25] for ids in asked}) == 3
+    assert all(ids[25:27] == (25, 7) for ids in asked if len(ids) > 25)
 
 
 def test_chats_send_each_prompt_once():
-    asked = []
+    streams, asked = sent_to_a_server(chats(4, 10, 30, 2), lambda _: OK + event(1))
+    assert len(streams) == len(asked) == len(set(asked)) == 10
 
-    def reply(request):
-        asked.append(tuple(json.loads(request.content)["input_ids"]))
-        return httpx.Response(200, stream=httpx.ByteStream(event(1)))
 
-    async def send():
-        client = ServeClient("http://x", httpx.MockTransport(reply))
-        return await chats(4, 10, 30, 2).send(client)
-
-    assert len(asyncio.run(send())) == len(asked) == len(set(asked)) == 10
+def test_a_refusal_is_raised_with_what_the_server_says():
+    refusal = b"HTTP/1.1 400 Bad Request\r\n\r\ninput_ids: too long"
+    with pytest.raises(ValueError, match="expected status 200, got .*400.*too long"):
+        sent_to_a_server(chats(1, 1, 30, 2), lambda _: refusal)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
