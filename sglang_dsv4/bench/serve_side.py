@@ -15,7 +15,11 @@ from sglang_dsv4.demo.server import Server
 START_S = 420.0
 OURS, THEIRS = "ours", "sglang"
 FLAG = "--enable-dsv4-compressed-kv"
-_SIZING = re.compile(r"bytes_per_full_token=([\d.]+), available_bytes=([\d.]+) GB")
+# What a server logs when it sizes its pools: bytes of a token, and GiB that are there; SGLang's own line, and ours on a GPU.
+_SIZING = (
+    re.compile(r"bytes_per_full_token=(?P<token>[\d.]+), available_bytes=(?P<all>[\d.]+) GB"),
+    re.compile(r"tokens fit into (?P<all>[\d.]+) GiB \((?P<token>[\d.]+) bytes a token"),
+)
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,13 @@ def facts_of(server: SideServer) -> dict[str, Any]:
     info = httpx.get(f"{server.url}/server_info", timeout=60, trust_env=False)
     state = info.raise_for_status().json()["internal_states"][0]
     lines = server.log_lines()
-    sizing = [found for line in lines for found in _SIZING.findall(line)]
+    sizing = [found for line in lines for pattern in _SIZING if (found := pattern.search(line))]
     facts: dict[str, Any] = {
         "options": [*server.side.options],
         "tokens_that_fit": state["memory_usage"]["token_capacity"],
         "memory": state["memory_usage"],
-        "sizing_bytes_per_token": float(sizing[-1][0]) if sizing else None,
-        "sizing_gb": float(sizing[-1][1]) if sizing else None,
+        "sizing_bytes_per_token": float(sizing[-1]["token"]) if sizing else None,
+        "sizing_gb": float(sizing[-1]["all"]) if sizing else None,
     }
     ours = state.get("sglang_dsv4")
     if (ours is not None) != server.side.is_ours:

@@ -212,12 +212,12 @@ def _validate_input_ids(
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     backend = scheduler.tp_worker.model_runner.attn_backend
-    facts = {
+    usage = pool_usage(scheduler, pool.cache.spec.page_tokens)
+    checks = {"level": "off"} if backend.checks is None else backend.checks.facts()
+    result.internal_state["sglang_dsv4"] = {
         **pool.facts,
         "steps": dict(backend.steps),
-        "usage": pool_usage(scheduler, pool.cache.spec.page_tokens),
+        "usage": usage,
+        "checks": checks,
     }
-    if backend.checks is not None:
-        facts["checks"] = backend.checks.facts()
-    result.internal_state["sglang_dsv4"] = facts
     return result

@@ -95,11 +95,12 @@ class ServingChecks:
                 self.digests.popitem(last=False)
 
     def facts(self) -> dict[str, Any]:
-        """What ``/server_info`` shows."""
+        """The level, what has been done, and what it takes; and the digests."""
         return {
             "level": self._level,
             "run": self.num_run,
             "failed": self.num_failed,
+            "bytes": self._sums.nbytes,
             "digests": {name: list(found) for name, found in self.digests.items()},
         }
 
