@@ -46,9 +46,9 @@ async def check_bytes(client: ServeClient, lengths: tuple[int, ...]) -> dict[str
                 await client.flush()
             rid = f"{name} {length}"
             reply = await client.post(generate_body(Question(ids, NEW_TOKENS), rid=rid))
-            checks = (await client.server_info())["sglang_dsv4"]["checks"]
+            digests = (await client.server_info())["sglang_dsv4"]["digests"]
             cached = reply["meta_info"]["cached_tokens"]
-            found[name] = (checks["digests"][rid], cached, reply["output_ids"])
+            found[name] = (digests[rid], cached, reply["output_ids"])
         for name in ("hit", "cousin's"):
             if found[name][1] < 256:
                 faults.append(

@@ -219,5 +219,6 @@ def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         "steps": dict(backend.steps),
         "usage": usage,
         "checks": checks,
+        "digests": {} if backend.checks is None else dict(backend.checks.digests),
     }
     return result

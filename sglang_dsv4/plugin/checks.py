@@ -83,25 +83,19 @@ class ServingChecks:
         """
         begins, ends = _lengths(plan)
         spans = _spans(plan, list(range(len(ends))), ends)
+        if self._level == "step":
+            self._keep_digests(spans, names)
         finding = self._sums.record(spans, begins)
         if finding is not None:
             self._fail(finding, spans, names)
-        if self._level == "step":
-            found = self._sums.digests(spans)
-            for name, length, digest in zip(names, ends, found, strict=True):
-                self.digests.pop(name, None)
-                self.digests[name] = (length, digest)
-            while len(self.digests) > DIGESTS_KEPT:
-                self.digests.popitem(last=False)
 
     def facts(self) -> dict[str, Any]:
-        """The level, what has been done, and what it takes; and the digests."""
+        """The level, what has been done, and what it takes."""
         return {
             "level": self._level,
             "run": self.num_run,
             "failed": self.num_failed,
             "bytes": self._sums.nbytes,
-            "digests": {name: list(found) for name, found in self.digests.items()},
         }
 
     def _fail(self, finding: Finding, spans: Spans, names: Sequence[str]) -> None:
@@ -123,6 +117,14 @@ class ServingChecks:
         # SGLang logs what ends a scheduler as one traceback among others; this line is what an operator looks for.
         logger.error("sglang_dsv4: integrity check failed, the server stops: %s; %s", message, left)
         raise CacheInvariantError(f"{message}; {left}")
+
+    def _keep_digests(self, spans: Spans, names: Sequence[str]) -> None:
+        found = self._sums.digests(spans)
+        for name, length, digest in zip(names, spans.seq_lens, found, strict=True):
+            self.digests.pop(name, None)
+            self.digests[name] = (length, digest)
+        while len(self.digests) > DIGESTS_KEPT:
+            self.digests.popitem(last=False)
 
 
 def _lengths(plan: StepPlan) -> tuple[list[int], list[int]]:

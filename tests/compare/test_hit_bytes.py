@@ -25,7 +25,7 @@ class MadeUp:
         return {"meta_info": {"cached_tokens": cached}, "output_ids": [1]}
 
     async def server_info(self):
-        return {"sglang_dsv4": {"checks": {"digests": self._digests}}}
+        return {"sglang_dsv4": {"digests": self._digests}}
 
 
 def faults_of(digest, **options):
