@@ -32,9 +32,13 @@ COMMANDS = {
         "sglang_dsv4.cache.prune_command",
         "remove pages of saved sequences that no manifest names any more",
     ),
+    "compare": (
+        "sglang_dsv4.compare.command",
+        "serve with our cache and with SGLang's own, and compare every token",
+    ),
     "bench": (
         "sglang_dsv4.bench.command",
-        "time the kernels on a GPU, or cuts of a sequence, each checked before it is timed",
+        "time the kernels on a GPU, cuts of a sequence, or whole servers, each checked before it is timed",
     ),
 }
 

@@ -19,6 +19,7 @@ from sglang_dsv4.bench import (
     index,
     peer_index,
     peer_sglang,
+    serve_command,
     step_plan,
     window,
 )
@@ -46,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     kernels.set_defaults(func=run)
     attention_command.add_parser(what)
     cuts.add_parser(what)
+    serve_command.add_parser(what)
 
 
 def environment(bandwidth: float) -> dict:

@@ -1,5 +1,6 @@
 """I8: a checksum of every stored row, kept when it is written and compared before it is read."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,6 +122,21 @@ class RowSums:
                     expected = "the checksum kept when it was written"
                     return self._finding(cache, rows, values, bad, SUMS, expected, got)
         return None
+
+    def digests(self, spans: Spans) -> list[str]:
+        """One digest per sequence of all that its next query could read, whichever pages and slot it lies in.
+
+        Sequences whose rows are equal byte for byte have equal digests; rows that differ in one value have others.
+        """
+        hashes = [hashlib.sha256() for _ in spans.seq_lens]
+        for cache in self._layers:
+            for rows in reachable(self._spec, cache, spans):
+                values = load(self._spec, cache, rows.what, rows.rows)
+                sums, owners = self._sum(values, rows.indices).cpu(), rows.owners.cpu()
+                for owner, digest in enumerate(hashes):
+                    digest.update(f"{cache.layer.layer_id} {rows.what}".encode())
+                    digest.update(sums[owners == owner].numpy().tobytes())
+        return [digest.hexdigest() for digest in hashes]
 
     def _kept(self, cache: LayerCache, what: str) -> tuple[torch.Tensor, torch.Tensor]:
         key = (cache.layer.layer_id, what)

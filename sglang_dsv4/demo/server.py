@@ -50,15 +50,16 @@ class Server:
             "--device", "cpu", "--enable-dsv4-compressed-kv", *CAPACITY, *arguments,
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
+        self.folder: Path | None = None  # where it runs; None: where we do
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables for the server, unless the environment has them."""
+        # One thread: the pools of several processes fight over the cores of a small machine.
+        return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
     def __enter__(self) -> "Server":
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        # One thread: the pools of several processes fight over the cores of a small machine.
-        variables = {
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-        } | env.snapshot()
+        variables = self.variables() | env.snapshot()
         # SGLang sends its first request to itself through the proxy that the environment names, and ends if that fails.
         for name in ("no_proxy", "NO_PROXY"):
             variables[name] = ",".join(filter(None, (variables.get(name), "127.0.0.1")))
@@ -69,6 +70,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=variables,
+                cwd=self.folder,
                 start_new_session=True,  # its own process group, ended as a whole
             )
         return self

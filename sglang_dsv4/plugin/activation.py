@@ -280,10 +280,13 @@ def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     backend = scheduler.tp_worker.model_runner.attn_backend
     usage = pool_usage(scheduler, pool.cache.spec.page_tokens)
+    checks = {"level": "off"} if backend.checks is None else backend.checks.facts()
     result.internal_state["sglang_dsv4"] = {
         **pool.facts,
         "steps": dict(backend.steps),
         "usage": usage,
         "attention_bytes": backend.attention_bytes(),
+        "checks": checks,
+        "digests": {} if backend.checks is None else dict(backend.checks.digests),
     }
     return result

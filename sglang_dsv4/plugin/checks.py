@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sglang_dsv4.errors import CacheInvariantError, SavedFileError
 from sglang_dsv4.plugin.options import CHECK_LEVELS
 
 logger = logging.getLogger(__name__)
+
+DIGESTS_KEPT = 256
 
 
 class ServingChecks:
@@ -31,6 +34,9 @@ class ServingChecks:
     Attributes:
         num_run (int): comparisons made, one per step at most.
         num_failed (int): those that found something.
+        digests (OrderedDict[str, tuple[int, str]]): with ``step``, for each of the last requests by its id: its length after
+            its last step, and a digest of all that its next query could read. Two requests of the same tokens must have the
+            same, a prefix hit or not, wherever they lie.
     """
 
     def __init__(self, cache: CompressedKVCache, level: str, folder: Path) -> None:
@@ -42,6 +48,7 @@ class ServingChecks:
         self._sums = RowSums(cache.spec, cache.layers, cache.pages.capacity)
         self.num_run = 0
         self.num_failed = 0
+        self.digests: OrderedDict[str, tuple[int, str]] = OrderedDict()
 
     def before(self, plan: StepPlan, names: Sequence[str]) -> None:
         """Compare what a step is about to read.
@@ -76,9 +83,20 @@ class ServingChecks:
         """
         begins, ends = _lengths(plan)
         spans = _spans(plan, list(range(len(ends))), ends)
+        if self._level == "step":
+            self._keep_digests(spans, names)
         finding = self._sums.record(spans, begins)
         if finding is not None:
             self._fail(finding, spans, names)
+
+    def facts(self) -> dict[str, Any]:
+        """The level, what has been done, and what it takes."""
+        return {
+            "level": self._level,
+            "run": self.num_run,
+            "failed": self.num_failed,
+            "bytes": self._sums.nbytes,
+        }
 
     def _fail(self, finding: Finding, spans: Spans, names: Sequence[str]) -> None:
         self.num_failed += 1
@@ -99,6 +117,14 @@ class ServingChecks:
         # SGLang logs what ends a scheduler as one traceback among others; this line is what an operator looks for.
         logger.error("sglang_dsv4: integrity check failed, the server stops: %s; %s", message, left)
         raise CacheInvariantError(f"{message}; {left}")
+
+    def _keep_digests(self, spans: Spans, names: Sequence[str]) -> None:
+        found = self._sums.digests(spans)
+        for name, length, digest in zip(names, spans.seq_lens, found, strict=True):
+            self.digests.pop(name, None)
+            self.digests[name] = (length, digest)
+        while len(self.digests) > DIGESTS_KEPT:
+            self.digests.popitem(last=False)
 
 
 def _lengths(plan: StepPlan) -> tuple[list[int], list[int]]:

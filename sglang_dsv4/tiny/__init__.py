@@ -2,6 +2,6 @@
 
 from sglang_dsv4.tiny.checkpoint import holds_checkpoint, write_tiny_checkpoint
 from sglang_dsv4.tiny.command import add_parser
-from sglang_dsv4.tiny.spec import TinySpec
+from sglang_dsv4.tiny.spec import SHAPES, TinySpec
 
-__all__ = ["TinySpec", "add_parser", "holds_checkpoint", "write_tiny_checkpoint"]
+__all__ = ["SHAPES", "TinySpec", "add_parser", "holds_checkpoint", "write_tiny_checkpoint"]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from sglang_dsv4.tiny.checkpoint import write_tiny_checkpoint
-from sglang_dsv4.tiny.spec import TinySpec
+from sglang_dsv4.tiny.spec import SHAPES, TinySpec
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--layers",
-        type=_ratios,
+        type=read_ratios,
         default=default.compress_ratios,
         metavar="RATIOS",
         help="one ratio per layer: 0 window only, 4 CSA, 128 HCA "
@@ -40,6 +40,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="entries a CSA query attends to, at most (default: %(default)s)",
     )
+    parser.add_argument(
+        "--shape",
+        choices=tuple(SHAPES),
+        default="tiny",
+        help="heads64: 64 query heads, 64 index heads, as kernels on a GPU want; flash: V4-Flash's widths with few and "
+        "narrow experts (1.8 GB with the default layers; default: %(default)s)",
+    )
     parser.set_defaults(func=run)
 
 
@@ -51,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
             compress_ratios=args.layers,
             index_topk=args.index_topk,
             num_hash_layers=min(TinySpec.num_hash_layers, len(args.layers)),
+            **SHAPES[args.shape],
         )
         write_tiny_checkpoint(args.directory, spec)
     except (ValueError, OSError) as error:
@@ -63,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ratios(text: str) -> tuple[int, ...]:
+def read_ratios(text: str) -> tuple[int, ...]:
+    """Layers as on the command line, one ratio each."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

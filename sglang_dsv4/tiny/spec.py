@@ -32,6 +32,7 @@ class TinySpec:
         experts_per_token (int): routed experts chosen per token.
         moe_width (int): inner width of an expert.
         num_hash_layers (int): layers, from the first, whose experts are chosen by token id.
+        max_positions (int): longest sequence that the configuration allows.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -50,6 +51,7 @@ class TinySpec:
     experts_per_token: int = 2
     moe_width: int = 128
     num_hash_layers: int = 2
+    max_positions: int = 65536
 
     head_dim = 512
     rope_dim = 64
@@ -68,7 +70,7 @@ class TinySpec:
                     f"compress_ratios[{layer_id}]: expected one of {allowed}, got {ratio}"
                 )
         for name in ("index_topk", "hidden_size", "num_heads", "o_groups", "o_lora_rank", "q_lora_rank",
-                     "index_n_heads", "num_experts", "experts_per_token", "moe_width"):  # fmt: skip
+                     "index_n_heads", "num_experts", "experts_per_token", "moe_width", "max_positions"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.num_heads % self.o_groups:
@@ -109,7 +111,7 @@ class TinySpec:
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
             "initializer_range": 0.02,
-            "max_position_embeddings": 65536,
+            "max_position_embeddings": self.max_positions,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": 1,
@@ -159,3 +161,22 @@ class TinySpec:
             "pad_token_id": PAD_ID,
             "do_sample": False,
         }
+
+
+# By name, what `make-tiny --shape` offers. `heads64` has as many heads as GPU kernels want and little else; `flash` has
+# V4-Flash's own widths in all that attention and its cache work on, a few layers, and few and narrow experts.
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {},
+    "heads64": {"num_heads": 64, "o_groups": 8, "o_lora_rank": 64, "index_n_heads": 64},
+    "flash": {
+        "hidden_size": 4096,
+        "num_heads": 64,
+        "o_groups": 8,
+        "o_lora_rank": 1024,
+        "q_lora_rank": 1024,
+        "index_n_heads": 64,
+        "experts_per_token": 6,
+        "moe_width": 512,
+        "max_positions": 262144,
+    },
+}

@@ -185,3 +185,28 @@ def test_something_else_is_no_dump(tmp_path, capsys):
     for name in ("text", "empty", "other", "missing"):
         assert main(["inspect", str(tmp_path / name)]) == 1
         assert "expected an sglang-dsv4 integrity dump" in capsys.readouterr().err
+
+
+def test_the_digest_of_a_prefix_hit_is_that_of_a_cold_run(tmp_path):
+    """The same tokens in other pages and another slot, in one step or behind a hit; and with one value changed."""
+    spec = make_spec()
+    server, sequence = CheckedServer(spec, "step", tmp_path), random_sequence(spec, 900)
+    digests = server.backend.checks.digests
+    server.assign(1, [3, 5])
+    server.step([(1, sequence, 0, 400)])
+    cold = digests["r1"]
+    assert cold[0] == 400
+    server.assign(2, [3, 8])
+    server.step([(2, sequence, 256, 400)])
+    server.assign(3, [9, 10])
+    server.step([(3, sequence, 0, 301)])
+    assert digests["r3"] != cold
+    server.step([(3, sequence, 301, 400)])
+    assert digests["r2"] == digests["r3"] == cold
+    plan, row = server.pool.current_plan(), 17 * 256 + 9 * 64 + 6
+    server.pool.cache.storage.layers[1].pool[17 * 256 + 8 * 64 + 6][7] += 1.0
+    server.backend.checks.after(plan, ["r3"])
+    assert digests["r3"] == cold
+    server.pool.cache.storage.layers[1].pool[row][7] += 1.0
+    server.backend.checks.after(plan, ["r3"])
+    assert digests["r3"][0] == 400 and digests["r3"] != cold

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_dsv4.tiny import TinySpec, add_parser, holds_checkpoint, write_tiny_checkpoint
+from sglang_dsv4.tiny import SHAPES, TinySpec, add_parser, holds_checkpoint, write_tiny_checkpoint
 from sglang_dsv4.tiny.checkpoint import MANIFEST, WEIGHTS
 from sglang_dsv4.tiny.weights import draw_weights
 
@@ -136,3 +136,22 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
     assert len(capsys.readouterr().err.splitlines()) == 2
     with pytest.raises(SystemExit):
         make_tiny(str(tmp_path / "new"), "--layers", "four")
+
+
+def test_the_flash_shape_has_the_widths_of_flash():
+    config = TinySpec(**SHAPES["flash"]).config()
+    released = {
+        "hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024,
+        "o_groups": 8, "o_lora_rank": 1024, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512,
+        "num_experts_per_tok": 6, "sliding_window": 128,
+    }  # fmt: skip
+    assert {name: config[name] for name in released} == released
+    assert config["max_position_embeddings"] > 128 * 1024
+    # The twin: the tiny shape has not.
+    assert TinySpec().config()["hidden_size"] != 4096
+
+
+def test_the_command_writes_a_shape(tmp_path: Path):
+    assert make_tiny(str(tmp_path / "new"), "--layers", "0", "--shape", "heads64") == 0
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert (config["num_attention_heads"], config["index_n_heads"], config["o_groups"]) == (64, 64, 8)  # fmt: skip

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_dsv4.plugin.portable import model_ops, sampling_ops, scheduler_ops
+from sglang_dsv4.plugin.portable import config_ops, model_ops, sampling_ops, scheduler_ops
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,14 @@ PORTABLE_OPS = (
         reason="the stock torch path leaves out the model's swiglu_limit",
         replacement=model_ops.routed_experts,
         needs="cuda",
+    ),
+    PortableOp(
+        name="tensor_parallel_heads",
+        target=f"{_SRT}.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        reason="the stock one pads the one row of keys to one per rank, which SGLang's own model then refuses",
+        replacement=config_ops.keep_heads,
+        needs="cuda",
+        seen_as=(f"{_SRT}.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",),
     ),
     PortableOp(
         name="alloc_extend",

@@ -1,0 +1,57 @@
+"""Answers are compared before anything is timed."""
+
+from typing import Any
+
+from sglang_dsv4.bench.serve_client import ServeClient
+from sglang_dsv4.bench.serve_side import OURS, THEIRS
+from sglang_dsv4.compare.ask import Token, make_questions, score
+from sglang_dsv4.compare.judge import Verdict, judge
+from sglang_dsv4.compare.runs import Passes
+from sglang_dsv4.compare.session import bound_of
+
+ROUNDED = "ours-rounded"
+CONCURRENCY = 8
+
+
+async def check(urls: dict[str, str], count: int, longest: int) -> dict[str, Any]:
+    """Compare answers of ours, cold and at hits, with the reference's.
+
+    The reference is SGLang's own cache, or ours where that does not run; its rounding is how far it is from itself.
+
+    Args:
+        urls (dict[str, str]): of the servers by side; `ROUNDED` is ours with the reference's row format.
+        count (int): questions.
+        longest (int): tokens of a prompt, at most.
+
+    Returns:
+        dict[str, Any]: the bound, and what was found.
+
+    Raises:
+        ValueError: an answer is wrong; names it.
+    """
+    clients = {name: ServeClient(url) for name, url in urls.items()}
+    passes = Passes(make_questions(count, longest, 1), CONCURRENCY)
+    found = {name: await passes.run(client, name) for name, client in clients.items()}
+    reference = THEIRS if THEIRS in clients else OURS
+
+    async def scorer(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> list[Token]:
+        return await score(clients[reference], prompt_ids, token_ids)
+
+    cold, judged = found[reference][0], found.get(OURS, [])
+    scored = {
+        number: await scorer(question.prompt_ids, cold.answers[number].token_ids)
+        for number, question in enumerate(passes.questions)
+    }
+    bound = bound_of(found[reference], judged, found.get(ROUNDED), scored)
+    verdict = Verdict()
+    for run in judged:
+        for number, answer in enumerate(run.answers):
+            await judge(
+                verdict, f"{run.name}: question {number}", passes.questions[number],
+                cold.answers[number], answer, bound["bound"], scorer,
+            )  # fmt: skip
+    for client in clients.values():
+        await client.close()
+    if verdict.faults:
+        raise ValueError(f"answers: expected within {bound}, but {verdict.faults[0]}")
+    return {"reference": reference, **bound, **verdict.to_dict()}

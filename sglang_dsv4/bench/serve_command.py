@@ -1,0 +1,203 @@
+"""``bench serve``: SGLang with our cache and with its own, the same requests, taking turns."""
+
+import argparse
+import asyncio
+import json
+import shlex
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from sglang_dsv4.bench.serve_check import ROUNDED, check
+from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
+from sglang_dsv4.bench.serve_client import ServeClient
+from sglang_dsv4.bench.serve_report import environment, rows, summarize, table
+from sglang_dsv4.bench.serve_side import (
+    OURS,
+    THEIRS,
+    Side,
+    SideServer,
+    facts_of,
+    start_in_turn,
+    wait_until_ready,
+)
+from sglang_dsv4.bench.serve_work import Work, all_work, chats
+from sglang_dsv4.demo.server import ServerDiedError
+from sglang_dsv4.tiny.command import read_ratios
+
+NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
+NATIVE_ROWS = "fp8_584"
+# Questions of the check, and tokens of the longest.
+CHECKED = {"cuda": (24, 1024), "cpu": (4, 300)}
+
+
+def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register ``serve`` under ``bench``."""
+    parser = what.add_parser(
+        "serve",
+        help="SGLang with our cache and with its own: throughput and latency, answers checked first",
+        description="Start SGLang with our cache and with its own, the same checkpoint and options, and send both the same "
+        "requests in turns. The checkpoint has random weights and V4-Flash's widths, and is cut to a few layers and experts.",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write rounds, medians and where it was measured"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter requests")
+    parser.add_argument(
+        "--rounds", type=int, help="of each side (default: 3, with --quick or on a CPU 1)"
+    )
+    parser.add_argument("--only", default="", help="only scenarios whose name contains this text")
+    parser.add_argument(
+        "--sides", default=f"{OURS},{THEIRS}", help="which to start (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="checkpoint (default: one is written)"
+    )
+    parser.add_argument(
+        "--layers",
+        type=read_ratios,
+        default="0,4,128,4,128",
+        metavar="RATIOS",
+        help="of that (default: %(default)s)",
+    )
+    parser.add_argument("--rows", help="--dsv4-kv-format of ours (default: the server's)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: a GPU where there is one"
+    )
+    parser.add_argument(
+        "--mem-fraction",
+        type=float,
+        default=0.2,
+        help="of free memory, for each side's pools (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--options", default="", help="further options of both sides, as one string"
+    )
+    parser.add_argument("--our-options", default="", help="further options of ours, as one string")
+    parser.add_argument(
+        "--build-dir",
+        type=Path,
+        default=Path("build"),
+        help="for the checkpoint and logs (default: %(default)s)",
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; the exit status."""
+    console = Console(width=160)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shape = "flash" if device == "cuda" else "tiny"
+    checkpoint = args.model or ready_checkpoint(args.build_dir, shape, console.print, args.layers)
+    report: dict[str, Any] = {
+        "environment": environment(device),
+        "model": json.loads((checkpoint / "config.json").read_text()) | {"weights": "random"},
+        "not_run": [NO_PEER] if device == "cpu" else [],
+        "rounds": [],
+    }
+    try:
+        with ExitStack() as stack:
+            servers = start_in_turn(
+                make_sides(args, device),
+                args.mem_fraction if device == "cuda" else 0.5,
+                device,
+                lambda side: stack.enter_context(
+                    SideServer(side, checkpoint, args.build_dir / "bench-serve", device)
+                ),
+            )
+            report["servers"] = {server.side.name: facts_of(server) for server in servers}
+            with ExitStack() as short:
+                urls = {server.side.name: server.url for server in servers}
+                rounded = make_rounded(args, device)
+                if rounded is not None:
+                    third = SideServer(rounded, checkpoint, args.build_dir / "bench-serve", device)
+                    wait_until_ready([short.enter_context(third)])
+                    urls[rounded.name] = third.url
+                report["check"] = asyncio.run(check(urls, *CHECKED[device]))
+            console.print(f"Checked: {report['check']}")
+            asyncio.run(_measure(args, device, servers, report, console))
+    except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
+        console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
+        return 1
+    console.print(table(report["rows"]))
+    for name, facts in report["servers"].items():
+        console.print(
+            f"{name}: {facts['tokens_that_fit']:,} tokens fit, {facts['sizing_bytes_per_token'] or 'given'} bytes a token"
+        )
+    for reason in report["not_run"]:
+        console.print(f"Not run: {reason}")
+    return 0
+
+
+def make_sides(args: argparse.Namespace, device: str) -> list[Side]:
+    """The sides in the order in which they take turns.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    wanted = args.sides.split(",")
+    if set(wanted) - {OURS, THEIRS}:
+        raise ValueError(f"--sides: expected some of {OURS},{THEIRS}, got {args.sides}")
+    if device == "cpu":
+        wanted = [OURS]
+    small = ("--max-total-tokens", "16384", "--swa-full-tokens-ratio", "0.5")
+    common = (
+        "--max-running-requests", "64", "--grammar-backend", "none",
+        *(small if device == "cpu" else ("--cuda-graph-max-bs-decode", "64")), *shlex.split(args.options),
+    )  # fmt: skip
+    rows_option = ("--dsv4-kv-format", args.rows) if args.rows else ()
+    ours = (*common, *rows_option, *shlex.split(args.our_options))
+    return [Side(name, name == OURS, ours if name == OURS else common) for name in wanted]
+
+
+def make_rounded(args: argparse.Namespace, device: str) -> Side | None:
+    """Ours with SGLang's row format, where that is not the one measured: the check needs to know what the format does."""
+    wanted = args.sides.split(",")
+    if device == "cpu" or args.rows == NATIVE_ROWS or len(wanted) < 2:
+        return None
+    options = (
+        "--max-total-tokens", "65536", "--swa-full-tokens-ratio", "0.5", "--mem-fraction-static", "0.8",
+        "--max-running-requests", "64", "--grammar-backend", "none", "--disable-cuda-graph", *shlex.split(args.options),
+    )  # fmt: skip
+    return Side(ROUNDED, True, (*options, "--dsv4-kv-format", NATIVE_ROWS))
+
+
+async def _measure(
+    args: argparse.Namespace,
+    device: str,
+    servers: list[SideServer],
+    report: dict[str, Any],
+    console: Console,
+) -> None:
+    """Let the sides take turns; the report is written after every round."""
+    clients = {server.side.name: ServeClient(server.url) for server in servers}
+    quick = args.quick or device == "cpu"
+    for work in [work for work in all_work(quick, device) if args.only in work.name]:
+        for client in clients.values():  # compiles what this scenario needs
+            await _round(client, work if device == "cuda" else chats(1, 1, 16, 2))
+        for number in range(args.rounds or (1 if quick else 3)):
+            for name, client in clients.items():
+                numbers = await _round(client, work)
+                entry = {"work": work.name, "about": work.about, "side": name, "round": number}
+                report["rounds"].append({**entry, "numbers": numbers})
+                console.print(
+                    f"{work.name:14} {name:8} {numbers['output_tokens_per_s']:9.1f} new tokens/s, "
+                    f"TTFT {numbers['ttft_p50_ms']:.1f} ms, ITL {numbers['itl_p50_ms']:.2f} ms"
+                )
+                report["rows"] = rows(report["rounds"])
+                if args.json:
+                    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for client in clients.values():
+        await client.close()
+    if not report["rounds"]:
+        raise ValueError(f"--only {args.only}: expected a part of a scenario's name, got none")
+
+
+async def _round(client: ServeClient, work: Work) -> dict[str, Any]:
+    await client.flush()
+    return summarize([stream.reply() for stream in await work.send(client)])

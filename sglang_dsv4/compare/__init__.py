@@ -1,0 +1,1 @@
+"""Two ways to serve one checkpoint: whether they give the same tokens."""

@@ -1,0 +1,186 @@
+"""``python -m sglang_dsv4 compare``."""
+
+import argparse
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
+from sglang_dsv4.bench.serve_report import environment
+from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side
+from sglang_dsv4.compare.ask import make_questions
+from sglang_dsv4.compare.runs import Passes, Way, read_way
+from sglang_dsv4.compare.session import Plan, Result, run_session
+from sglang_dsv4.demo.server import ServerDiedError
+
+# Three ways show both modes and all chunk sizes; each is two servers.
+WAYS = {
+    "cuda": ("graph-8192", "eager-512", "graph-256"),
+    "cpu": ("eager-8192", "eager-512", "eager-256"),
+}
+POOL_TOKENS = {"cuda": 262144, "cpu": 16384}
+NATIVE_ROWS = "fp8_584"
+# One scheduler that waits must not take a core from another that works.
+EXACT = ("--dtype", "float32", "--sleep-on-idle")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``compare``."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="serve a checkpoint with our cache and with SGLang's own, and compare every token",
+        description="Serve one checkpoint with our cache and with SGLang's own, in chunks of several sizes, with CUDA graphs "
+        "and without, on a cold cache and at prefix hits, and compare greedy tokens and log-probabilities. On a CPU, where "
+        "SGLang's own cache does not run, our cache is compared with itself. Exit status 0 only if all is right and every "
+        "planted fault was noticed.",
+    )
+    parser.add_argument("--only", choices=("tokens", "bytes"), help="one part only")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="checkpoint (default: one is written)"
+    )
+    parser.add_argument("--requests", type=int, default=200, help="prompts (default: %(default)s)")
+    parser.add_argument(
+        "--longest",
+        type=int,
+        default=1500,
+        help="tokens of a prompt, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=16, help="requests at once (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
+    parser.add_argument(
+        "--ways",
+        help="such as graph-8192,eager-512 (default: three that show both and all chunk sizes)",
+    )
+    parser.add_argument(
+        "--rows", help="--dsv4-kv-format of ours (default: SGLang's own on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: a GPU where there is one"
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        help="servers that start at the same time (default: all on a GPU, 1 on a CPU)",
+    )
+    parser.add_argument(
+        "--options", default="", help="further options of both sides, as one string"
+    )
+    parser.add_argument("--our-options", default="", help="further options of ours, as one string")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument(
+        "--build-dir",
+        type=Path,
+        default=Path("build"),
+        help="for the checkpoint and logs (default: %(default)s)",
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare; the exit status."""
+    console = Console(width=160)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = args.model or ready_checkpoint(
+        args.build_dir, "heads64" if device == "cuda" else "tiny", console.print
+    )
+    try:
+        plan = None if args.only == "bytes" else make_plan(args, device)
+        bytes_side = None if args.only == "tokens" else make_side(args, device, OURS, None)
+        result, facts = run_session(
+            checkpoint, args.build_dir / "compare", device, plan, bytes_side, console.print
+        )
+    except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
+        console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
+        return 1
+    if args.json:
+        report = {"environment": environment(device), "servers": facts, **asdict(result)}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    show(console, result)
+    return 1 if result.faults else 0
+
+
+def make_side(
+    args: argparse.Namespace, device: str, name: str, way: Way | None, rows: str | None = None
+) -> Side:
+    """One server: a side, in a way."""
+    is_ours = name != THEIRS
+    fraction = "0.8" if device == "cuda" else "0.5"
+    graphs = ("--cuda-graph-max-bs-decode", str(args.concurrency)) if device == "cuda" else EXACT
+    formats = ()
+    if is_ours:
+        rows = rows or args.rows or (NATIVE_ROWS if device == "cuda" else "fp32")
+        formats = ("--dsv4-kv-format", rows, *shlex.split(args.our_options))
+    options = (
+        "--max-total-tokens", str(POOL_TOKENS[device]), "--swa-full-tokens-ratio", "0.5",
+        "--max-running-requests", str(2 * args.concurrency), "--mem-fraction-static", fraction,
+        "--grammar-backend", "none", *graphs, *formats, *shlex.split(args.options),
+        *(way.options() if way else ()),
+    )  # fmt: skip
+    return Side(f"{name}-{way.name}" if way else name, is_ours, options)
+
+
+def make_plan(args: argparse.Namespace, device: str) -> Plan:
+    """Which servers answer; on a CPU the last way is judged by the others.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    if min(args.requests, args.longest, args.concurrency) < 1:
+        raise ValueError("expected --requests, --longest and --concurrency of 1 or more")
+    ways = [read_way(text) for text in (args.ways.split(",") if args.ways else WAYS[device])]
+    if device == "cpu" and len(ways) < 2:
+        raise ValueError(
+            "--ways: expected two or more on a CPU, where the last is judged by the others"
+        )
+    rounded = None
+    if device == "cpu":
+        sides = [make_side(args, device, OURS, way) for way in ways]
+        reference, judged = sides[:-1], sides[-1:]
+    else:
+        reference = [make_side(args, device, THEIRS, way) for way in ways]
+        judged = [make_side(args, device, OURS, way) for way in ways]
+        if (args.rows or NATIVE_ROWS) != NATIVE_ROWS:
+            rounded = make_side(args, device, f"{OURS}-{NATIVE_ROWS}", ways[0], NATIVE_ROWS)
+    at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways))
+    questions = make_questions(args.requests, args.longest, args.seed)
+    return Plan(reference, judged, rounded, Passes(questions, args.concurrency), at_once)
+
+
+def show(console: Console, result: Result) -> None:
+    """Print what was found."""
+    if result.bound:
+        console.print(
+            f"Bound of a log-probability {result.bound['bound']:.3g}: twice the reference's own {result.bound['own_rounding']:.3g}"
+            f" and twice {result.bound['row_rounding']:.3g} for rows"
+        )
+    for name, verdict in result.verdicts.items():
+        console.print(f"{name}: {_sentence(verdict)}")
+    for planted in result.planted:
+        console.print(
+            f"Planted: {planted['fault']}: noticed {planted['noticed']} of {planted['tried']} times"
+        )
+    if result.bytes is not None:
+        console.print(
+            f"Bytes: {result.bytes['compared']} comparisons of hits with cold runs, {len(result.bytes['faults'])} differ"
+        )
+    for fault in result.faults:
+        console.print(Text(f"FAULT  {fault}", style="bold red"))
+    if not result.faults:
+        console.print(Text("PASSED", style="bold green"))
+
+
+def _sentence(verdict: dict[str, Any]) -> str:
+    return (
+        f"{verdict['answers']} answers, {verdict['identical']} identical, {verdict['partings']} parted at a close call; "
+        f"{verdict['tokens']} tokens, {verdict['certain']} certain, largest difference {verdict['largest']:.3g}, "
+        f"{verdict['num_faults']} faults"
+    )

@@ -1,0 +1,130 @@
+"""Starts the servers of a comparison and collects their answers."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_dsv4.bench.serve_client import ServeClient
+from sglang_dsv4.bench.serve_side import Side, SideServer, facts_of, wait_until_ready
+from sglang_dsv4.compare.ask import Answer, Question, ask_all
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a server computes: with CUDA graphs or without, and in chunks of how many tokens."""
+
+    mode: str
+    chunk: int
+
+    @property
+    def name(self) -> str:
+        """Such as ``graph-512``."""
+        return f"{self.mode}-{self.chunk}"
+
+    def options(self) -> tuple[str, ...]:
+        """For SGLang."""
+        eager = ("--disable-cuda-graph",) if self.mode == "eager" else ()
+        return ("--chunked-prefill-size", str(self.chunk), *eager)
+
+
+def read_way(text: str) -> Way:
+    """The way of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    mode, _, chunk = text.partition("-")
+    if mode not in ("graph", "eager") or not chunk.isdigit() or int(chunk) % 256:
+        raise ValueError(f"way: expected graph-N or eager-N, N a multiple of 256, got {text!r}")
+    return Way(mode, int(chunk))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over all questions.
+
+    Attributes:
+        name (str): side, way, and ``cold`` or ``hit``.
+        answers (list[Answer]): in the order of the questions.
+    """
+
+    name: str
+    answers: list[Answer]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of all prompts together."""
+        return sum(answer.cached_tokens for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the questions are sent to each server."""
+
+    questions: list[Question]
+    concurrency: int
+
+    async def run(self, client: ServeClient, name: str) -> list[Run]:
+        """All questions on a cold cache, and all of them again; both in an order of this server's own."""
+        order = list(range(len(self.questions)))
+        random.Random(name).shuffle(order)
+        found = []
+        await client.flush()
+        for kind in ("cold", "hit"):
+            answers = await ask_all(client, self.questions, self.concurrency, order)
+            found.append(Run(f"{name} {kind}", answers))
+        return found
+
+
+class Fleet:
+    """Servers that end with the ``with`` block.
+
+    Args:
+        checkpoint (Path): what they serve.
+        folder (Path): for their logs.
+        device (str): ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, device: str) -> None:
+        self._checkpoint = checkpoint
+        self._folder = folder
+        self._device = device
+        self._running: list[SideServer] = []
+        self.facts: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> "Fleet":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.end(self._running)
+
+    def start(self, sides: Sequence[Side]) -> list[SideServer]:
+        """Start servers at the same time, and wait for all.
+
+        Raises:
+            ServerDiedError: one ended.
+            TimeoutError: one did not get ready.
+        """
+        servers = []
+        for side in sides:
+            server = SideServer(side, self._checkpoint, self._folder, self._device)
+            server.__enter__()
+            self._running.append(server)
+            servers.append(server)
+        wait_until_ready(servers)
+        for server in servers:
+            self.facts[server.side.name] = facts_of(server)
+        return servers
+
+    def end(self, servers: Sequence[SideServer]) -> None:
+        """End some servers; one that has ended may be among them."""
+        for server in tuple(servers):
+            if server in self._running:
+                self._running.remove(server)
+                server.__exit__(None, None, None)
+
+    def end_all(self) -> None:
+        """End what still runs."""
+        self.end(self._running)

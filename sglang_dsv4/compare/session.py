@@ -1,0 +1,208 @@
+"""A whole comparison: answers, their bound, the verdict, and faults that must be noticed."""
+
+import asyncio
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_dsv4.bench.serve_client import ServeClient
+from sglang_dsv4.bench.serve_side import Side, SideServer
+from sglang_dsv4.bench.serve_work import random_ids
+from sglang_dsv4.compare import hit_bytes
+from sglang_dsv4.compare.ask import Question, Token, ask_all, score
+from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
+from sglang_dsv4.compare.runs import Fleet, Passes, Run
+
+NUM_SCORED = 24
+NUM_PLANTED = 4
+# Faults that are planted, and what share of them must be noticed: one token of a window of 128 can move less than rounding.
+PLANTED = {"the first page": 1.0, "a token of the window": 0.5}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared with what.
+
+    Attributes:
+        reference (list[Side]): the backend whose answers count as right, in its own ways; the first is asked for scores.
+        judged (list[Side]): the other, in its ways.
+        rounded (Side | None): the judged backend with the reference's row format, where its own is another one.
+        passes (Passes): the questions.
+        at_once (int): servers that start at the same time.
+    """
+
+    reference: list[Side]
+    judged: list[Side]
+    rounded: Side | None
+    passes: Passes
+    at_once: int
+
+
+@dataclass
+class Result:
+    """What came out; ``faults`` empty means that all is right."""
+
+    bound: dict[str, float] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: dict[str, dict[str, object]] = field(default_factory=dict)
+    planted: list[dict[str, Any]] = field(default_factory=list)
+    bytes: dict[str, Any] | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> None:
+    """Compare greedy tokens and their log-probabilities; findings go to ``result``."""
+    questions = plan.passes.questions
+    (anchor,) = fleet.start(plan.reference[:1])
+    client = ServeClient(anchor.url)
+
+    async def scorer(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> list[Token]:
+        return await score(client, prompt_ids, token_ids)
+
+    reference = await plan.passes.run(client, anchor.side.name)
+    say(f"{anchor.side.name}: {len(questions)} questions, cold and hit")
+    others = [*plan.reference[1:], *plan.judged, *([plan.rounded] if plan.rounded else [])]
+    found: dict[str, list[Run]] = {}
+    last: SideServer | None = None
+    for begin in range(0, len(others), plan.at_once):
+        servers = fleet.start(others[begin : begin + plan.at_once])
+        for server in servers:
+            found[server.side.name] = await _ask(server, plan.passes)
+            say(f"{server.side.name}: {len(questions)} questions, cold and hit")
+        # One judged server stays, to be asked with planted faults.
+        keep = [server for server in servers if server.side == plan.judged[-1]]
+        last = keep[0] if keep else last
+        fleet.end([server for server in servers if server not in keep])
+    for side in plan.reference[1:]:
+        reference += found[side.name]
+    judged = [run for side in plan.judged for run in found[side.name]]
+    scored = await _scores(questions, reference[0], scorer)
+    bound = bound_of(
+        reference, judged, found.get(plan.rounded.name) if plan.rounded else None, scored
+    )
+    result.bound = bound
+    for run in (*reference, *judged):
+        result.runs.append({"name": run.name, "cached_tokens": run.cached_tokens})
+        if run.name.endswith(" hit") and not run.cached_tokens:
+            result.faults.append(f"{run.name}: expected prefix hits, got none")
+    for run in judged:
+        verdict = Verdict()
+        for number, answer in enumerate(run.answers):
+            await judge(
+                verdict, f"{run.name}: question {number}", questions[number],
+                reference[0].answers[number], answer, bound["bound"], scorer,
+            )  # fmt: skip
+        result.verdicts[run.name] = verdict.to_dict()
+        result.faults += verdict.faults[:3]
+    assert last is not None, "at least one side is judged"
+    await _plant(last, questions, reference[0], bound["bound"], scorer, result)
+    await client.close()
+
+
+async def compare_bytes(fleet: Fleet, side: Side, lengths: tuple[int, ...], result: Result) -> None:
+    """Compare the bytes of hits and cold runs on a server of its own."""
+    (server,) = fleet.start([Side(f"{side.name}-bytes", True, (*side.options, *hit_bytes.OPTIONS))])
+    client = ServeClient(server.url)
+    result.bytes = await hit_bytes.check_bytes(client, lengths)
+    result.faults += result.bytes["faults"][:3]
+    await client.close()
+
+
+async def _ask(server: SideServer, passes: Passes) -> list[Run]:
+    client = ServeClient(server.url)
+    runs = await passes.run(client, server.side.name)
+    await client.close()
+    return runs
+
+
+async def _scores(questions: Sequence[Question], run: Run, scorer: Any) -> dict[int, list[Token]]:
+    """The reference's scores of its own tokens, for some questions."""
+    step = max(1, len(questions) // NUM_SCORED)
+    return {
+        number: await scorer(questions[number].prompt_ids, run.answers[number].token_ids)
+        for number in range(0, len(questions), step)
+    }
+
+
+def bound_of(
+    reference: Sequence[Run],
+    judged: Sequence[Run],
+    rounded: Sequence[Run] | None,
+    scored: dict[int, list[Token]],
+) -> dict[str, float]:
+    """Largest difference that is allowed, and where it comes from.
+
+    Each backend may be as far from exact arithmetic as the reference's own ways are from each other, so two may be twice
+    that apart. Another row format adds what it does to the judged backend, twice for the same reason.
+    """
+    own = own_rounding([run.answers for run in reference], scored)
+    rows = 0.0
+    if rounded is not None:
+        pairs = zip(judged[0].answers, rounded[0].answers, strict=True)
+        rows = max(moved(a.tokens, b.tokens) for a, b in pairs)
+    return {"own_rounding": own, "row_rounding": rows, "bound": 2 * own + 2 * rows}
+
+
+async def _plant(
+    server: SideServer,
+    questions: Sequence[Question],
+    reference: Run,
+    bound: float,
+    scorer: Any,
+    result: Result,
+) -> None:
+    """Answers to prompts with a fault must be noticed: a wrong token in the window, and a wrong page far behind it."""
+    most = sorted(
+        range(len(questions)),
+        key=lambda number: (questions[number].new_tokens, len(questions[number].prompt_ids)),
+    )
+    chosen = most[-NUM_PLANTED:]
+    client, rng = ServeClient(server.url), random.Random(0)
+    for kind, share in PLANTED.items():
+        noticed, wanted = 0, math.ceil(share * len(chosen))
+        for number in chosen:
+            question = questions[number]
+            wrong = _wrong(question, kind, rng)
+            (answer,) = await ask_all(client, [wrong], 1, [0])
+            verdict = Verdict()
+            await judge(verdict, kind, question, reference.answers[number], answer, bound, scorer)
+            noticed += bool(verdict.faults)
+        found = {"fault": kind, "tried": len(chosen), "noticed": noticed, "wanted": wanted}
+        result.planted.append(found)
+        if noticed < wanted:
+            result.faults.append(
+                f"planted fault, {kind}: expected to be noticed {wanted} times of {len(chosen)}, was {noticed} times"
+            )
+    await client.close()
+
+
+def _wrong(question: Question, kind: str, rng: random.Random) -> Question:
+    prompt = question.prompt_ids
+    if kind == "the first page":
+        size = min(256, len(prompt) // 2)
+        return Question((*random_ids(rng, size), *prompt[size:]), question.new_tokens)
+    at = max(0, len(prompt) - 5)
+    return Question((*prompt[:at], prompt[at] ^ 1, *prompt[at + 1 :]), question.new_tokens)
+
+
+def run_session(
+    checkpoint: Path,
+    folder: Path,
+    device: str,
+    plan: Plan | None,
+    bytes_side: Side | None,
+    say: Say,
+) -> tuple[Result, dict[str, dict[str, Any]]]:
+    """Run what was asked for; the result, and what each server says about itself."""
+    result = Result()
+    with Fleet(checkpoint, folder, device) as fleet:
+        if plan is not None:
+            asyncio.run(compare_tokens(fleet, plan, result, say))
+            fleet.end_all()
+        if bytes_side is not None:
+            asyncio.run(compare_bytes(fleet, bytes_side, hit_bytes.LENGTHS[device], result))
+        return result, fleet.facts

@@ -1,0 +1,169 @@
+"""`bench serve` without a server: what it reads off a stream, what it computes, what it refuses."""
+
+import argparse
+import asyncio
+import json
+
+import pytest
+
+from sglang_dsv4.bench import serve_command, serve_report
+from sglang_dsv4.bench.serve_client import Reply, ServeClient, Stream
+from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side, SideServer, same_share
+from sglang_dsv4.bench.serve_work import agents, all_work, chats
+
+
+def event(*token_ids, prompt=10, cached=4):
+    meta = {"completion_tokens": len(token_ids), "prompt_tokens": prompt, "cached_tokens": cached}
+    return f"data: {json.dumps({'output_ids': token_ids, 'meta_info': meta})}\n\n".encode()
+
+
+def stream(*pieces):
+    found = Stream(sent_s=1.0)
+    for now_s, piece in pieces:
+        found.add(now_s, piece)
+    return found
+
+
+def test_the_time_of_every_token_is_that_of_the_piece_in_which_its_event_ends():
+    third = event(5, 6, 7, 8)
+    found = stream((1.5, event(5)), (1.6, event(5, 6) + third[:9]), (2.0, third[9:] + b"data: [DONE]\n\n"))  # fmt: skip
+    reply = found.reply()
+    assert reply.arrivals == ((1.5, 1), (1.6, 2), (2.0, 4))
+    assert reply.first_token_s == 0.5
+    assert reply.gaps_s() == pytest.approx([0.1, 0.2, 0.2])
+    assert (reply.token_ids, reply.prompt_tokens, reply.cached_tokens) == ((5, 6, 7, 8), 10, 4)
+    assert found.token_ids() == reply.token_ids
+
+
+def test_the_last_tokens_are_found_in_whatever_pieces_they_came():
+    last = event(5, 6)
+    pieces = [(1.5, event(5)), *((2.0, last[i : i + 3]) for i in range(0, len(last), 3))]
+    assert stream(*pieces, (2.0, b"data: [DONE]\n\n")).token_ids() == (5, 6)
+
+
+def test_an_error_in_a_stream_is_raised():
+    found = stream((1.5, event(5)), (1.6, b'data: {"error": {"message": "full"}}\n\n'))
+    with pytest.raises(ValueError, match="expected tokens, got .*full"):
+        found.reply()
+    with pytest.raises(ValueError, match="expected at least one token"):
+        stream((1.5, b"data: [DONE]\n\n")).reply()
+
+
+def reply_at(sent_s, *arrivals, prompt=100, cached=0):
+    return Reply((1,) * arrivals[-1][1], prompt, cached, sent_s, tuple(arrivals))
+
+
+def test_a_round_is_summed_up():
+    numbers = serve_report.summarize(
+        [reply_at(0.0, (0.5, 1), (1.0, 2)), reply_at(1.0, (1.2, 1), (1.6, 3), cached=50)]
+    )
+    assert numbers["output_tokens_per_s"] == pytest.approx(5 / 1.6)
+    assert (numbers["ttft_p50_ms"], numbers["ttft_p99_ms"]) == pytest.approx((500, 500))
+    assert numbers["itl_p50_ms"] == pytest.approx(200) and numbers["itl_p99_ms"] == pytest.approx(
+        500
+    )
+    assert numbers["cached_share"] == 0.25
+
+
+def test_ours_is_better_where_it_is_faster_and_the_twin_is_not():
+    quick = serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
+    slow = serve_report.summarize([reply_at(0.0, (1.0, 1), (2.0, 2))])
+    rounds = [
+        {"work": "w", "side": side, "numbers": numbers}
+        for side, numbers in ((OURS, quick), (THEIRS, slow), (OURS, quick), (THEIRS, slow))
+    ]
+    (row,) = serve_report.rows(rounds)
+    assert all(value == pytest.approx(2.0) for value in row["ours_is_better"].values())
+    swapped = [{**r, "side": THEIRS if r["side"] == OURS else OURS} for r in rounds]
+    (row,) = serve_report.rows(swapped)
+    assert all(value == pytest.approx(0.5) for value in row["ours_is_better"].values())
+    assert serve_report.table([row]).row_count == 3
+
+
+def sent_to_a_server(work, reply):
+    """Send some work to a server whose answers are ``reply(ids)``; its streams, and the prompts that it was sent."""
+    asked = []
+
+    async def serve(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        ids = json.loads(await reader.readexactly(length))["input_ids"]
+        asked.append(tuple(ids))
+        writer.write(reply(ids))
+        await writer.drain()
+        writer.close()
+
+    async def send():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = ServeClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        try:
+            return await work.send(client)
+        finally:
+            await client.close()
+            server.close()
+
+    return asyncio.run(send()), asked
+
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+
+
+def test_agents_come_back_with_all_that_was_said():
+    work = agents(3, 4, 20, 5, 2)
+    streams, asked = sent_to_a_server(work, lambda ids: OK + event(len(ids), 7, prompt=len(ids)))
+    assert [stream.reply().prompt_tokens for stream in streams] == [25, 32, 39, 46] * 3
+    assert len({ids[:20] for ids in asked}) == 1 and len({ids[:25] for ids in asked}) == 3
+    assert all(ids[25:27] == (25, 7) for ids in asked if len(ids) > 25)
+
+
+def test_chats_send_each_prompt_once():
+    streams, asked = sent_to_a_server(chats(4, 10, 30, 2), lambda _: OK + event(1))
+    assert len(streams) == len(asked) == len(set(asked)) == 10
+
+
+def test_a_refusal_is_raised_with_what_the_server_says():
+    refusal = b"HTTP/1.1 400 Bad Request\r\n\r\ninput_ids: too long"
+    with pytest.raises(ValueError, match="expected status 200, got .*400.*too long"):
+        sent_to_a_server(chats(1, 1, 30, 2), lambda _: refusal)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_scenario_of_the_issue_is_there(device):
+    names = [work.name for work in all_work(quick=False, device=device)]
+    assert len(set(names)) == len(names)
+    if device == "cuda":
+        assert names == ["chat-1", "chat-8", "chat-32", "chat-64", "long-131072", "agents-64"]
+
+
+def test_the_second_server_gets_as_many_bytes_as_the_first():
+    assert same_share(0.2, 80 << 30, 60 << 30) * (60 << 30) == pytest.approx(0.2 * (80 << 30))
+    assert same_share(0.5, 0, 0) == 0.5
+    with pytest.raises(ValueError, match="expected room for as much again"):
+        same_share(0.5, 80 << 30, 40 << 30)
+
+
+def test_the_sides_differ_by_the_flag_alone(tmp_path):
+    parser = argparse.ArgumentParser()
+    serve_command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["serve", "--options", "--dtype bfloat16"])
+    sides = serve_command.make_sides(args, "cuda")
+    assert [side.name for side in sides] == [OURS, THEIRS]
+    commands = [
+        [
+            part
+            for part in SideServer(side, tmp_path, tmp_path, "cuda")._command
+            if not part.isdigit()
+        ]
+        for side in sides
+    ]
+    assert [part for part in commands[0] if part != "--enable-dsv4-compressed-kv"] == commands[1]
+    assert [side.name for side in serve_command.make_sides(args, "cpu")] == [OURS]
+    args.sides = "mine"
+    with pytest.raises(ValueError, match="--sides: expected some of ours,sglang, got mine"):
+        serve_command.make_sides(args, "cuda")
+
+
+def test_a_server_on_a_gpu_is_not_told_that_it_is_on_a_cpu(tmp_path):
+    side = Side(OURS, True, ())
+    assert "SGLANG_USE_CPU_ENGINE" not in SideServer(side, tmp_path, tmp_path, "cuda").variables()
+    assert SideServer(side, tmp_path, tmp_path, "cpu").variables()["SGLANG_USE_CPU_ENGINE"] == "1"

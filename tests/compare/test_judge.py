@@ -1,0 +1,99 @@
+"""What a comparison lets pass, and what it must not."""
+
+import asyncio
+import random
+
+import pytest
+
+from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
+from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
+
+BOUND = 0.1
+PROMPT = (9, 10, 11)
+
+
+def answer(*tokens):
+    """Of ``(token_id, logprob, best_id, margin)`` each."""
+    return Answer(tuple(Token(*token) for token in tokens), 0)
+
+
+RIGHT = answer((1, -0.5, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0))
+
+
+def judged(got, scored=None, wanted=RIGHT):
+    """The verdict on one answer; ``scored`` is what the reference says along its tokens, asked for where they part."""
+
+    async def score(prompt_ids, token_ids):
+        assert (prompt_ids, token_ids) == (PROMPT, got.token_ids) and scored is not None
+        return list(scored.tokens)
+
+    verdict = Verdict()
+    question = Question(PROMPT, len(wanted.tokens))
+    asyncio.run(judge(verdict, "x", question, wanted, got, BOUND, score))
+    return verdict
+
+
+def test_equal_answers_pass():
+    verdict = judged(answer((1, -0.55, 1, 0.9), (2, -1.05, 2, 0.01), (3, -0.2, 3, 2.0)))
+    assert not verdict.faults
+    assert (verdict.identical, verdict.partings, verdict.tokens, verdict.certain) == (1, 0, 3, 2)
+    assert verdict.largest == pytest.approx(0.05)
+
+
+def test_a_log_probability_that_is_too_far_away_is_a_fault():
+    verdict = judged(answer((1, -0.65, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0)))
+    assert [fault[:10] for fault in verdict.faults] == ["x: token 0"]
+
+
+def test_another_token_at_a_close_call_passes_and_what_follows_is_scored():
+    got = answer((1, -0.5, 1, 0.9), (7, -1.02, 7, 0.02), (8, -0.3, 8, 1.0))
+    along = answer((1, -0.5, 1, 0.9), (7, -1.05, 2, 0.05), (8, -0.35, 8, 1.0))
+    verdict = judged(got, along)
+    assert not verdict.faults
+    assert (verdict.identical, verdict.partings, verdict.tokens) == (0, 1, 3)
+    # The twin: behind the parting the reference is sure of another token.
+    astray = answer(*[(t.token_id, t.logprob, t.best_id, t.margin) for t in along.tokens[:2]],
+                    (8, -1.35, 5, 1.0))  # fmt: skip
+    faults = judged(got, astray).faults
+    assert len(faults) == 2 and all(fault.startswith("x: token 2") for fault in faults)
+
+
+def test_another_token_where_the_reference_is_certain_is_a_fault():
+    got = answer((7, -1.4, 7, 0.1), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0))
+    along = answer((7, -1.4, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0))
+    (fault,) = judged(got, along).faults
+    assert fault == "x: token 0: expected 1, which is ahead by 0.9, got 7"
+
+
+def test_a_short_answer_is_a_fault():
+    assert judged(answer((1, -0.5, 1, 0.9))).faults == ["x: expected 3 tokens, got 1"]
+
+
+def test_own_rounding_is_the_largest_difference_of_any_way_up_to_where_ways_part():
+    moves = answer((1, -0.52, 1, 0.9), (5, -9.0, 5, 0.05), (3, -9.0, 3, 2.0))
+    assert moved(RIGHT.tokens, moves.tokens) == pytest.approx(0.02)
+    scores = {0: list(answer((1, -0.5, 1, 0.9), (2, -1.03, 2, 0.05), (3, -0.2, 3, 2)).tokens)}
+    assert own_rounding([[RIGHT], [moves]], {}) == pytest.approx(0.02)
+    assert own_rounding([[RIGHT], [moves]], scores) == pytest.approx(0.03)
+
+
+def test_questions_are_mixed_repeatable_and_share_prefixes():
+    questions = make_questions(200, 1500, 0)
+    assert questions == make_questions(200, 1500, 0) != make_questions(200, 1500, 1)
+    lengths = [len(question.prompt_ids) for question in questions]
+    assert min(lengths) < 4 and max(lengths) > 1400 and len(set(lengths)) > 60
+    first_pages = [q.prompt_ids[:256] for q in questions if len(q.prompt_ids) > 256]
+    assert 10 < len(first_pages) - len(set(first_pages)) < len(first_pages) // 2
+    assert {question.new_tokens for question in questions} == {4, 12, 24}
+
+
+def test_an_answer_without_all_its_log_probabilities_is_refused():
+    rng = random.Random(0)
+    chosen = [[-rng.random(), token, None] for token in (5, 6)]
+    top = [[[value, token, None], [value - 0.5, 99, None]] for value, token, _ in chosen]
+    meta = {"output_token_logprobs": chosen, "output_top_logprobs": top, "completion_tokens": 2, "cached_tokens": 7}  # fmt: skip
+    found = read_answer({"meta_info": meta})
+    assert found.token_ids == (5, 6) and found.cached_tokens == 7
+    assert found.tokens[0].margin == pytest.approx(0.5) and found.tokens[0].best_id == 5
+    with pytest.raises(ValueError, match="expected 3 log-probabilities, got 2 and 2"):
+        read_answer({"meta_info": {**meta, "completion_tokens": 3}})
