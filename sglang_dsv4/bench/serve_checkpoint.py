@@ -14,6 +14,8 @@ def ready_checkpoint(
 ) -> Path:
     """A checkpoint with random weights of one of `SHAPES`, written unless it is there.
 
+    Its RoPE is not scaled: SGLang's own backend and ours then rotate window-only layers alike.
+
     Args:
         folder (Path): of all checkpoints.
         shape (str): key of `SHAPES`.
@@ -22,6 +24,7 @@ def ready_checkpoint(
     """
     spec = TinySpec(
         compress_ratios=layers,
+        rope_factor=1,
         num_hash_layers=min(TinySpec.num_hash_layers, len(layers)),
         **SHAPES[shape],
     )

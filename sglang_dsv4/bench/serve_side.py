@@ -59,9 +59,11 @@ class SideServer(Server):
         self._command = [*head, *address, *flag, *side.options]
 
     def variables(self) -> dict[str, str]:
-        """On a GPU SGLang must not be told that it is on a CPU."""
+        """On a GPU SGLang must not be told that it is on a CPU, but that the output projection's weights are not FP8."""
         found = super().variables()
-        return found if self._device == "cpu" else {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"]}
+        if self._device == "cpu":
+            return found
+        return {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"], "SGLANG_OPT_FP8_WO_A_GEMM": "0"}
 
     def is_ready(self) -> bool:
         """Whether it takes requests.

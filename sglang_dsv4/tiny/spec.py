@@ -33,6 +33,8 @@ class TinySpec:
         moe_width (int): inner width of an expert.
         num_hash_layers (int): layers, from the first, whose experts are chosen by token id.
         max_positions (int): longest sequence that the configuration allows.
+        rope_factor (int): of YaRN. At 1 all layers rotate alike however a program treats window-only ones: SGLang 0.5.17
+            scales them too, which the released model does not.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -52,6 +54,7 @@ class TinySpec:
     moe_width: int = 128
     num_hash_layers: int = 2
     max_positions: int = 65536
+    rope_factor: int = 16
 
     head_dim = 512
     rope_dim = 64
@@ -70,7 +73,8 @@ class TinySpec:
                     f"compress_ratios[{layer_id}]: expected one of {allowed}, got {ratio}"
                 )
         for name in ("index_topk", "hidden_size", "num_heads", "o_groups", "o_lora_rank", "q_lora_rank",
-                     "index_n_heads", "num_experts", "experts_per_token", "moe_width", "max_positions"):  # fmt: skip
+                     "index_n_heads", "num_experts", "experts_per_token", "moe_width", "max_positions",
+                     "rope_factor"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.num_heads % self.o_groups:
@@ -129,7 +133,7 @@ class TinySpec:
             "compress_rope_theta": 160000,
             "rope_scaling": {
                 "type": "yarn",
-                "factor": 16,
+                "factor": self.rope_factor,
                 "original_max_position_embeddings": 65536,
                 "beta_fast": 32,
                 "beta_slow": 1,
