@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_dsv4 import env
 from sglang_dsv4.demo.server import active_line
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
+from sglang_dsv4.sizing import ServerSize, size_of
+from sglang_dsv4.spec import CacheSpec
 from tests.plugin.serving import (
     NEW_TOKENS,
     generate,
@@ -225,7 +227,7 @@ def test_chat_and_sampling(server):
     assert answer.json()["usage"]["completion_tokens"] == 5
 
 
-def test_the_server_proves_that_our_cache_runs(server):
+def test_the_server_proves_that_our_cache_runs(server, tiny):
     line = active_line(server.log_lines())
     assert line is not None and "rows fp32" in line and "attention eager on cpu" in line
     info = httpx.get(f"{server.url}/server_info", timeout=60).json()["internal_states"][0]
@@ -236,6 +238,11 @@ def test_the_server_proves_that_our_cache_runs(server):
     # SGLang's own figure, rounded by it to 1 MiB, is ours.
     assert info["memory_usage"]["kvcache"] == pytest.approx(report["total_bytes"] / 2**30, abs=1e-3)
     assert info["memory_usage"]["token_capacity"] == report["max_tokens"]
+    # And what `python -m sglang_dsv4 size` says of a server with these options.
+    config = json.loads((tiny / "config.json").read_text())
+    spec = CacheSpec.from_hf(config, row_format="fp32", index_format="fp32")
+    size = ServerSize(3584, requests=16, window_share=1.0)
+    assert size_of(spec, size) == report["total_bytes"]
 
 
 def test_metrics_move_by_what_the_schedule_says(server):
