@@ -6,7 +6,7 @@ ARGS ?=
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: help env demo stress test test-long lint stress-cache clean
+.PHONY: help env demo stress test test-long lint docs stress-cache clean
 
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test    lint, types and all tests but the long ones; ARGS="-k name" goes to pytest'
 	@echo 'make test-long      the tests that take minutes: kernels interpreted and compiled for SM80 to SM120, long walks, slow starts'
 	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
+	@echo 'make docs    the documentation, as pages in build/docs; a dead link fails'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make env     make .venv (the others do it by themselves); PYTHON=python3.12 names another Python'
 	@echo 'make clean   remove .venv, caches and build folders'
@@ -41,6 +42,10 @@ test: lint
 # Minutes: every fused kernel under Triton's interpreter, and compiled for six architectures; long random walks; slow starts.
 test-long: env
 	.venv/bin/python -m pytest -n 2 -m long $(ARGS)
+
+# Tables and picture in docs/ are written by docs/generate.py; the tests fail where they are out of date.
+docs: env
+	.venv/bin/python -m sphinx -W --keep-going -q -j 2 docs build/docs
 
 stress-cache: env
 	.venv/bin/python -m pytest tests/cache/test_machine.py --hypothesis-profile=long -rP $(ARGS)

@@ -24,6 +24,10 @@ COMMANDS = {
         "sglang_dsv4.stress.command",
         "send a server many requests at once and check every answer",
     ),
+    "size": (
+        "sglang_dsv4.sizing_command",
+        "how many tokens fit into how much memory",
+    ),
     "inspect": (
         "sglang_dsv4.inspect_command",
         "show what a failed integrity check left behind",

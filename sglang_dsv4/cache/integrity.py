@@ -1,17 +1,20 @@
 """Checks that a cache does not contradict itself.
 
 Host bookkeeping, cheap:
-    I1 history pages: free and owned pages partition all pages, and each has as many owners as it counts.
-    I2 window pages: likewise.
-    I3 state slots: likewise.
-    I4 coverage: a request owns exactly ``ceil(seq_len / page_tokens)`` history pages.
-    I5 window: a request holds the window pages that a query can reach after the deepest roll-back, and none before them.
+
+* I1 history pages: free and owned pages partition all pages, and each has as many owners as it counts.
+* I2 window pages: likewise.
+* I3 state slots: likewise.
+* I4 coverage: a request owns exactly ``ceil(seq_len / page_tokens)`` history pages.
+* I5 window: a request holds the window pages that a query can reach after the deepest roll-back, and none before them.
+
 Device memory, one pass over what requests can read:
-    I6 rows: every entry, index key and window row that a query could reach is finite.
-    I7 streams: the kept rows of the open and the previous block, the open block's accumulator, and the boundary state of
-       the page before an open page are finite.
-    I8 sums (`sglang_dsv4.cache.row_sums`, where it was asked for): every row that a query could read has the checksum that
-       was kept when its step wrote it.
+
+* I6 rows: every entry, index key and window row that a query could reach is finite.
+* I7 streams: the kept rows of the open and the previous block, the open block's accumulator, and the boundary state of
+  the page before an open page are finite.
+* I8 sums (`sglang_dsv4.cache.row_sums`, where it was asked for): every row that a query could read has the checksum that
+  was kept when its step wrote it.
 """
 
 from collections import Counter

@@ -10,7 +10,7 @@ import torch
 from dsv4_kernels import memory
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin import contract, launch, options, refusals
+from sglang_dsv4.plugin import contract, launch, metrics, options, refusals
 from sglang_dsv4.plugin.startup import active_line, describe
 from sglang_dsv4.plugin.usage import pool_usage
 from sglang_dsv4.spec import CacheSpec
@@ -116,6 +116,9 @@ def activate(device: str | None) -> None:
         (contract.INTERNAL_STATE, _internal_state, HookType.AFTER),
         (contract.INIT_INFO, _check_serving, HookType.AFTER),
         (contract.VALIDATE, _validate_input_ids, HookType.AFTER),
+        (contract.INIT_INFO, metrics.begin, HookType.AFTER),
+        (contract.RUN_BATCH, metrics.around_step, HookType.AROUND),
+        (contract.ON_IDLE, metrics.before_idle, HookType.BEFORE),
     )
     for hook in hooks:
         HookRegistry.register(*hook)

@@ -46,6 +46,8 @@ FIT_POOLS = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator.calcu
 VALIDATE = f"{_SRT}.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 INTERNAL_STATE = f"{_SRT}.managers.scheduler.Scheduler.get_internal_state"
 INIT_INFO = f"{_SRT}.managers.scheduler.Scheduler.get_init_info"
+RUN_BATCH = f"{_SRT}.managers.scheduler.Scheduler.run_batch"
+ON_IDLE = f"{_SRT}.managers.scheduler.Scheduler.on_idle"
 
 CONTRACT = (
     ContractName(
@@ -83,7 +85,28 @@ CONTRACT = (
         f"{_SRT}.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
         "tells /server_info how many pages are in use",
     ),
-    ContractName(INIT_INFO, "the last check before a scheduler takes requests"),
+    ContractName(INIT_INFO, "the last check before a scheduler takes requests; makes the metrics"),
+    ContractName(RUN_BATCH, "counts a step for the metrics"),
+    ContractName(ON_IDLE, "brings the metrics up to date when nothing runs"),
+    ContractName(
+        f"{_SRT}.managers.scheduler.Scheduler.is_fully_idle", "whether requests have open blocks"
+    ),
+    ContractName(
+        f"{_SRT}.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter",
+        "tells whether --enable-metrics is set, and the labels of a scheduler",
+    ),
+    ContractName(
+        f"{_SRT}.managers.schedule_batch.ScheduleBatch",
+        "lengths and requests of a step, on the host",
+    ),
+    ContractName(
+        f"{_SRT}.mem_cache.base_prefix_cache.BasePrefixCache.full_protected_size",
+        "history pages that requests share with the prefix cache",
+    ),
+    ContractName(
+        f"{_SRT}.mem_cache.base_prefix_cache.BasePrefixCache.swa_protected_size",
+        "such window pages",
+    ),
     ContractName(f"{_POOL}._make_kv_pool", "overridden: no native rows are allocated"),
     ContractName(f"{_POOL}._make_indexer_pool", "overridden: no native index keys are allocated"),
     ContractName(

@@ -7,21 +7,11 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from sglang_dsv4.cache.report import stream_bytes_per_request, window_page_bytes
 from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.sizing import RELEASED
 from sglang_dsv4.spec import CacheSpec
 from tests.cache.driver import CONFIG
 
-FLASH = {
-    **CONFIG,
-    "num_hidden_layers": 43,
-    "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0],
-    "index_topk": 512,
-}
-PRO = {
-    **CONFIG,
-    "num_hidden_layers": 61,
-    "compress_ratios": [128, 128, *([4, 128] * 29), 4, 0],
-    "index_topk": 1024,
-}
+FLASH, PRO = RELEASED["flash"], RELEASED["pro"]
 
 
 def kinds(spec):

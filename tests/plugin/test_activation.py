@@ -67,6 +67,7 @@ LATER_FAULTS = {
         "_build_dsv4_kv_pool",
         "get_init_info",
         "_validate_one_request",
+        "run_batch",
     )
 }
 

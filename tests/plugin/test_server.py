@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_dsv4 import env
 from sglang_dsv4.demo.server import active_line
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
+from sglang_dsv4.sizing import ServerSize, size_of
+from sglang_dsv4.spec import CacheSpec
 from tests.plugin.serving import (
     NEW_TOKENS,
     generate,
@@ -28,6 +31,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 # At admission a page each, and two for those above 256; a page more as soon as one crosses 256.
 LENGTHS = [1, 2, 3, 7, 127, 131, 253, 254, 255, 257, 259, 515]
+OUR_LABELS = ("pool", "state", "ratio", "cause")
 SMALL_POOL = (
     "--max-total-tokens", "3584", "--swa-full-tokens-ratio", "1.0", "--schedule-conservativeness", "0.01",
 )  # fmt: skip
@@ -43,6 +47,25 @@ def facts_of(server):
     return info["internal_states"][0]["sglang_dsv4"]
 
 
+def metrics_of(server):
+    """Samples of our metrics, by name and labels of ours."""
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if family.name.startswith("sglang_dsv4_"):
+                ours = [sample.labels[name] for name in OUR_LABELS if name in sample.labels]
+                samples[(sample.name, *ours)] = sample.value
+    return samples
+
+
+def moved(server, before):
+    """Counters that moved since, and by how much."""
+    now = metrics_of(server)
+    changes = {key: value - before[key] for key, value in now.items() if "_total" in key[0]}
+    return {key: value for key, value in changes.items() if value}
+
+
 @pytest.fixture(scope="module")
 def oracle(tiny):
     return Oracle(tiny)
@@ -50,11 +73,12 @@ def oracle(tiny):
 
 @pytest.fixture(scope="module")
 def server(warm, tiny):
-    """Exact rows, small pool, prefill mixed with decode, poisoned memory."""
+    """Exact rows, small pool, prefill mixed with decode, poisoned memory, metrics, integrity checks."""
     # Beside a decoding request, a chunk of 512 has room for one page of prefill.
     arguments = (
         "--dtype", "float32", "--dsv4-kv-format", "fp32", *SMALL_POOL,
         "--chunked-prefill-size", "512", "--enable-mixed-chunk", "--sleep-on-idle",
+        "--enable-metrics", "--dsv4-check", "boundary",
     )  # fmt: skip
     with serving(warm, tiny, arguments, variables={env.POISON: "1"}) as running:
         yield running
@@ -203,7 +227,7 @@ def test_chat_and_sampling(server):
     assert answer.json()["usage"]["completion_tokens"] == 5
 
 
-def test_the_server_proves_that_our_cache_runs(server):
+def test_the_server_proves_that_our_cache_runs(server, tiny):
     line = active_line(server.log_lines())
     assert line is not None and "rows fp32" in line and "attention eager on cpu" in line
     info = httpx.get(f"{server.url}/server_info", timeout=60).json()["internal_states"][0]
@@ -214,3 +238,60 @@ def test_the_server_proves_that_our_cache_runs(server):
     # SGLang's own figure, rounded by it to 1 MiB, is ours.
     assert info["memory_usage"]["kvcache"] == pytest.approx(report["total_bytes"] / 2**30, abs=1e-3)
     assert info["memory_usage"]["token_capacity"] == report["max_tokens"]
+    # And what `python -m sglang_dsv4 size` says of a server with these options.
+    config = json.loads((tiny / "config.json").read_text())
+    spec = CacheSpec.from_hf(config, row_format="fp32", index_format="fp32")
+    size = ServerSize(3584, requests=16, window_share=1.0)
+    assert size_of(spec, size) == report["total_bytes"]
+
+
+def test_metrics_move_by_what_the_schedule_says(server):
+    """Two layers of ratio 4, two of 128; a prompt of 515 tokens in chunks of 512, then nine steps that decode: eight for the
+    tokens of the answer, and one because SGLang's overlapped scheduler notices its end a step late."""
+    empty_cache(server)
+    input_ids, start = prompt(515, salt=21), metrics_of(server)
+    generate(server, input_ids)
+    # 524 tokens are stored: 131 blocks of 4, closed by the first chunk and after 516, 520 and 524 tokens, and 4 of 128.
+    assert moved(server, start) == {
+        ("sglang_dsv4_entries_written_total", "4"): 2 * 131,
+        ("sglang_dsv4_entries_written_total", "128"): 2 * 4,
+        ("sglang_dsv4_flushes_total", "4"): 4,
+        ("sglang_dsv4_flushes_total", "128"): 1,
+        ("sglang_dsv4_boundary_states_restored_total", "chunk"): 1,
+        ("sglang_dsv4_integrity_checks_total",): 1,
+    }
+    cold = metrics_of(server)
+    generate(server, input_ids)
+    assert moved(server, cold) == {
+        ("sglang_dsv4_entries_written_total", "4"): 2 * 3,
+        ("sglang_dsv4_flushes_total", "4"): 3,
+        ("sglang_dsv4_prefix_tokens_total",): 512,
+        ("sglang_dsv4_boundary_states_restored_total", "prefix_hit"): 1,
+        ("sglang_dsv4_integrity_checks_total",): 1,
+    }
+
+
+def test_metrics_say_who_holds_the_pages(server):
+    def held(pool, samples):
+        states = ("free", "cached", "shared", "private")
+        return tuple(int(samples["sglang_dsv4_pages", pool, state]) for state in states)
+
+    empty_cache(server)
+    input_ids = prompt(515, salt=22)
+    generate(server, input_ids)
+    body = {**request_body(input_ids, 200), "stream": True}
+    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=120) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        decoding = metrics_of(server)
+        list(lines)
+    # Its 512 tokens from the prefix cache, and a page of its own, of which it has begun the first.
+    assert held("history", decoding) == (11, 0, 2, 1)
+    assert sum(held("window", decoding)) == 14
+    assert 0 < decoding["sglang_dsv4_tail_tokens", "128"] < 128
+    empty_cache(server)
+    idle = metrics_of(server)
+    assert held("history", idle) == held("window", idle) == (14, 0, 0, 0)
+    assert idle["sglang_dsv4_tail_tokens", "128"] == idle["sglang_dsv4_request_slots", "used"] == 0
+    sizes = facts_of(server)["report"]["bytes_by_pool"]
+    assert sizes == {key[1]: value for key, value in idle.items() if "pool_bytes" in key[0]}
