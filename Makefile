@@ -41,7 +41,7 @@ test: lint
 
 # Minutes: every fused kernel under Triton's interpreter, and compiled for six architectures; long random walks; slow starts.
 test-long: env
-	.venv/bin/python -m pytest -n 2 -m long $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m long $(ARGS)
 
 # Tables and picture in docs/ are written by docs/generate.py; the tests fail where they are out of date.
 docs: env

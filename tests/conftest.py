@@ -34,7 +34,9 @@ TOGETHER = {file: number for number, files in enumerate(LONGEST) for file in fil
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Hand out whole files to the processes, and some files together."""
+    """With ``--dist loadfile``: hand out whole files to the processes, and some files together."""
+    if config.getoption("dist") != "loadfile":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):

@@ -134,7 +134,9 @@ class FlashInferAttention(Attention):
     Args:
         cache (CompressedKVCache): on a CUDA device of SM80 or later, with bf16 or fp8_584 rows.
         num_heads (int): query heads.
-        schedule (str): ``"own"``: on the device, capturable; ``"stock"``: FlashInfer's planner, on the host, between
+        schedule (str): ``"own"``: on the device, capturable; ``"whole"``: the same, but no query is cut into pieces, so that its
+            result has the same bits whatever the batch; few queries then take as long as the longest of them (FlashMLA's
+            prefill kernel, another order of additions, is not used); ``"stock"``: FlashInfer's planner, on the host, between
             replays; ``"auto"``: own where the version of FlashInfer is known.
         backend (str): ``"fa2"``, ``"fa3"`` (SM90), or ``"auto"``.
         prefill (str): ``"flashmla"``: steps of 64 queries and more by FlashMLA's prefill kernel, which reads the same pool and
@@ -175,13 +177,19 @@ class FlashInferAttention(Attention):
         self.device = cache.device
         self.num_heads = num_heads
         self.backend = ("fa3" if hopper else "fa2") if backend == "auto" else backend
-        if schedule not in ("auto", "own", "stock"):
-            raise UnsupportedError(f"schedule: expected auto, own or stock, got {schedule!r}")
+        if schedule not in ("auto", "own", "whole", "stock"):
+            raise UnsupportedError(
+                f"schedule: expected auto, own, whole or stock, got {schedule!r}"
+            )
         if schedule == "auto":
             schedule = "own" if flashinfer.__version__ in KNOWN_VERSIONS else "stock"
-        if schedule == "own" and flashinfer.__version__ not in KNOWN_VERSIONS:
+        if schedule == "whole" and prefill == "flashmla":
             raise UnsupportedError(
-                f"schedule own: expected FlashInfer {' or '.join(KNOWN_VERSIONS)}, whose plan layout is known, got "
+                "prefill flashmla: expected schedule own or stock, got whole, whose results do not depend on the batch"
+            )
+        if schedule != "stock" and flashinfer.__version__ not in KNOWN_VERSIONS:
+            raise UnsupportedError(
+                f"schedule {schedule}: expected FlashInfer {' or '.join(KNOWN_VERSIONS)}, whose plan layout is known, got "
                 f"{flashinfer.__version__}"
             )
         self.schedule = schedule
@@ -204,12 +212,12 @@ class FlashInferAttention(Attention):
         self._lists: dict[str, torch.Tensor] = {}
         self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
         self.chunks: dict[str, list[Chunk]] = {}
-        if schedule == "own" and not shared:
+        if schedule != "stock" and not shared:
             self._check_layout()
 
     @property
     def capture_fault(self) -> str:
-        if self.schedule == "own":
+        if self.schedule != "stock":
             return ""
         return (
             f"the planner of FlashInfer {flashinfer.__version__} runs on the host; expected {' or '.join(KNOWN_VERSIONS)}, "
@@ -375,8 +383,10 @@ class FlashInferAttention(Attention):
         if isinstance(found, OwnSchedule) and len(found.work.num_pieces) < num_tokens:
             found = None
         if found is None:
-            if self.schedule == "own":
-                found = OwnSchedule(num_tokens, self.workspace.partials, self.device)
+            if self.schedule != "stock":
+                found = OwnSchedule(
+                    num_tokens, self.workspace.partials, self.device, self.schedule == "own"
+                )
             else:
                 fixed_tokens = None if self.fixed is None else num_tokens
                 found = _StockPlan(self.workspace.partials.floats, self.backend, fixed_tokens, flat)

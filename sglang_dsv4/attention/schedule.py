@@ -47,14 +47,23 @@ class OwnSchedule:
     The kernel is told to merge nothing: pieces of a query stay apart, and `dsv4_kernels.sink_rope` merges them in the pass
     that it makes over the result anyway. FlashInfer's own merge takes a thread block four rows at a time, one after another.
 
+    Args:
+        max_tokens (int): queries, at most.
+        partials (Partials): where pieces go.
+        device (torch.device): of the GPU.
+        split (bool): whether queries may be cut into pieces.
+
     Attributes:
         plan_info (list[int]): FlashInfer's plan: grid, and byte offsets into the workspaces.
         ints (torch.Tensor): its int workspace.
         partials (Partials): its float workspace.
     """
 
-    def __init__(self, max_tokens: int, partials: Partials, device: torch.device) -> None:
+    def __init__(
+        self, max_tokens: int, partials: Partials, device: torch.device, split: bool = True
+    ) -> None:
         self.partials = partials
+        self._split = split
         lanes = partials.num_lanes
         works = max_works(max_tokens, lanes)
         sizes = dict.fromkeys(WorkLists.__dataclass_fields__, works)
@@ -82,7 +91,7 @@ class OwnSchedule:
     def plan(self, positions: torch.Tensor, kind: ListKind, list_stride: int) -> None:
         """Schedule the queries at ``positions``; launches one kernel."""
         make: Callable[..., None] = mla_schedule if positions.is_cuda else naive_mla_schedule
-        make(positions, kind, list_stride, self.partials.num_heads, self.work)
+        make(positions, kind, list_stride, self.partials.num_heads, self.work, self._split)
 
     def splits(self, num_tokens: int) -> Splits:
         """Where the pieces of the planned queries are."""

@@ -81,7 +81,7 @@ def flashinfer_variants(work: AttentionWork, missing: set[str]) -> dict[str, Att
     found: dict[str, Attention] = {}
     hopper = torch.cuda.get_device_capability()[0] == 9
     for backend in ("fa3", "fa2") if hopper else ("fa2",):
-        for schedule in ("own", "stock"):
+        for schedule in ("own", "stock") if found else ("own", "whole", "stock"):
             attention = ours(
                 work.cache,
                 work.case.heads,
@@ -203,7 +203,7 @@ def plan_times(work: AttentionWork, attention: Attention) -> dict[str, float]:
         attention.plan(work.plan, work.lengths)
         samples.append(1e6 * (time.perf_counter() - begin))
     found = {"plan_host_us": sorted(samples)[len(samples) // 2]}
-    if getattr(attention, "schedule", "") == "own":
+    if getattr(attention, "schedule", "") in ("own", "whole"):
         calls = [lambda: attention.plan(work.plan, work.lengths)]
         found["plan_device_us"] = time_graphs({"plan": calls})["plan"].median_us
     return found

@@ -11,6 +11,7 @@ from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4.attention import FixedShape, lists
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
+from sglang_dsv4.errors import UnsupportedError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.flashinfer]
 
@@ -73,7 +74,7 @@ def backends():
     return ["fa2", "fa3"] if torch.cuda.get_device_capability()[0] == 9 else ["fa2"]
 
 
-@pytest.mark.parametrize("schedule", ["own", "stock"])
+@pytest.mark.parametrize("schedule", ["own", "whole", "stock"])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("kind", ["window", "csa", "hca"])
 def test_matches_fp64(kind, heads, schedule):
@@ -152,18 +153,32 @@ def test_selected_rows_can_be_written_in_place():
     assert not torch.equal(attention.run(1, work.q[1], work.sink, place, undo_rope=True), expected)
 
 
-def test_a_query_alone_gives_what_it_gives_in_a_batch():
-    """Up to the rounding of pieces: both lie within what is allowed of the same fp64 value."""
-    work = make_work("csa", starts=(8191,) * 40)
-    attention = make(work)
+@pytest.mark.parametrize(("kind", "heads"), [("csa", 64), ("hca", 64), ("csa", 128)])
+@pytest.mark.parametrize("schedule", ["own", "whole"])
+def test_a_query_alone_gives_what_it_gives_in_a_batch(schedule, kind, heads):
+    """Cut nowhere: the same bits. Cut by a schedule that sees the batch: within what is allowed of the same fp64 value."""
+    last = (1 << 17) - 1 if kind == "hca" else 8191
+    work = make_work(kind, heads, starts=(last,) * 40)
+    attention = make(work, schedule)
     attention.plan(work.plan, work.lengths)
-    together = run(attention, work, 0)[3]
-    step = work.plan.step
-    part = replace(step, positions=step.positions[3:4], token_rows=step.token_rows[3:4])
-    attention.plan(replace(work.plan, step=part), work.lengths)
-    alone = attention.run(0, work.q[0][3:4], work.sink, work.selected[0][3:4], undo_rope=True)[0]
-    expected = expect(work, 0, 3)
-    assert worst(alone, expected) <= 1 and worst(together, expected) <= 1
+    together, step = run(attention, work, 0), work.plan.step
+    same = []
+    for begin, end in ((3, 4), (0, 2), (5, 38)):
+        part = replace(
+            step, positions=step.positions[begin:end], token_rows=step.token_rows[begin:end]
+        )
+        attention.plan(replace(work.plan, step=part), work.lengths)
+        chosen = None if work.selected[0] is None else work.selected[0][begin:end]
+        found = attention.run(0, work.q[0][begin:end], work.sink, chosen, undo_rope=True)
+        same.append(torch.equal(found, together[begin:end]))
+        expected = expect(work, 0, begin)
+        assert worst(found[0], expected) <= 1 and worst(together[begin], expected) <= 1
+    assert all(same) if schedule == "whole" else not all(same)
+
+
+def test_whole_queries_and_another_prefill_are_refused_together():
+    with pytest.raises(UnsupportedError, match="prefill flashmla: expected schedule own or stock"):
+        make(make_work("window"), "whole", prefill="flashmla")
 
 
 def pad(work, fixed, fill):
