@@ -10,7 +10,7 @@ import torch
 from dsv4_kernels import memory
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin import contract, launch, metrics, options, refusals
+from sglang_dsv4.plugin import contract, launch, metrics, options, refusals, warm_up
 from sglang_dsv4.plugin.startup import active_line, describe
 from sglang_dsv4.plugin.usage import pool_usage
 from sglang_dsv4.spec import CacheSpec
@@ -22,10 +22,11 @@ _MOST_REQUESTS = 4096  # where nobody named a number, SGLang takes no more
 
 
 def prepare(args: Any) -> None:
-    """Check what a user asked for, before SGLang resolves it, and fill in the device where none was named.
+    """Check what a user asked for, before SGLang resolves it; fill in the device where none was named, and our warm-up.
 
     Args:
-        args (Any): parsed flags or a ServerArgs; ``device`` is set where it is None, since SGLang looks for accelerators only.
+        args (Any): parsed flags or a ServerArgs; ``device`` is set where it is None, since SGLang looks for accelerators only,
+            and on a GPU ``warmups``.
 
     Raises:
         UnsupportedError: an argument, the device or the checkpoint is not supported.
@@ -36,6 +37,8 @@ def prepare(args: Any) -> None:
     _check_attention(args, device)
     if args.device is None:
         args.device = device
+    if torch.device(device).type == "cuda":
+        warm_up.ask_for(args)
     if refusals.is_unquantised(args.model_path):
         # SGLang's output projection takes FP8 weights unless told otherwise, whatever the checkpoint has.
         env.set_default("SGLANG_OPT_FP8_WO_A_GEMM", "0")
@@ -125,6 +128,7 @@ def activate(device: str | None) -> None:
     HookRegistry.apply_hooks()
     launch.check_hooks(hooks)
     register_attention_backend("dsv4")(_create_backend)
+    warm_up.register()
 
 
 def _check_server_args(server_args: Any) -> None:

@@ -99,6 +99,12 @@ CONTRACT = (
         f"{_SRT}.managers.schedule_batch.ScheduleBatch",
         "lengths and requests of a step, on the host",
     ),
+    ContractName(f"{_SRT}.entrypoints.warmup.warmup", "registers our warm-up"),
+    ContractName(f"{_SRT}.managers.io_struct.GenerateReqInput", "a prompt of the warm-up"),
+    ContractName(
+        f"{_SRT}.managers.tokenizer_manager.TokenizerManager.generate_request", "sends it"
+    ),
+    ContractName(f"{_SRT}.managers.tokenizer_manager.TokenizerManager.flush_cache", "forgets it"),
     ContractName(
         f"{_SRT}.mem_cache.base_prefix_cache.BasePrefixCache.full_protected_size",
         "history pages that requests share with the prefix cache",
