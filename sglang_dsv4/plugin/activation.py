@@ -12,7 +12,7 @@ from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract, launch, options, refusals
 from sglang_dsv4.plugin.startup import active_line, describe
-from sglang_dsv4.plugin.usage import pool_usage
+from sglang_dsv4.plugin.usage import pool_usage, process_bytes
 from sglang_dsv4.spec import CacheSpec
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,14 @@ def _validate_input_ids(
 
 def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    steps = scheduler.tp_worker.model_runner.attn_backend.steps
+    backend = scheduler.tp_worker.model_runner.attn_backend
     usage = pool_usage(scheduler, pool.cache.spec.page_tokens)
-    result.internal_state["sglang_dsv4"] = {**pool.facts, "steps": dict(steps), "usage": usage}
+    checks = {"level": "off"} if backend.checks is None else backend.checks.facts()
+    result.internal_state["sglang_dsv4"] = {
+        **pool.facts,
+        "steps": dict(backend.steps),
+        "usage": usage,
+        "checks": checks,
+        "memory": process_bytes(pool.cache.device),
+    }
     return result

@@ -80,6 +80,15 @@ class ServingChecks:
         if finding is not None:
             self._fail(finding, spans, names)
 
+    def facts(self) -> dict[str, Any]:
+        """The level, what has been done, and what it takes."""
+        return {
+            "level": self._level,
+            "run": self.num_run,
+            "failed": self.num_failed,
+            "bytes": self._sums.nbytes,
+        }
+
     def _fail(self, finding: Finding, spans: Spans, names: Sequence[str]) -> None:
         self.num_failed += 1
         message = finding.message(names[finding.owner])

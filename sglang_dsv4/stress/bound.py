@@ -1,11 +1,14 @@
 """How far two runs of a right server may be apart, and the control that proves that more would show."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
 from sglang_dsv4.stress.answers import Answer, Outcome
+from sglang_dsv4.stress.check import Reference
 from sglang_dsv4.stress.summary import is_served
+
+ReadAgain = Callable[[Sequence[int], Sequence[int]], Awaitable[Sequence[float]]]
 
 
 def measured_bound(checkpoint: Path, token_ids: Sequence[Sequence[int]], row_format: str) -> float:
@@ -22,6 +25,25 @@ def measured_bound(checkpoint: Path, token_ids: Sequence[Sequence[int]], row_for
     oracle = Oracle(checkpoint)
     errors = [oracle.arithmetic_error(tuple(ids), row_format).max().item() for ids in token_ids]
     return 2 * comparison_bound(0.0, max(errors))
+
+
+async def served_bound(references: Sequence[Reference], read_again: ReadAgain) -> float:
+    """The bound of a server whose checkpoint is not here, by its own rounding.
+
+    Tokens that were decoded one by one are read once more in one prefill: the same numbers, added in another order, as in
+    a batch with other requests. Other runs may differ by as much again, and both are maxima over a sample; so the factor is
+    that of `comparison_bound`.
+
+    Args:
+        references (Sequence[Reference]): answers alone on a cold cache.
+        read_again (ReadAgain): log-probabilities of tokens behind a prompt, from a prefill.
+    """
+    largest = 0.0
+    for reference in references:
+        values = await read_again(reference.prompt_ids, reference.token_ids)
+        pairs = zip(values, reference.logprobs, strict=True)
+        largest = max([largest, *(abs(value - decoded) for value, decoded in pairs)])
+    return comparison_bound(0.0, largest)
 
 
 def control_answer(outcomes: Sequence[Outcome]) -> tuple[Outcome, Answer] | None:

@@ -10,7 +10,13 @@ from typing import Any, Protocol
 from rich.progress import Progress
 
 from sglang_dsv4.stress.answers import Outcome
-from sglang_dsv4.stress.bound import control_answer, measured_bound, wrong_prompt
+from sglang_dsv4.stress.bound import (
+    ReadAgain,
+    control_answer,
+    measured_bound,
+    served_bound,
+    wrong_prompt,
+)
 from sglang_dsv4.stress.cases import Case, make_case
 from sglang_dsv4.stress.check import judge, read_reference
 from sglang_dsv4.stress.client import StressClient
@@ -21,7 +27,8 @@ from sglang_dsv4.stress.summary import Run, is_served
 
 # Requests in a row without a reply, after which the server is taken for gone.
 PATIENCE = 20
-NUM_BOUND_SAMPLES = 4
+# Sequences over which rounding is measured: with transformers each costs a second, by the server itself little.
+NUM_BOUND_SAMPLES, NUM_SERVED_SAMPLES = 4, 24
 Facts = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -91,14 +98,16 @@ async def stress_server(
 
     Raises:
         ConnectionError: it stopped answering.
-        ValueError: our cache does not run there; or no bound was given, and its checkpoint cannot give one.
+        ValueError: our cache does not run there; or it answered nothing.
         httpx.HTTPError: it refused a request that was sent alone.
     """
     client = StressClient(url)
 
     async def facts() -> dict[str, Any]:
         now = await client.facts()
-        return now if memory_bytes is None else {**now, "memory_bytes": memory_bytes()}
+        if memory_bytes is not None:
+            now["memory"] = {**now["memory"], "all_processes_bytes": memory_bytes()}
+        return now
 
     try:
         start, _ = await wait_until_unused(facts)
@@ -115,13 +124,15 @@ async def stress_server(
         asked = ServerTarget(client)
         checker = Judge(asked.ask, asked.tokenize)
         checkpoint, row_format = _checkpoint_of(end), end["report"]["row_format"]
-        checker.bound = await _bound(checker, outcomes, bound, checkpoint, row_format)
+        checker.bound, origin = await _bound(
+            checker, outcomes, bound, checkpoint, row_format, client.read_again
+        )
         control = await compare(checker, outcomes, progress)
     finally:
         await client.close()
     return Run(
-        target, load, outcomes, checker.findings, checker.bound, control, leaks, start, end, samples,
-        load_s, checker.num_references,
+        target, load, outcomes, checker.findings, checker.bound, origin, control, leaks, start, end,
+        samples, load_s, checker.num_references,
     )  # fmt: skip
 
 
@@ -142,11 +153,11 @@ async def stress_runtime(checkpoint: Path, load: Load, progress: Progress, num_p
     load_s = time.monotonic() - began
     end, leaks = await wait_until_unused(runtime.facts, patience_s=0)
     checker = Judge(runtime.ask, runtime.tokenize)
-    checker.bound = await _bound(checker, outcomes, None, checkpoint, ROW_FORMAT)
+    checker.bound, origin = await _bound(checker, outcomes, None, checkpoint, ROW_FORMAT, None)
     control = await compare(checker, outcomes, progress)
     return Run(
-        f"--runtime {checkpoint}", load, outcomes, checker.findings, checker.bound, control, leaks,
-        start, end, (), load_s, checker.num_references,
+        f"--runtime {checkpoint}", load, outcomes, checker.findings, checker.bound, origin, control,
+        leaks, start, end, (), load_s, checker.num_references,
     )  # fmt: skip
 
 
@@ -177,24 +188,30 @@ async def _bound(
     given: float | None,
     checkpoint: Path | None,
     row_format: str,
-) -> float:
-    """The user's, or that of the checkpoint over the longest sequences: errors grow with the context."""
+    read_again: ReadAgain | None,
+) -> tuple[float, str]:
+    """The bound and where it comes from: the user, transformers on the checkpoint, or else the server itself.
+
+    It is measured over the longest sequences: errors grow with the context.
+    """
     if given is not None:
-        return given
-    if checkpoint is None:
-        raise ValueError(
-            "--bound: expected a number, since the server's checkpoint is not a folder here that is served in float32"
-        )
+        return given, "given"
     answered = [(o, answer) for o in outcomes if is_served(o) for answer in o.answers]
     questions = {await checker.question(outcome, answer) for outcome, answer in answered}
-    longest = sorted(questions, key=lambda question: len(question[0]))[-NUM_BOUND_SAMPLES:]
-    if not longest:
+    by_length = sorted(questions, key=lambda question: (len(question[0]), question))
+    if not by_length:
         raise ValueError("expected at least one answer to compare, got none")
-    references = [await checker.reference(question) for question in longest]
-    sequences = [(*reference.prompt_ids, *reference.token_ids[:-1]) for reference in references]
-    return measured_bound(checkpoint, sequences, row_format)
+    if checkpoint is None:
+        assert read_again is not None, "only a server's checkpoint may be elsewhere"
+        longest = [await checker.reference(q) for q in by_length[-NUM_SERVED_SAMPLES:]]
+        return await served_bound(longest, read_again), "by the server's own rounding"
+    longest = [await checker.reference(question) for question in by_length[-NUM_BOUND_SAMPLES:]]
+    sequences = [(*reference.prompt_ids, *reference.token_ids[:-1]) for reference in longest]
+    return measured_bound(checkpoint, sequences, row_format), "by transformers' rounding"
 
 
 def _checkpoint_of(facts: dict[str, Any]) -> Path | None:
+    """The checkpoint, where transformers on a CPU rounds as the server does."""
     path = Path(str(facts["model_path"]))
-    return path if path.is_dir() and facts["dtype"] == "float32" else None
+    is_alike = facts["dtype"] == "float32" and facts["device"] == "cpu"
+    return path if is_alike and path.is_dir() else None

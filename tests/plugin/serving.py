@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import torch
 
 from sglang_dsv4.demo.client import Client
@@ -46,6 +47,18 @@ def serving(
         yield server
     finally:
         os.killpg(group, signal.SIGKILL)
+
+
+def running_in(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except ProcessLookupError:
+            continue
+    return found
 
 
 def is_running(process: int) -> bool:

@@ -11,14 +11,20 @@ from rich.console import Console
 from sglang_dsv4.plugin.usage import pool_usage
 from sglang_dsv4.stress.answers import Answer, Outcome
 from sglang_dsv4.stress.bound import control_answer, wrong_prompt
-from sglang_dsv4.stress.cases import Case
+from sglang_dsv4.stress.cases import COMPLETIONS, Case
 from sglang_dsv4.stress.drive import Load, Sample, leaks
 from sglang_dsv4.stress.references import Findings
 from sglang_dsv4.stress.report import draw_run, print_run
 from sglang_dsv4.stress.summary import Run, percentiles
 
 USAGE = {"history_pages": {"total": 20, "free": 12, "cached": 8, "used": 0}}
-FACTS = {"usage": USAGE, "report": {"total_bytes": 3 << 20}, "memory_bytes": 5 << 20}
+FACTS = {
+    "usage": USAGE,
+    "report": {"total_bytes": 3 << 20},
+    "memory": {"resident_bytes": 5 << 20, "device_bytes": 0},
+    "enable_cache_report": False,
+}
+GROWN = {"resident_bytes": 6 << 20, "device_bytes": 0}
 ANSWER = Answer(0, "ab", (5, 6), (-0.1, -0.2), "length", 400, 256, 1)
 OUTCOMES = [
     Outcome(Case(number, "short", prompts=((9,) * 400,)), 200, (ANSWER,), seconds=number + 1.0)
@@ -30,11 +36,12 @@ RUN = Run(
     outcomes=OUTCOMES,
     findings=Findings(num_answers=30, num_tokens=60),
     bound=1e-4,
+    bound_origin="given",
     control=("with token 100 of 400 another one: off",),
     leaks=(),
     start=FACTS,
     end=FACTS,
-    samples=[Sample(5.0 * i, USAGE, 10 * i) for i in range(4)],
+    samples=[Sample(5.0 * i, USAGE, 10 * i, GROWN) for i in range(4)],
     load_s=15.0,
     num_references=3,
 )
@@ -53,6 +60,27 @@ def test_a_right_run():
     assert facts["seconds"]["p50"] == pytest.approx(15.5) and facts["seconds"]["max"] == 30
     text = printed(RUN)
     assert "RIGHT  30 requests, 0 mismatches, 0 leaks" in text and "64.0%" in text
+    assert "5.0 MiB at the start, 6.0 half way, 5.0 at the end" in text
+    assert "device memory" not in text and "lost 0 log-probabilities" in text
+
+
+def test_the_cached_share_leaves_out_endpoints_that_do_not_say():
+    silent = replace(OUTCOMES[0].answers[0], cached_tokens=0)
+    completions = replace(OUTCOMES[0].case, endpoint=COMPLETIONS)
+    outcomes = [*OUTCOMES, replace(OUTCOMES[0], case=completions, answers=(silent,) * 30)]
+    run = replace(RUN, outcomes=outcomes)
+    assert run.to_dict()["cached_share"] == pytest.approx(256 / 400)
+    run = replace(run, end={**FACTS, "enable_cache_report": True})
+    assert run.to_dict()["cached_share"] == pytest.approx(128 / 400)
+
+
+def test_lost_log_probabilities_are_counted_and_slow_clients_left_out_of_latencies():
+    lost = replace(ANSWER, logprobs=(None, -0.2))
+    slow = replace(OUTCOMES[0], case=replace(OUTCOMES[0].case, pause_s=4.0), seconds=900.0)
+    facts = replace(
+        RUN, outcomes=[*OUTCOMES, slow, replace(OUTCOMES[1], answers=(lost,))]
+    ).to_dict()
+    assert facts["lost_logprobs"] == 1 and facts["seconds"]["max"] == 30
 
 
 @pytest.mark.parametrize(
@@ -65,6 +93,10 @@ def test_a_right_run():
         ),
         ({"leaks": ["leak: window_pages: 1 of 18"]}, "leak: window_pages: 1 of 18"),
         ({"control": ()}, "the comparison proves nothing"),
+        (
+            {"end": {**FACTS, "report": {"total_bytes": 4 << 20}}},
+            "leak: the cache had 3145728 bytes at the start, and has 4194304",
+        ),
     ],
 )
 def test_each_wrong_thing_fails(changes, message):
