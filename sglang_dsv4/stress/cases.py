@@ -19,7 +19,7 @@ NUM_TURNS = 5
 FIRST_TURN_TOKENS, TURN_TOKENS = 300, 90
 # A slow client's answer is larger than what lies in buffers between it and the server; for so long it reads nothing.
 SLOW_TOKENS, SLOW_TOP_LOGPROBS, SLOW_S = 48, 128, 4.0
-BURST = 24
+BURST = 28
 _LETTERS = "abcdefghijklmnopqrstuvwxyz    "
 
 
@@ -158,10 +158,11 @@ def _slow(seed: int, number: int, draw: random.Random) -> Case:
 
 
 def _burst(seed: int, number: int, draw: random.Random) -> Case:
-    """More prompts at once than the server may run; half of them cross into a new page while they decode."""
-    prompts = [_ids(seed, f"burst {index}", 3 + index) for index in range(BURST // 2)]
+    """Beside what else runs, more prompts at once than fit; most of them cross into a new page while they decode."""
+    few = BURST // 4
+    prompts = [_ids(seed, f"burst {index}", 3 + index) for index in range(few)]
     prompts += [
-        _ids(seed, f"burst {index}", PAGE_TOKENS - 1 - index % 5) for index in range(BURST // 2)
+        _ids(seed, f"burst {index}", PAGE_TOKENS - 1 - index % 5) for index in range(BURST - few)
     ]
     draw.shuffle(prompts)
     return Case(number, "burst", GENERATE, tuple(prompts), new_tokens=8)

@@ -31,10 +31,11 @@ from sglang_dsv4.tiny.tokenizer import VOCAB_SIZE
 
 REQUESTS = 200
 # Pages enough to keep prefixes, and few enough that a burst outgrows them and requests are sent back to the queue in the
-# middle; and exact rows, so that one wrong entry among many shows.
+# middle; and exact rows, so that one wrong entry among many shows. SGLang gives up prefixes to have a page free for each
+# request that runs, before every step; so a pool of twice as many pages as requests keeps next to nothing.
 TINY_SERVER = (
-    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "10240", "--swa-full-tokens-ratio", "0.9",
-    "--max-running-requests", "32", "--schedule-conservativeness", "0.01", "--enable-cache-report",
+    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "15360", "--swa-full-tokens-ratio", "0.9",
+    "--max-running-requests", "40", "--schedule-conservativeness", "0.01", "--enable-cache-report",
 )  # fmt: skip
 RUNTIME_PAGES = 64
 

@@ -18,7 +18,7 @@ from tests.plugin.serving import generate, prompt, request_body, serving
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.long]
 
 ARGUMENTS = (*TINY_SERVER, "--sleep-on-idle")
-PAGES = 40
+PAGES = 60
 
 
 def stress(server, requests=60, seed=3):
