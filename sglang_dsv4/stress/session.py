@@ -1,7 +1,6 @@
 """A whole stress test of one target: load, leak check, comparison, control."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from sglang_dsv4.stress.client import StressClient
 from sglang_dsv4.stress.drive import Load, Sample, drive, sample_pools, wait_until_unused
 from sglang_dsv4.stress.references import Judge, Question, Reference
 from sglang_dsv4.stress.runtime_target import ROW_FORMAT, RuntimeTarget
-from sglang_dsv4.stress.summary import Run, is_served
+from sglang_dsv4.stress.summary import GIVEN, Run, is_served
 
 # Requests in a row without a reply, after which the server is taken for gone.
 PATIENCE = 20
@@ -93,8 +92,18 @@ async def stress_server(
     target: str,
     bound: float | None,
     memory_bytes: Callable[[], int] | None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Stress a running server.
+
+    Args:
+        url (str): of the server.
+        load (Load): what is asked.
+        progress (Progress): where it is shown.
+        target (str): how the command names the server.
+        bound (float | None): largest allowed difference of a log-probability; None: it is measured.
+        memory_bytes (Callable[[], int] | None): of all the server's processes, if they are known.
+        is_stopped (Callable[[], bool]): True: no more requests are sent, and those that were are judged.
 
     Raises:
         ConnectionError: it stopped answering.
@@ -113,13 +122,16 @@ async def stress_server(
         start, _ = await wait_until_unused(facts)
         watch, samples, began = Watch(progress, load), list[Sample](), time.monotonic()
         sampler = asyncio.create_task(sample_pools(facts, samples, lambda: watch.num_done))
-        outcomes = await drive(client.send, load, watch.note, watch.is_gone)
+        outcomes = await drive(
+            client.send, load, watch.note, lambda: watch.is_gone() or is_stopped()
+        )
         load_s = time.monotonic() - began
         sampler.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await sampler
+        (ended,) = await asyncio.gather(sampler, return_exceptions=True)
         if watch.is_gone():
             raise ConnectionError(f"the server stopped answering: {outcomes[-1].faults[0]}")
+        if not isinstance(ended, asyncio.CancelledError):
+            raise ended
         end, leaks = await wait_until_unused(facts)
         asked = ServerTarget(client)
         checker = Judge(asked.ask, asked.tokenize)
@@ -136,14 +148,20 @@ async def stress_server(
     )  # fmt: skip
 
 
-async def stress_runtime(checkpoint: Path, load: Load, progress: Progress, num_pages: int) -> Run:
-    """Stress a runtime in this process, ``load.concurrency`` cases in a batch."""
+async def stress_runtime(
+    checkpoint: Path,
+    load: Load,
+    progress: Progress,
+    num_pages: int,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Stress a runtime in this process, ``load.concurrency`` cases in a batch; ``is_stopped`` as in `stress_server`."""
     runtime = RuntimeTarget(checkpoint, num_pages, max_requests=load.concurrency)
     start = await runtime.facts()
     watch, outcomes, began = Watch(progress, load), list[Outcome](), time.monotonic()
     number, deadline = load.first, began + 60 * load.minutes
     last = None if load.requests is None else load.first + load.requests
-    while number < last if last is not None else time.monotonic() < deadline:
+    while not is_stopped() and (number < last if last is not None else time.monotonic() < deadline):
         upto = number + load.concurrency if last is None else min(number + load.concurrency, last)
         cases: list[Case] = [make_case(load.seed, index) for index in range(number, upto)]
         for outcome in runtime.send(cases):
@@ -195,7 +213,7 @@ async def _bound(
     It is measured over the longest sequences: errors grow with the context.
     """
     if given is not None:
-        return given, "given"
+        return given, GIVEN
     answered = [(o, answer) for o in outcomes if is_served(o) for answer in o.answers]
     questions = {await checker.question(outcome, answer) for outcome, answer in answered}
     by_length = sorted(questions, key=lambda question: (len(question[0]), question))

@@ -11,6 +11,8 @@ from sglang_dsv4.stress.cases import GENERATE
 from sglang_dsv4.stress.drive import Load, Sample
 from sglang_dsv4.stress.references import Findings
 
+GIVEN = "given"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,9 +68,10 @@ class Run:
     def again(self, outcome: Outcome) -> str:
         """The command that sends a request again, beside those that were in flight with it."""
         first = max(self.load.first, outcome.case.number - self.load.concurrency)
+        bound = f" --bound {self.bound}" if self.bound_origin == GIVEN else ""
         return (
             f"python -m sglang_dsv4 stress {self.target} --seed {self.load.seed} --first {first} "
-            f"--requests {outcome.case.number - first + 1} --concurrency {self.load.concurrency}"
+            f"--requests {outcome.case.number - first + 1} --concurrency {self.load.concurrency}{bound}"
         )
 
     def to_dict(self) -> dict[str, Any]:

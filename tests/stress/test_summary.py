@@ -36,7 +36,7 @@ RUN = Run(
     outcomes=OUTCOMES,
     findings=Findings(num_answers=30, num_tokens=60),
     bound=1e-4,
-    bound_origin="given",
+    bound_origin="measured",
     control=("with token 100 of 400 another one: off",),
     leaks=(),
     start=FACTS,
@@ -104,6 +104,12 @@ def test_each_wrong_thing_fails(changes, message):
     assert run.to_dict()["faults"] == run.faults and len(run.faults) == 1
     text = printed(run)
     assert message in text and "FAILED  1 faults" in text and "RIGHT" not in text
+
+
+def test_a_bound_that_was_given_is_given_again():
+    again = replace(RUN, bound=0.25, bound_origin="given").again(OUTCOMES[3])
+    assert again.endswith("--first 0 --requests 4 --concurrency 16 --bound 0.25")
+    assert "--bound" not in RUN.again(OUTCOMES[3])
 
 
 def test_the_plot_is_a_picture(tmp_path):
