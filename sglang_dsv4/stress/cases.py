@@ -18,7 +18,7 @@ NUM_SESSIONS = 4
 NUM_TURNS = 5
 FIRST_TURN_TOKENS, TURN_TOKENS = 300, 90
 # A slow client's answer is larger than what lies in buffers between it and the server; for so long it reads nothing.
-SLOW_TOKENS, SLOW_TOP_LOGPROBS, SLOW_S = 48, 128, 4.0
+SLOW_TOKENS, SLOW_TOP_LOGPROBS, SLOW_S = 64, 128, 8.0
 BURST = 28
 _LETTERS = "abcdefghijklmnopqrstuvwxyz    "
 

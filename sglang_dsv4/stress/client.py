@@ -22,8 +22,8 @@ from sglang_dsv4.stress.answers import (
 from sglang_dsv4.stress.cases import CHAT, GENERATE, Case
 
 FLUSH_S = 120
-# What the kernel keeps for a client that does not read.
-SLOW_BUFFER_BYTES = 4096
+# What the kernel keeps for a client that does not read. Much less makes TCP send a little at a time, for minutes.
+SLOW_BUFFER_BYTES = 1 << 16
 _DATA, _DONE = "data: ", "[DONE]"
 
 

@@ -59,7 +59,7 @@ def test_a_slow_client_gets_all_and_holds_up_nobody(server):
     body = request_body(input_ids, new_tokens)
     del body["token_ids_logprob"]
     alone = post(server, "generate", body).json()["output_ids"]
-    transport = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)])
+    transport = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)])
     body |= {"stream": True, "top_logprobs_num": 128}
     with (
         httpx.Client(transport=transport, trust_env=False, timeout=240) as slow,
