@@ -14,7 +14,7 @@ from sglang_dsv4.stress.bound import (
     control_answer,
     measured_bound,
     served_bound,
-    wrong_prompt,
+    wrong_prompts,
 )
 from sglang_dsv4.stress.cases import Case, make_case
 from sglang_dsv4.stress.check import judge, read_reference
@@ -182,7 +182,7 @@ async def stress_runtime(
 async def compare(
     checker: Judge, outcomes: Sequence[Outcome], progress: Progress
 ) -> tuple[str, ...]:
-    """Judge all outcomes; then what the judge says of an answer to another prompt."""
+    """Judge all outcomes; then what the judge says of an answer to the first other prompt that it notices."""
     task = progress.add_task("comparing", total=len(outcomes))
     for outcome in outcomes:
         await checker.add(outcome)
@@ -193,11 +193,12 @@ async def compare(
         return ()
     outcome, answer = chosen
     prompt_ids, new_tokens, stop = await checker.question(outcome, answer)
-    wrong, at = wrong_prompt(prompt_ids, has_logprobs=answer.logprobs is not None)
-    reference = await checker.reference((wrong, new_tokens, stop))
-    verdict = judge(answer, reference, checker.bound, is_whole=True)
-    where = f"with token {at} of {len(wrong)} another one"
-    return tuple(f"{where}: {fault}" for fault in verdict.faults)
+    for wrong, where in wrong_prompts(prompt_ids, has_logprobs=answer.logprobs is not None):
+        reference = await checker.reference((wrong, new_tokens, stop))
+        verdict = judge(answer, reference, checker.bound, is_whole=True)
+        if verdict.faults:
+            return tuple(f"{where}: {fault}" for fault in verdict.faults)
+    return ()
 
 
 async def _bound(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sglang_dsv4.plugin.usage import pool_usage
 from sglang_dsv4.stress.answers import Answer, Outcome
-from sglang_dsv4.stress.bound import control_answer, wrong_prompt
+from sglang_dsv4.stress.bound import control_answer, wrong_prompts
 from sglang_dsv4.stress.cases import COMPLETIONS, Case
 from sglang_dsv4.stress.drive import Load, Sample, leaks
 from sglang_dsv4.stress.references import Findings
@@ -124,9 +124,18 @@ def test_the_control_takes_the_longest_prompt_with_log_probabilities():
     outcomes = [left, short, OUTCOMES[0], replace(OUTCOMES[3], answers=(bare,))]
     assert control_answer(outcomes) == (OUTCOMES[0], ANSWER)
     assert control_answer([left]) is None
+
+
+def test_the_control_goes_from_one_token_to_all():
     prompt = tuple(range(8, 48))
-    assert wrong_prompt(prompt, has_logprobs=True) == ((*prompt[:10], 19, *prompt[11:]), 10)
-    assert wrong_prompt(prompt, has_logprobs=False) == ((*prompt[:39], 46), 39)
+    one, entry, more, all_of_it = wrong_prompts(prompt, has_logprobs=True)
+    assert one == ((*prompt[:10], 19, *prompt[11:]), "with 1 of 40 tokens others, from 10 on")
+    assert entry[0] == (*prompt[:10], 19, 18, 21, 20, *prompt[14:])
+    assert [a != b for a, b in zip(more[0], prompt, strict=True)] == [False] * 8 + [True] * 32
+    assert all_of_it == (tuple(i ^ 1 for i in prompt), "with 40 of 40 tokens others, from 0 on")
+    first, *_ = wrong_prompts(prompt, has_logprobs=False)
+    assert first[0] == (*prompt[:39], 46)
+    assert [wrong for wrong, _ in wrong_prompts((9,), has_logprobs=True)] == [(8,)]
 
 
 def test_percentiles_of_few_values():
