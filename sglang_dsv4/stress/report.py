@@ -53,11 +53,11 @@ def print_run(console: Console, run: Run) -> None:
 
 
 def draw_run(run: Run, path: Path) -> None:
-    """Requests per second and the use of the pools over time, as a picture."""
+    """Requests per second, the use of the pools and memory over time, as a picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    top, bottom, memory = figure.subplots(3, 1, sharex=True)
     times = [sample.at_s for sample in run.samples]
     pairs = list(zip(run.samples, run.samples[1:], strict=False))
     rates = [(b.done - a.done) / (b.at_s - a.at_s) for a, b in pairs]
@@ -80,8 +80,16 @@ def draw_run(run: Run, path: Path) -> None:
             )
     bottom.set_ylim(0, 1.05)
     bottom.set_ylabel("share of the pool")
-    bottom.set_xlabel("seconds")
-    figure.legend(loc="outside lower center", fontsize="small", ncols=3)
+    bottom.legend(fontsize="small", ncols=3)
+    for kind, title in MEMORY.items():
+        held = [sample.memory.get(kind, 0) / _MIB for sample in run.samples]
+        if any(held):
+            memory.plot(times, held, label=title)
+    memory.set_ylim(bottom=0)
+    memory.set_ylabel("MiB")
+    memory.set_xlabel("seconds")
+    if memory.lines:
+        memory.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
 
 
