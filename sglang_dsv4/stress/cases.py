@@ -158,11 +158,11 @@ def _slow(seed: int, number: int, draw: random.Random) -> Case:
 
 
 def _burst(seed: int, number: int, draw: random.Random) -> Case:
-    """Beside what else runs, more prompts at once than fit; most of them cross into a new page while they decode."""
+    """Beside what else runs, more prompts at once than fit; most cross into a new page while they decode, some at once."""
     few = BURST // 4
     prompts = [_ids(seed, f"burst {index}", 3 + index) for index in range(few)]
     prompts += [
-        _ids(seed, f"burst {index}", PAGE_TOKENS - 1 - index % 5) for index in range(BURST - few)
+        _ids(seed, f"burst {index}", PAGE_TOKENS - index % 5) for index in range(BURST - few)
     ]
     draw.shuffle(prompts)
     return Case(number, "burst", GENERATE, tuple(prompts), new_tokens=8)

@@ -13,8 +13,11 @@ import pytest
 from rich.progress import Progress
 
 from sglang_dsv4.stress import session
+from sglang_dsv4.stress.cases import GENERATE, Case
+from sglang_dsv4.stress.client import StressClient
 from sglang_dsv4.stress.command import TINY_SERVER
 from sglang_dsv4.stress.drive import Load
+from sglang_dsv4.stress.references import Judge
 from sglang_dsv4.stress.session import stress_server
 from tests.plugin.serving import post, prompt, request_body, serving, wait_for_log
 
@@ -96,6 +99,32 @@ def test_a_server_elsewhere_is_judged_by_its_own_rounding(server, monkeypatch):
     assert run.faults == [] and run.bound_origin == "by the server's own rounding"
     assert 0 < run.findings.largest <= run.bound < 1e-2
     assert {"resident_bytes", "device_bytes"} <= run.end["memory"].keys()
+
+
+def test_a_request_retracted_before_its_first_token_came_is_whole(warm, tiny):
+    """Prompts of exactly a page need another for their first token: some are sent back just behind their prefill."""
+    prompts = tuple(tuple(prompt(256, salt=number)) for number in range(16))
+    burst = Case(0, "burst", GENERATE, prompts, new_tokens=6)
+
+    async def ask(url):
+        client = StressClient(url)
+        target = session.ServerTarget(client)
+        checker = Judge(target.ask, target.tokenize, bound=1e-3)
+        lost = 0
+        try:
+            for _ in range(5):  # which are sent back depends on which came first
+                outcome = await client.send(burst)
+                assert sum(answer.retractions for answer in outcome.answers) > 0
+                assert await checker.add(outcome) == []
+                lost += sum(answer.logprobs[0] is None for answer in outcome.answers)
+        finally:
+            await client.close()
+        return lost
+
+    small = ("--max-total-tokens", "4096", "--swa-full-tokens-ratio", "1.0")
+    with serving(warm, tiny, (*ARGUMENTS, *small)) as server:
+        # Should SGLang lose none any more, the client need not know of it.
+        assert asyncio.run(ask(server.url)) > 0
 
 
 def test_a_server_that_dies_is_reported_as_such(warm, tiny):
