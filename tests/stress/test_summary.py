@@ -2,16 +2,19 @@
 
 import io
 import json
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
-from sglang_dsv4.plugin.usage import pool_usage
+from sglang_dsv4.plugin.usage import pool_usage, process_bytes
 from sglang_dsv4.stress.answers import Answer, Outcome
 from sglang_dsv4.stress.bound import control_answer, wrong_prompts
 from sglang_dsv4.stress.cases import COMPLETIONS, Case
+from sglang_dsv4.stress.command import Interrupt
 from sglang_dsv4.stress.drive import Load, Sample, leaks
 from sglang_dsv4.stress.references import Findings
 from sglang_dsv4.stress.report import draw_run, print_run
@@ -141,6 +144,26 @@ def test_the_control_goes_from_one_token_to_all():
 def test_percentiles_of_few_values():
     assert percentiles([]) == {}
     assert percentiles([2.0]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0, "max": 2.0}
+
+
+def test_the_first_interrupt_ends_the_load_and_the_second_all(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    console = Console(file=io.StringIO())
+    interrupt = Interrupt(console)
+    assert not interrupt.is_set
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    assert interrupt.is_set and "what came is compared" in console.file.getvalue()
+    with pytest.raises(KeyboardInterrupt):
+        handlers[signal.SIGINT](signal.SIGINT, None)
+
+
+def test_memory_of_a_process():
+    held = process_bytes(torch.device("cpu"))
+    assert held["device_bytes"] == 0
+    more = bytearray(b"x" * (64 << 20))
+    grown = process_bytes(torch.device("cpu"))["resident_bytes"] - held["resident_bytes"]
+    assert grown > len(more) // 2
 
 
 def scheduler(held_tokens=0, free_slots=4):
