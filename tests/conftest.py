@@ -26,6 +26,7 @@ LONGEST = (
         "tests/plugin/test_commands.py",
         "tests/plugin/test_activation.py",
         "tests/plugin/test_restart.py",
+        "tests/plugin/test_faults.py",
         "tests/plugin/test_loads_in_sglang.py",
     ),
 )

@@ -12,7 +12,7 @@ from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import contract, launch, metrics, options, refusals, warm_up
 from sglang_dsv4.plugin.startup import active_line, describe
-from sglang_dsv4.plugin.usage import pool_usage
+from sglang_dsv4.plugin.usage import pool_usage, process_bytes
 from sglang_dsv4.spec import CacheSpec
 
 logger = logging.getLogger(__name__)
@@ -295,5 +295,6 @@ def _internal_state(result: Any, scheduler: Any, *_: Any, **__: Any) -> Any:
         "attention_bytes": backend.attention_bytes(),
         "checks": checks,
         "digests": {} if backend.checks is None else dict(backend.checks.digests),
+        "memory": process_bytes(pool.cache.device),
     }
     return result

@@ -1,6 +1,9 @@
-"""How much of each pool SGLang's allocators have given out."""
+"""How much of each pool SGLang's allocators have given out, and what the scheduler's process holds."""
 
 from typing import Any
+
+import psutil
+import torch
 
 
 def pool_usage(scheduler: Any, page_tokens: int) -> dict[str, dict[str, int]]:
@@ -29,6 +32,14 @@ def pool_usage(scheduler: Any, page_tokens: int) -> dict[str, dict[str, int]]:
             "cached": 0,
             "used": slots.size - slots.available_size(),
         },
+    }
+
+
+def process_bytes(device: torch.device) -> dict[str, int]:
+    """Memory of this process: ``resident_bytes`` of the host, and ``device_bytes`` that torch has given out, 0 on a CPU."""
+    return {
+        "resident_bytes": psutil.Process().memory_info().rss,
+        "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,
     }
 
 

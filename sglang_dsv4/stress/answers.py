@@ -15,17 +15,18 @@ class Answer:
         prompt (int): which of the case's prompts it continues.
         text (str): as it came.
         token_ids (tuple[int, ...] | None): None where the endpoint does not give them.
-        logprobs (tuple[float, ...] | None): of the tokens; None where they were not asked for, or were lost.
+        logprobs (tuple[float | None, ...] | None): of the tokens, None for one that was lost; None where they were not
+            asked for.
         finish (str | None): why it ended; None: it did not.
         prompt_tokens (int): tokens of the prompt.
-        cached_tokens (int): of them, from the prefix cache.
+        cached_tokens (int): of them, from the prefix cache, as far as the endpoint says.
         retractions (int): how often the server sent it back to the queue.
     """
 
     prompt: int
     text: str
     token_ids: tuple[int, ...] | None
-    logprobs: tuple[float, ...] | None
+    logprobs: tuple[float | None, ...] | None
     finish: str | None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -72,11 +73,15 @@ def request_body(case: Case, rid: str) -> dict[str, Any]:
             "return_logprob": True,
             "stream": case.stream,
         }
+        if case.top_logprobs:
+            body["top_logprobs_num"] = case.top_logprobs
         return {**body, "rid": rid} if one and case.n == 1 else body
     body = {
         "model": "default", "temperature": 0.0, "max_tokens": case.new_tokens, "ignore_eos": True,
         "stream": case.stream,
     }  # fmt: skip
+    if case.stream:
+        body["stream_options"] = {"include_usage": True}
     if case.stop:
         body["stop"] = list(case.stop)
     if case.endpoint == CHAT:
@@ -98,10 +103,12 @@ def _native(prompt: int, reply: dict[str, Any]) -> Answer:
     meta = reply["meta_info"]
     pairs = meta.get("output_token_logprobs") or ()
     token_ids = tuple(int(token_id) for _, token_id, *_ in pairs)
-    logprobs: tuple[float, ...] | None = tuple(float(value) for value, *_ in pairs)
-    # SGLang 0.5.17 loses the first log-probabilities of some requests that it retracts; their tokens are whole.
-    if int(meta.get("num_retractions", 0)) and token_ids != tuple(reply["output_ids"]):
-        token_ids, logprobs = tuple(reply["output_ids"]), None
+    logprobs: tuple[float | None, ...] = tuple(float(value) for value, *_ in pairs)
+    output_ids = tuple(reply["output_ids"])
+    # SGLang 0.5.17 loses the first log-probability of a request that it retracts before its first token has come: it
+    # counts one as sent that is not there yet. The tokens are whole.
+    if int(meta.get("num_retractions", 0)) and output_ids and token_ids == output_ids[1:]:
+        token_ids, logprobs = output_ids, (None, *logprobs)
     return Answer(
         prompt,
         reply["text"],
@@ -109,7 +116,7 @@ def _native(prompt: int, reply: dict[str, Any]) -> Answer:
         logprobs,
         (meta.get("finish_reason") or {}).get("type"),
         int(meta["prompt_tokens"]),
-        int(meta.get("cached_tokens", 0)),
+        int(meta["cached_tokens"]),
         int(meta.get("num_retractions", 0)),
     )
 
@@ -120,7 +127,7 @@ def read_openai(reply: dict[str, Any]) -> tuple[Answer, ...]:
     Raises:
         KeyError: the reply lacks a field.
     """
-    usage = reply.get("usage") or {}
+    prompt_tokens, cached_tokens = _read_usage(reply)
     answers = []
     for choice in reply["choices"]:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -132,8 +139,8 @@ def read_openai(reply: dict[str, Any]) -> tuple[Answer, ...]:
                 None if ids is None else tuple(ids),
                 None,
                 choice["finish_reason"],
-                int(usage.get("prompt_tokens", 0)),
-                int((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)),
+                prompt_tokens,
+                cached_tokens,
             )
         )
     return tuple(answers)
@@ -146,10 +153,20 @@ def read_openai_stream(events: Sequence[dict[str, Any]]) -> tuple[Answer, ...]:
         KeyError: an event lacks a field.
     """
     text, ids, finish = "", [], None
+    prompt_tokens, cached_tokens = 0, 0
     for event in events:
+        if event.get("usage"):
+            prompt_tokens, cached_tokens = _read_usage(event)
         for choice in event["choices"]:
             piece = choice["delta"].get("content") if "delta" in choice else choice["text"]
             text += piece or ""
             ids += choice.get("token_ids") or []
             finish = choice.get("finish_reason") or finish
-    return (Answer(0, text, tuple(ids) or None, None, finish),)
+    return (Answer(0, text, tuple(ids) or None, None, finish, prompt_tokens, cached_tokens),)
+
+
+def _read_usage(reply: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of the prompt, and of them from the cache; the latter only with ``--enable-cache-report``."""
+    usage = reply.get("usage") or {}
+    details = usage.get("prompt_tokens_details") or {}
+    return int(usage.get("prompt_tokens", 0)), int(details.get("cached_tokens", 0))

@@ -13,10 +13,13 @@ GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completi
 EDGES = (4, 128, PAGE_TOKENS)
 # A stop string of one ASCII character cannot begin in one token and end in the next.
 STOPS = tuple("aeiou 019AEO")
-NUM_SESSIONS = 8
-NUM_TURNS = 6
-TURN_TOKENS = 90
-BURST = 24
+# An agent's first turn has an instruction of more than a page: from then on there is a prefix to hit.
+NUM_SESSIONS = 4
+NUM_TURNS = 5
+FIRST_TURN_TOKENS, TURN_TOKENS = 300, 90
+# A slow client's answer is larger than what lies in buffers between it and the server; for so long it reads nothing.
+SLOW_TOKENS, SLOW_TOP_LOGPROBS, SLOW_S = 64, 128, 8.0
+BURST = 28
 _LETTERS = "abcdefghijklmnopqrstuvwxyz    "
 
 
@@ -36,6 +39,8 @@ class Case:
         stop (tuple[str, ...]): stop strings.
         leave_after (int | None): events of the stream after which the client stops listening.
         abort (bool): at that point it asks the server to abort, and listens on.
+        pause_s (float): for so long the client reads nothing after the first event of the stream.
+        top_logprobs (int): best log-probabilities asked for beside each token's, to make an answer large.
         invalid (dict[str, Any] | None): a body that the server must refuse; all else is left out.
     """
 
@@ -50,6 +55,8 @@ class Case:
     stop: tuple[str, ...] = ()
     leave_after: int | None = None
     abort: bool = False
+    pause_s: float = 0.0
+    top_logprobs: int = 0
     invalid: dict[str, Any] | None = None
 
     @property
@@ -108,8 +115,8 @@ def _long(seed: int, number: int, draw: random.Random) -> Case:
 
 def _agent(seed: int, number: int, draw: random.Random) -> Case:
     """A turn's prompt begins with the whole prompt of the turn before."""
-    turn = 1 + draw.randrange(NUM_TURNS)
-    prompt = _ids(seed, f"agent {draw.randrange(NUM_SESSIONS)}", 20 + turn * TURN_TOKENS)
+    length = FIRST_TURN_TOKENS + draw.randrange(NUM_TURNS) * TURN_TOKENS
+    prompt = _ids(seed, f"agent {draw.randrange(NUM_SESSIONS)}", length)
     return Case(number, "agent", GENERATE, (prompt,), new_tokens=4, stream=draw.random() < 0.3)
 
 
@@ -141,11 +148,21 @@ def _abort(seed: int, number: int, draw: random.Random) -> Case:
     )  # fmt: skip
 
 
+def _slow(seed: int, number: int, draw: random.Random) -> Case:
+    """A client that stops reading: the server must keep what it cannot send, whole, and go on with the others."""
+    prompt = _ids(seed, f"slow {draw.randrange(4)}", draw.choice((10, 129)))
+    return Case(
+        number, "slow", GENERATE, (prompt,), new_tokens=SLOW_TOKENS, stream=True, pause_s=SLOW_S,
+        top_logprobs=SLOW_TOP_LOGPROBS,
+    )  # fmt: skip
+
+
 def _burst(seed: int, number: int, draw: random.Random) -> Case:
-    """More prompts at once than the server may run; half of them cross into a new page while they decode."""
-    prompts = [_ids(seed, f"burst {index}", 3 + index) for index in range(BURST // 2)]
+    """Beside what else runs, more prompts at once than fit; most cross into a new page while they decode, some at once."""
+    few = BURST // 4
+    prompts = [_ids(seed, f"burst {index}", 3 + index) for index in range(few)]
     prompts += [
-        _ids(seed, f"burst {index}", PAGE_TOKENS - 1 - index % 5) for index in range(BURST // 2)
+        _ids(seed, f"burst {index}", PAGE_TOKENS - index % 5) for index in range(BURST - few)
     ]
     draw.shuffle(prompts)
     return Case(number, "burst", GENERATE, tuple(prompts), new_tokens=8)
@@ -169,6 +186,6 @@ INVALID: tuple[tuple[str, dict[str, Any]], ...] = (
 Build = Callable[[int, int, random.Random], Case]
 # Shares of the requests. Long ones cost a hundred times as much as short ones, and a burst is twenty-four.
 WORKLOADS: tuple[tuple[Build, float], ...] = (
-    (_short, 34), (_chat, 12), (_edge, 18), (_long, 2), (_agent, 8), (_branch, 5), (_stop, 8), (_leave, 4),
-    (_abort, 3), (_burst, 0.4), (_invalid, 5.6),
+    (_short, 33), (_chat, 12), (_edge, 18), (_long, 2), (_agent, 8), (_branch, 5), (_stop, 8), (_leave, 4),
+    (_abort, 3), (_slow, 1), (_burst, 0.4), (_invalid, 5.6),
 )  # fmt: skip

@@ -104,8 +104,9 @@ def judge(answer: Answer, reference: Reference, bound: float, *, is_whole: bool)
             )
             return Verdict(tuple(faults), compared, largest)
         compared += 1
-        if answer.logprobs is not None:
-            error = abs(answer.logprobs[index] - reference.logprobs[index])
+        value = None if answer.logprobs is None else answer.logprobs[index]
+        if value is not None:
+            error = abs(value - reference.logprobs[index])
             if not error <= bound:
                 faults.append(
                     f"the log-probability of generated token {index} is off by {error:.2e}, allowed {bound:.2e}"

@@ -1,6 +1,8 @@
 """Sends cases to an SGLang server."""
 
+import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -20,6 +22,8 @@ from sglang_dsv4.stress.answers import (
 from sglang_dsv4.stress.cases import CHAT, GENERATE, Case
 
 FLUSH_S = 120
+# What the kernel keeps for a client that does not read. Much less makes TCP send a little at a time, for minutes.
+SLOW_BUFFER_BYTES = 1 << 16
 _DATA, _DONE = "data: ", "[DONE]"
 
 
@@ -33,18 +37,23 @@ class StressClient:
 
     def __init__(self, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         limits = httpx.Limits(max_connections=None)
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            timeout=5 * TIMEOUT_S,
-            transport=transport,
-            trust_env=False,
-            limits=limits,
+        narrow = [(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER_BYTES)]
+        self._http, self._slow_http = (
+            httpx.AsyncClient(
+                base_url=url,
+                timeout=5 * TIMEOUT_S,
+                transport=transport
+                or httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=options),
+                trust_env=False,
+            )
+            for options in (None, narrow)
         )
         self._began = time.monotonic()
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+        await self._slow_http.aclose()
 
     async def send(self, case: Case) -> Outcome:
         """Send one case and wait for all of its answer, or as much of it as its client wants.
@@ -75,8 +84,7 @@ class StressClient:
         Raises:
             httpx.HTTPError: the server did not answer, or refused; it refuses to empty its cache while a request runs.
         """
-        flushed = await self._http.post(f"/flush_cache?timeout={FLUSH_S}")
-        flushed.raise_for_status()
+        await self._flush()
         case = Case(
             0, "alone", GENERATE, (tuple(prompt_ids),), new_tokens=new_tokens, stop=tuple(stop)
         )
@@ -84,6 +92,22 @@ class StressClient:
         body["top_logprobs_num"] = 2
         reply = (await self._http.post(GENERATE, json=body)).raise_for_status().json()
         return dict(reply)
+
+    async def read_again(
+        self, prompt_ids: Sequence[int], token_ids: Sequence[int]
+    ) -> tuple[float, ...]:
+        """Log-probabilities of tokens behind a prompt, from one prefill of both on a cold cache.
+
+        Raises:
+            httpx.HTTPError: as `generate_alone`.
+        """
+        await self._flush()
+        case = Case(0, "again", GENERATE, ((*prompt_ids, *token_ids),), new_tokens=1)
+        body = request_body(case, f"again-{time.monotonic_ns()}")
+        body["logprob_start_len"] = len(prompt_ids) - 1
+        reply = (await self._http.post(GENERATE, json=body)).raise_for_status().json()
+        values = reply["meta_info"]["input_token_logprobs"][-len(token_ids) :]
+        return tuple(float(value) for value, *_ in values)
 
     async def chat_ids(self, message: str) -> tuple[int, ...]:
         """The tokens that the server makes of a chat.
@@ -108,7 +132,11 @@ class StressClient:
         facts = (info.get("internal_states") or [{}])[0].get("sglang_dsv4")
         if facts is None:
             raise ValueError("/server_info: expected facts of sglang_dsv4, got none")
-        return {**facts, "model_path": info.get("model_path"), "dtype": info.get("dtype")}
+        names = ("model_path", "dtype", "enable_cache_report")
+        return {**facts, **{name: info.get(name) for name in names}}
+
+    async def _flush(self) -> None:
+        (await self._http.post(f"/flush_cache?timeout={FLUSH_S}")).raise_for_status()
 
     async def _exchange(
         self, case: Case, first: list[float]
@@ -122,7 +150,8 @@ class StressClient:
             reply = response.json()
             read = read_native(case, reply) if case.endpoint == GENERATE else read_openai(reply)
             return response.status_code, read, ()
-        async with self._http.stream("POST", case.endpoint, json=body) as response:
+        http = self._slow_http if case.pause_s else self._http
+        async with http.stream("POST", case.endpoint, json=body) as response:
             if response.status_code != httpx.codes.OK:
                 return response.status_code, (), ()
             events, is_done = [], False
@@ -133,6 +162,8 @@ class StressClient:
                         break
                     first.append(time.monotonic())
                     events.append(event)
+                    if case.pause_s and len(events) == 1:
+                        await asyncio.sleep(case.pause_s)
                     if case.leave_after is not None and len(events) == case.leave_after:
                         if not case.abort:
                             break

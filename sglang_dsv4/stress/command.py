@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -31,10 +32,11 @@ from sglang_dsv4.tiny.tokenizer import VOCAB_SIZE
 
 REQUESTS = 200
 # Pages enough to keep prefixes, and few enough that a burst outgrows them and requests are sent back to the queue in the
-# middle; and exact rows, so that one wrong entry among many shows.
+# middle; and exact rows, so that one wrong entry among many shows. SGLang gives up prefixes to have a page free for each
+# request that runs, before every step; so a pool of twice as many pages as requests keeps next to nothing.
 TINY_SERVER = (
-    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "10240", "--swa-full-tokens-ratio", "0.9",
-    "--max-running-requests", "32", "--schedule-conservativeness", "0.01", "--enable-cache-report",
+    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "15360", "--swa-full-tokens-ratio", "0.9",
+    "--max-running-requests", "40", "--schedule-conservativeness", "0.01", "--enable-cache-report",
 )  # fmt: skip
 RUNTIME_PAGES = 64
 
@@ -70,8 +72,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--bound",
         type=float,
-        help="largest difference of log-probabilities between two right runs (default: measured with transformers, "
-        "where the server's checkpoint is a folder of this machine and served in float32)",
+        help="largest difference of log-probabilities between two right runs (default: measured with transformers where "
+        "the checkpoint is a folder of this machine and served in float32 on a CPU; else by the server itself, which "
+        "reads again in one prefill what it has decoded)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput and pool use")
@@ -84,10 +87,26 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(func=run)
 
 
+class Interrupt:
+    """What Ctrl-C does: the first ends the load, and what came is judged; the second ends all."""
+
+    def __init__(self, console: Console) -> None:
+        self.is_set = False
+        self._console = console
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, *_: object) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+        self._console.print("No more requests; what came is compared. Ctrl-C again stops at once.")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the stress test; the exit status."""
     signal.signal(signal.SIGTERM, leave)
     console = Console()
+    interrupt = Interrupt(console)
     if (args.requests or 1) < 1 or args.concurrency < 1:
         raise SystemExit(
             f"expected --requests and --concurrency of 1 or more, got {args.requests} and {args.concurrency}"
@@ -99,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     try:
         with Progress(*columns, console=console) as progress:
-            result = _stress(args, load, progress)
+            result = _stress(args, load, progress, lambda: interrupt.is_set)
     except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError, OSError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
         return 1
@@ -114,25 +133,32 @@ def run(args: argparse.Namespace) -> int:
     return 1 if result.faults else 0
 
 
-def _stress(args: argparse.Namespace, load: Load, progress: Progress) -> Run:
+def _stress(
+    args: argparse.Namespace, load: Load, progress: Progress, is_stopped: Callable[[], bool]
+) -> Run:
     if args.runtime is not None:
-        return asyncio.run(stress_runtime(args.runtime, load, progress, RUNTIME_PAGES))
+        return asyncio.run(stress_runtime(args.runtime, load, progress, RUNTIME_PAGES, is_stopped))
     if not args.tiny:
         return asyncio.run(
             stress_server(
-                args.url, load, progress, target=args.url, bound=args.bound, memory_bytes=None
+                args.url, load, progress, target=args.url, bound=args.bound, memory_bytes=None,
+                is_stopped=is_stopped,
             )
-        )
+        )  # fmt: skip
     checkpoint = ready_checkpoint(args.build_dir / "tiny", progress)
     with Server(checkpoint, args.build_dir / "stress-server.log", TINY_SERVER) as server:
         client = Client(server.url, VOCAB_SIZE)
         wait_until_healthy(server, client, progress)
         client.close()
-        result = asyncio.run(
-            stress_server(
-                server.url, load, progress, target="--tiny", bound=args.bound,
-                memory_bytes=lambda: group_bytes(server.group),
-            )
-        )  # fmt: skip
+        try:
+            result = asyncio.run(
+                stress_server(
+                    server.url, load, progress, target="--tiny", bound=args.bound,
+                    memory_bytes=lambda: group_bytes(server.group), is_stopped=is_stopped,
+                )
+            )  # fmt: skip
+        except (ConnectionError, httpx.TransportError):
+            server.check_alive()  # its log says why
+            raise
         server.check_alive()
         return result

@@ -65,11 +65,13 @@ class Sample:
         at_s (float): since the load began.
         usage (dict[str, dict[str, int]]): as the plug-in reports it.
         done (int): requests answered.
+        memory (dict[str, int]): bytes, by what holds them.
     """
 
     at_s: float
     usage: dict[str, dict[str, int]]
     done: int
+    memory: dict[str, int]
 
 
 async def sample_pools(
@@ -78,8 +80,8 @@ async def sample_pools(
     """Note the use of the pools every `SAMPLE_S` seconds, until cancelled."""
     began = time.monotonic()
     while True:
-        usage = (await facts())["usage"]
-        samples.append(Sample(time.monotonic() - began, usage, done()))
+        now = await facts()
+        samples.append(Sample(time.monotonic() - began, now["usage"], done(), now["memory"]))
         await asyncio.sleep(SAMPLE_S)
 
 

@@ -11,6 +11,11 @@ from sglang_dsv4.stress.summary import Run
 
 _MIB = 1 << 20
 FAULTS_SHOWN = 20
+MEMORY = {
+    "resident_bytes": "memory of the scheduler",
+    "device_bytes": "device memory of the scheduler",
+    "all_processes_bytes": "memory of all processes",
+}
 
 
 def print_run(console: Console, run: Run) -> None:
@@ -27,16 +32,19 @@ def print_run(console: Console, run: Run) -> None:
         "requests alone on a cold cache",
         "in doubt": f"{facts['doubts']} answers compared anew behind a token that was too close to tell; "
         f"{facts['uncompared_tails']} texts not compared behind one",
-        "log-probabilities": f"largest difference {facts['largest_difference']:.2e}, allowed {run.bound:.2e}",
+        "log-probabilities": f"largest difference {facts['largest_difference']:.2e}, allowed {run.bound:.2e} "
+        f"({run.bound_origin})",
         "control": run.control[0] if run.control else "noticed nothing",
         "ends": ", ".join(f"{n} {end}" for end, n in sorted(facts["finish"].items())),
         "seconds": _percentiles(facts["seconds"]),
         "first token, streams": _percentiles(facts["first_token_s"]),
-        "cached prompt tokens": f"{facts['cached_share']:.1%} of those of /generate",
-        "retractions": str(facts["retractions"]),
+        "cached prompt tokens": f"{facts['cached_share']:.1%}",
+        "retractions": f"{facts['retractions']}, for which SGLang lost {facts['lost_logprobs']} log-probabilities",
         "cache": f"{facts['cache_bytes'] / _MIB:.1f} MiB",
-        "memory of the server": _memory(facts),
     }
+    for kind, title in MEMORY.items():
+        if facts["memory_end"].get(kind):
+            rows[title] = _memory(facts, kind)
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)
@@ -45,11 +53,11 @@ def print_run(console: Console, run: Run) -> None:
 
 
 def draw_run(run: Run, path: Path) -> None:
-    """Requests per second and the use of the pools over time, as a picture."""
+    """Requests per second, the use of the pools and memory over time, as a picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    top, bottom, memory = figure.subplots(3, 1, sharex=True)
     times = [sample.at_s for sample in run.samples]
     pairs = list(zip(run.samples, run.samples[1:], strict=False))
     rates = [(b.done - a.done) / (b.at_s - a.at_s) for a, b in pairs]
@@ -72,8 +80,16 @@ def draw_run(run: Run, path: Path) -> None:
             )
     bottom.set_ylim(0, 1.05)
     bottom.set_ylabel("share of the pool")
-    bottom.set_xlabel("seconds")
-    figure.legend(loc="outside lower center", fontsize="small", ncols=3)
+    bottom.legend(fontsize="small", ncols=3)
+    for kind, title in MEMORY.items():
+        held = [sample.memory.get(kind, 0) / _MIB for sample in run.samples]
+        if any(held):
+            memory.plot(times, held, label=title)
+    memory.set_ylim(bottom=0)
+    memory.set_ylabel("MiB")
+    memory.set_xlabel("seconds")
+    if memory.lines:
+        memory.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
 
 
@@ -81,11 +97,11 @@ def _percentiles(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in values.items()) or "none"
 
 
-def _memory(facts: dict[str, Any]) -> str:
-    start, end = facts["memory_start"], facts["memory_end"]
-    if start is None or end is None:
-        return "not of this machine"
-    return f"{start / _MIB:.0f} MiB at the start, {end / _MIB:.0f} MiB at the end"
+def _memory(facts: dict[str, Any], kind: str) -> str:
+    """What grows until half time and not after it was warming up."""
+    half = facts["memory_half"].get(kind, facts["memory_start"][kind])
+    start, end = facts["memory_start"][kind], facts["memory_end"][kind]
+    return f"{start / _MIB:.1f} MiB at the start, {half / _MIB:.1f} half way, {end / _MIB:.1f} at the end"
 
 
 def _usage(facts: dict[str, Any]) -> Table:

@@ -95,7 +95,8 @@ class RuntimeTarget:
         for pool in ("history_pages", "window_pages", "state_slots"):
             total, free = counts[pool], counts[f"{pool}_free"]
             usage[pool] = {"total": total, "free": free, "cached": 0, "used": total - free}
-        return {"usage": usage, "report": {"total_bytes": self.runtime.cache.report().total_bytes}}
+        report = {"total_bytes": self.runtime.cache.report().total_bytes}
+        return {"usage": usage, "report": report, "memory": {}}
 
     def _prompts(self, case: Case) -> list[list[int]]:
         if case.endpoint == CHAT:

@@ -7,8 +7,11 @@ from statistics import quantiles
 from typing import Any
 
 from sglang_dsv4.stress.answers import Outcome
+from sglang_dsv4.stress.cases import GENERATE
 from sglang_dsv4.stress.drive import Load, Sample
 from sglang_dsv4.stress.references import Findings
+
+GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Run:
         outcomes (Sequence[Outcome]): what came.
         findings (Findings): of the comparison.
         bound (float): largest allowed difference of a log-probability.
+        bound_origin (str): how that was found.
         control (Sequence[str]): what the judge said of an answer to another prompt; empty if it noticed nothing.
         leaks (Sequence[str]): what was still held at the end.
         start (dict[str, Any]): the plug-in's facts before the load.
@@ -35,6 +39,7 @@ class Run:
     outcomes: Sequence[Outcome]
     findings: Findings
     bound: float
+    bound_origin: str
     control: Sequence[str]
     leaks: Sequence[str]
     start: dict[str, Any]
@@ -51,6 +56,9 @@ class Run:
             for outcome, fault in self.findings.mismatches
         ]
         faults += self.leaks
+        before, after = (facts["report"]["total_bytes"] for facts in (self.start, self.end))
+        if before != after:
+            faults.append(f"leak: the cache had {before} bytes at the start, and has {after}")
         if not self.control:
             faults.append(
                 "control: no answer to another prompt was found wrong; the comparison proves nothing"
@@ -60,16 +68,23 @@ class Run:
     def again(self, outcome: Outcome) -> str:
         """The command that sends a request again, beside those that were in flight with it."""
         first = max(self.load.first, outcome.case.number - self.load.concurrency)
+        bound = f" --bound {self.bound}" if self.bound_origin == GIVEN else ""
         return (
             f"python -m sglang_dsv4 stress {self.target} --seed {self.load.seed} --first {first} "
-            f"--requests {outcome.case.number - first + 1} --concurrency {self.load.concurrency}"
+            f"--requests {outcome.case.number - first + 1} --concurrency {self.load.concurrency}{bound}"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, by name."""
         answers = [answer for outcome in self.outcomes for answer in outcome.answers]
-        prompt_tokens = sum(answer.prompt_tokens for answer in answers if answer.logprobs)
-        cached = sum(answer.cached_tokens for answer in answers if answer.logprobs)
+        served = [
+            answer
+            for outcome in self.outcomes
+            for answer in outcome.answers
+            if outcome.case.endpoint == GENERATE or self.end.get("enable_cache_report")
+        ]
+        prompt_tokens = sum(answer.prompt_tokens for answer in served)
+        cached = sum(answer.cached_tokens for answer in served)
         return {
             "target": self.target,
             "load": asdict(self.load),
@@ -81,18 +96,23 @@ class Run:
             "doubts": self.findings.num_doubts,
             "uncompared_tails": self.findings.num_uncompared,
             "bound": self.bound,
+            "bound_origin": self.bound_origin,
             "largest_difference": self.findings.largest,
             "control": list(self.control),
             "finish": dict(Counter(str(answer.finish) for answer in answers)),
             "cached_share": cached / prompt_tokens if prompt_tokens else 0.0,
             "retractions": sum(answer.retractions for answer in answers),
+            "lost_logprobs": sum(None in (answer.logprobs or ()) for answer in answers),
             "load_s": self.load_s,
-            "seconds": percentiles([o.seconds for o in self.outcomes if is_served(o)]),
+            "seconds": percentiles(
+                [o.seconds for o in self.outcomes if is_served(o) and not o.case.pause_s]
+            ),
             "first_token_s": percentiles([o.first_s for o in self.outcomes if o.first_s]),
             "usage_start": self.start["usage"],
             "usage_end": self.end["usage"],
-            "memory_start": self.start.get("memory_bytes"),
-            "memory_end": self.end.get("memory_bytes"),
+            "memory_start": self.start["memory"],
+            "memory_half": self.samples[len(self.samples) // 2].memory if self.samples else {},
+            "memory_end": self.end["memory"],
             "cache_bytes": self.end["report"]["total_bytes"],
             "samples": [asdict(sample) for sample in self.samples],
             "faults": self.faults,

@@ -1,13 +1,16 @@
 """Servers of the tests, requests to them, and their answers."""
 
 import os
+import random
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import torch
 
 from sglang_dsv4.demo.client import Client
@@ -36,6 +39,7 @@ def serving(
     """A server whose command runs in a copy of a process with SGLang imported. Killed at the end, as a crash would."""
     server = Server(checkpoint, Path("unused"), arguments, port=port)
     group, server.log = warm.start(Program(server._command[1:], variables or {}, before=before))
+    server.pid = group
     try:
         client = Client(server.url, 264)
         deadline = time.monotonic() + START_S
@@ -46,6 +50,55 @@ def serving(
         yield server
     finally:
         os.killpg(group, signal.SIGKILL)
+
+
+def running_in(group: int) -> list[int]:
+    """Processes of a group that have not ended; one that has may be a zombie still."""
+    found = []
+    for pid in psutil.pids():
+        try:
+            if os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def wait_until_ended(group: int, patience_s: float = 60) -> None:
+    """Wait until no process of a group runs.
+
+    Raises:
+        AssertionError: some still do; they are named.
+    """
+    deadline = time.monotonic() + patience_s
+    while left := running_in(group):
+        assert time.monotonic() < deadline, f"still running after {patience_s} s: {left}"
+        time.sleep(0.1)
+
+
+def wait_for_log(server: Server, text: str, times: int = 1, patience_s: float = 120) -> None:
+    """Wait until a line of the server's log with ``text`` has come ``times`` times."""
+    deadline = time.monotonic() + patience_s
+    while sum(text in line for line in server.log_lines()) < times:
+        assert time.monotonic() < deadline, server.log_lines()[-20:]
+        time.sleep(0.05)
+
+
+def quiet_port() -> int:
+    """A free port that the kernel gives to nobody who asks for any: it stays free while a server is started again.
+
+    From the range of such ports, the connection of some client may take it meanwhile, even one to the port itself.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.SystemRandom().sample(range(10000, first), 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError(f"no free port among 100 of 10000 to {first}")
 
 
 def is_running(process: int) -> bool:

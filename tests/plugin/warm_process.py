@@ -2,11 +2,15 @@
 the end, process ids. Imports nothing of ours."""
 
 import atexit
+import ctypes
 import gc
 import json
 import os
 import runpy
+import signal
 import sys
+
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -35,6 +39,8 @@ def main() -> None:
 def become(job: dict) -> object:
     """Run the job's program as ``python`` would; what it gave to `sys.exit`. Another exception ends the copy from here."""
     os.setsid()  # its own process group, so that it can be ended as a whole
+    # It ends with this process, which ends with the tests: a server must not outlive tests that were broken off.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
         os.dup2(source, target)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sglang_dsv4.stress.answers import Answer, Outcome
+from sglang_dsv4.stress.bound import served_bound
 from sglang_dsv4.stress.cases import CHAT, COMPLETIONS, Case
 from sglang_dsv4.stress.check import Reference, judge, judge_outcome, read_reference
 from sglang_dsv4.stress.drive import leaks
@@ -27,6 +28,9 @@ def test_a_right_answer_passes():
     assert (verdict.faults, verdict.compared, verdict.doubt) == ((), 3, None)
     near = replace(RIGHT, logprobs=(-0.1, -0.2, -0.3 - 0.9 * BOUND))
     verdict = judge(near, REFERENCE, BOUND, is_whole=True)
+    assert not judge(
+        replace(near, logprobs=(None, *near.logprobs[1:])), REFERENCE, BOUND, is_whole=True
+    ).faults
     assert not verdict.faults and verdict.largest == pytest.approx(0.9 * BOUND)
 
 
@@ -37,6 +41,8 @@ def test_a_right_answer_passes():
         ({"token_ids": (4, 6, 7)}, "generated token 0 is 4, expected 5"),
         ({"logprobs": (-0.1, -0.2, -0.3 - 1.1 * BOUND)}, "token 2 is off by"),
         ({"logprobs": (-0.1, float("nan"), -0.3)}, "token 1 is off by nan"),
+        ({"logprobs": (None, -0.2, -0.3 - 1.1 * BOUND)}, "token 2 is off by"),
+        ({"token_ids": (4, 6, 7), "logprobs": (None, -0.2, -0.3)}, "generated token 0 is 4"),
         ({"token_ids": (5, 6), "logprobs": (-0.1, -0.2)}, "expected 3 generated tokens, got 2"),
         ({"token_ids": (5, 6, 7, 8)}, "expected 3 generated tokens, got 4"),
         ({"text": "ab"}, "expected the text 'abc', got 'ab'"),
@@ -177,3 +183,13 @@ def test_a_question_is_asked_once_and_chats_are_asked_by_their_tokens():
     assert asyncio.run(checker.add(Outcome(CASE, 200, (wrong,))))
     ((outcome, fault),) = checker.findings.mismatches
     assert outcome.answers == (wrong,) and "token 2" in fault
+
+
+@pytest.mark.parametrize(("off", "expected"), [(0.003, 0.012), (0.0, 0.0)])
+def test_a_server_elsewhere_is_measured_by_reading_its_tokens_again(off, expected):
+    async def read_again(prompt_ids, token_ids):
+        assert (prompt_ids, token_ids) == (PROMPT, (5, 6, 7))
+        return (-0.1, -0.2 + off, -0.3)
+
+    bound = asyncio.run(served_bound([REFERENCE, REFERENCE], read_again))
+    assert bound == pytest.approx(expected)

@@ -42,15 +42,23 @@ WHOLE = [native("a", [5]), native("ab", [5, 6]), native("abc", [5, 6, 7], "lengt
 
 @pytest.mark.parametrize("retractions", [0, 1])
 def test_tokens_are_whole_where_a_retraction_lost_log_probabilities(retractions):
-    """SGLang's lists of a retracted request may begin late. Without a retraction that is a fault, and stays one."""
+    """The list of a retracted request may begin one late. Without a retraction that is a fault, and stays one."""
     reply = native("abc", [5, 6, 7], "length")
     del reply["meta_info"]["output_token_logprobs"][0]
     reply["meta_info"]["num_retractions"] = retractions
     (answer,) = read_native(Case(0, "short", GENERATE, (PROMPT,), 3), reply)
     if retractions:
-        assert (answer.token_ids, answer.logprobs) == ((5, 6, 7), None)
+        assert (answer.token_ids, answer.logprobs) == ((5, 6, 7), (None, -0.5, -0.5))
     else:
         assert (answer.token_ids, answer.logprobs) == ((6, 7), (-0.5, -0.5))
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_retraction_excuses_no_other_loss(lost):
+    reply = native("abc", [5, 6, 7], "length")
+    del reply["meta_info"]["output_token_logprobs"][1 : 1 + lost]
+    (answer,) = read_native(Case(0, "short", GENERATE, (PROMPT,), 3), reply)
+    assert answer.token_ids == (5, 7)[: 3 - lost]
 
 
 def sse(events, end="data: [DONE]\n\n"):
@@ -116,6 +124,12 @@ def test_a_client_that_leaves_stops_listening_and_one_that_aborts_says_so():
     assert bodies[1] == ("/abort_request", {"rid": bodies[0][1]["rid"]})
 
 
+def test_a_slow_client_asks_for_much_and_reads_all():
+    outcome, ((_, body),) = send(case(stream=True, pause_s=0.2, top_logprobs=50), sse(WHOLE))
+    assert outcome.answers[0].token_ids == (5, 6, 7) and body["top_logprobs_num"] == 50
+    assert outcome.seconds >= 0.2 > outcome.first_s
+
+
 def test_many_prompts_and_many_continuations():
     replies = json.dumps([WHOLE[2]] * 4)
     burst = Case(0, "burst", GENERATE, (PROMPT, (9,)), new_tokens=3, n=2)
@@ -131,12 +145,20 @@ def test_openai_replies_whole_and_streamed():
         json.dumps({"choices": [choice], "usage": {"prompt_tokens": 3}}),
     )
     assert outcome.answers[0].token_ids == (5, 6, 7) and body["stop"] == ["x"]
+    assert "stream_options" not in body
     events = [
         {"choices": [{"text": "ab", "token_ids": [5, 6], "finish_reason": None}]},
         {"choices": [{"text": "c", "token_ids": [7], "finish_reason": "length"}]},
+        {
+            "choices": [],
+            "usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}},
+        },
     ]
-    (answer,) = send(case(COMPLETIONS, stream=True), sse(events))[0].answers
+    outcome, ((_, body),) = send(case(COMPLETIONS, stream=True), sse(events))
+    (answer,) = outcome.answers
     assert (answer.text, answer.token_ids, answer.finish) == ("abc", (5, 6, 7), "length")
+    assert (answer.prompt_tokens, answer.cached_tokens) == (3, 2)
+    assert body["stream_options"] == {"include_usage": True}
     chat = Case(0, "chat", CHAT, message="hi", new_tokens=2, stream=True)
     events = [
         {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
@@ -169,7 +191,7 @@ def test_cases_are_a_function_of_seed_and_number():
     assert cases != [make_case(8, number) for number in range(3000)]
     kinds = {c.workload for c in cases}
     assert kinds == {
-        "short", "chat", "edge", "long", "agent", "branch", "stop", "leave", "abort", "burst", "invalid",
+        "short", "chat", "edge", "long", "agent", "branch", "stop", "leave", "abort", "slow", "burst", "invalid",
     }  # fmt: skip
     edges = {len(c.prompts[0]) for c in cases if c.workload == "edge"}
     assert edges == {edge + by for edge in EDGES for by in range(-2, 3)}
