@@ -53,7 +53,7 @@ backend.CompressedKVBackend.init_forward_metadata = before_step
 WRONG_ROW = """
 def plant(self, batch):
     if batch.forward_mode.is_decode() and int(batch.seq_lens_cpu[0]) == 40:
-        page = self._req_to_token[batch.req_pool_indices[0], 0] // 256
+        page = self._planner._req_to_token[batch.req_pool_indices[0], 0] // 256
         layer = next(layer for layer in self.cache.layers if layer.layer.ratio == 4)
         layer.storage.pool[layer.num_window_rows + page * 64] += 3.0
 """
@@ -74,9 +74,9 @@ def plant(self, batch):
     (allocator,) = allocators
     history, window = free(allocator.full_attn_allocator), free(allocator.swa_attn_allocator)
     if HURT and batch.forward_mode.is_decode():
-        live = self._req_to_token[batch.req_pool_indices[:1], 0].long() // 256
+        live = self._planner._req_to_token[batch.req_pool_indices[:1], 0].long() // 256
         history = torch.cat([history, live])
-    slots = torch.ones(self._req_to_token.shape[0], dtype=torch.bool)
+    slots = torch.ones(self._planner._req_to_token.shape[0], dtype=torch.bool)
     slots[batch.req_pool_indices.long()] = False
     slots[0] = False
     nan = float("nan")
