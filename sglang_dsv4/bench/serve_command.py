@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import shlex
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sglang_dsv4.bench.serve_side import (
     wait_until_ready,
 )
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
+from sglang_dsv4.demo.command import leave
 from sglang_dsv4.demo.server import ServerDiedError
 from sglang_dsv4.tiny.command import read_ratios
 
@@ -90,6 +92,7 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
+    signal.signal(signal.SIGTERM, leave)  # a `kill` must end the servers too
     console = Console(width=160)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = "flash" if device == "cuda" else "tiny"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from rich.text import Text
 from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
 from sglang_dsv4.bench.serve_report import environment
 from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side
+from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import make_questions
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, Result, run_session
+from sglang_dsv4.demo.command import leave
 from sglang_dsv4.demo.server import ServerDiedError
 
 # Three ways show both modes and all chunk sizes; each is two servers.
@@ -87,6 +90,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Compare; the exit status."""
+    signal.signal(signal.SIGTERM, leave)  # a `kill` must end the servers too
     console = Console(width=160)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = args.model or ready_checkpoint(
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     )
     try:
         plan = None if args.only == "bytes" else make_plan(args, device)
-        bytes_side = None if args.only == "tokens" else make_side(args, device, OURS, None)
+        bytes_side = None if args.only == "tokens" else make_bytes_side(args, device)
         result, facts = run_session(
             checkpoint, args.build_dir / "compare", device, plan, bytes_side, console.print
         )
@@ -150,9 +154,17 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         judged = [make_side(args, device, OURS, way) for way in ways]
         if (args.rows or NATIVE_ROWS) != NATIVE_ROWS:
             rounded = make_side(args, device, f"{OURS}-{NATIVE_ROWS}", ways[0], NATIVE_ROWS)
-    at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways))
     questions = make_questions(args.requests, args.longest, args.seed)
-    return Plan(reference, judged, rounded, Passes(questions, args.concurrency), at_once)
+    passes = Passes(questions, args.concurrency)
+    # The rounded side and the one whose bytes are compared are at most two more.
+    at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways) + 2)
+    return Plan(reference, judged, rounded, passes, at_once)
+
+
+def make_bytes_side(args: argparse.Namespace, device: str) -> Side:
+    """The server whose bytes are compared."""
+    side = make_side(args, device, OURS, None)
+    return Side(f"{side.name}-bytes", True, (*side.options, *hit_bytes.OPTIONS))
 
 
 def show(console: Console, result: Result) -> None:

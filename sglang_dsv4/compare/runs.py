@@ -79,7 +79,7 @@ class Passes:
 
 
 class Fleet:
-    """Servers that end with the ``with`` block.
+    """Servers that end with the ``with`` block, all at the same time.
 
     Args:
         checkpoint (Path): what they serve.
@@ -100,19 +100,24 @@ class Fleet:
     def __exit__(self, *error: Any) -> None:
         self.end(self._running)
 
+    def launch(self, sides: Sequence[Side]) -> None:
+        """Let servers start, without waiting for them."""
+        for side in sides:
+            server = SideServer(side, self._checkpoint, self._folder, self._device)
+            server.__enter__()
+            self._running.append(server)
+
     def start(self, sides: Sequence[Side]) -> list[SideServer]:
-        """Start servers at the same time, and wait for all.
+        """Start servers at the same time, but those that were launched, and wait for all.
 
         Raises:
             ServerDiedError: one ended.
             TimeoutError: one did not get ready.
         """
-        servers = []
-        for side in sides:
-            server = SideServer(side, self._checkpoint, self._folder, self._device)
-            server.__enter__()
-            self._running.append(server)
-            servers.append(server)
+        launched = [server.side for server in self._running]
+        self.launch([side for side in sides if side not in launched])
+        servers = [server for server in self._running if server.side in sides]
+        servers.sort(key=lambda server: sides.index(server.side))
         wait_until_ready(servers)
         for server in servers:
             self.facts[server.side.name] = facts_of(server)
@@ -120,11 +125,9 @@ class Fleet:
 
     def end(self, servers: Sequence[SideServer]) -> None:
         """End some servers; one that has ended may be among them."""
-        for server in tuple(servers):
-            if server in self._running:
-                self._running.remove(server)
-                server.__exit__(None, None, None)
-
-    def end_all(self) -> None:
-        """End what still runs."""
-        self.end(self._running)
+        ending = [server for server in servers if server in self._running]
+        for server in ending:
+            server.ask_to_end()
+        for server in ending:
+            self._running.remove(server)
+            server.__exit__(None, None, None)

@@ -41,6 +41,11 @@ class Plan:
     passes: Passes
     at_once: int
 
+    @property
+    def sides(self) -> list[Side]:
+        """All of them, in the order in which they start: the one that is asked for scores is first."""
+        return [*self.reference, *self.judged, *([self.rounded] if self.rounded else [])]
+
 
 @dataclass
 class Result:
@@ -57,28 +62,24 @@ class Result:
 async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> None:
     """Compare greedy tokens and their log-probabilities; findings go to ``result``."""
     questions = plan.passes.questions
-    (anchor,) = fleet.start(plan.reference[:1])
+    found: dict[str, list[Run]] = {}
+    # The reference stays to be asked for scores, and one judged server to be asked with planted faults.
+    kept: dict[Side, SideServer] = {}
+    for begin in range(0, len(plan.sides), plan.at_once):
+        servers = fleet.start(plan.sides[begin : begin + plan.at_once])
+        for server in servers:
+            found[server.side.name] = await _ask(server, plan.passes)
+            say(f"{server.side.name}: {len(questions)} questions, cold and hit")
+            if server.side in (plan.reference[0], plan.judged[-1]):
+                kept[server.side] = server
+        fleet.end([server for server in servers if server.side not in kept])
+    anchor, last = kept[plan.reference[0]], kept[plan.judged[-1]]
     client = ServeClient(anchor.url)
 
     async def scorer(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> list[Token]:
         return await score(client, prompt_ids, token_ids)
 
-    reference = await plan.passes.run(client, anchor.side.name)
-    say(f"{anchor.side.name}: {len(questions)} questions, cold and hit")
-    others = [*plan.reference[1:], *plan.judged, *([plan.rounded] if plan.rounded else [])]
-    found: dict[str, list[Run]] = {}
-    last: SideServer | None = None
-    for begin in range(0, len(others), plan.at_once):
-        servers = fleet.start(others[begin : begin + plan.at_once])
-        for server in servers:
-            found[server.side.name] = await _ask(server, plan.passes)
-            say(f"{server.side.name}: {len(questions)} questions, cold and hit")
-        # One judged server stays, to be asked with planted faults.
-        keep = [server for server in servers if server.side == plan.judged[-1]]
-        last = keep[0] if keep else last
-        fleet.end([server for server in servers if server not in keep])
-    for side in plan.reference[1:]:
-        reference += found[side.name]
+    reference = [run for side in plan.reference for run in found[side.name]]
     judged = [run for side in plan.judged for run in found[side.name]]
     scored = await _scores(questions, reference[0], scorer)
     bound = bound_of(
@@ -98,14 +99,14 @@ async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> 
             )  # fmt: skip
         result.verdicts[run.name] = verdict.to_dict()
         result.faults += verdict.faults[:3]
-    assert last is not None, "at least one side is judged"
     await _plant(last, questions, reference[0], bound["bound"], scorer, result)
     await client.close()
+    fleet.end([anchor, last])
 
 
 async def compare_bytes(fleet: Fleet, side: Side, lengths: tuple[int, ...], result: Result) -> None:
-    """Compare the bytes of hits and cold runs on a server of its own."""
-    (server,) = fleet.start([Side(f"{side.name}-bytes", True, (*side.options, *hit_bytes.OPTIONS))])
+    """Compare the bytes of hits and cold runs on a server of its own, with `hit_bytes.OPTIONS`."""
+    (server,) = fleet.start([side])
     client = ServeClient(server.url)
     result.bytes = await hit_bytes.check_bytes(client, lengths)
     result.faults += result.bytes["faults"][:3]
@@ -201,8 +202,9 @@ def run_session(
     result = Result()
     with Fleet(checkpoint, folder, device) as fleet:
         if plan is not None:
+            if bytes_side is not None and plan.at_once > len(plan.sides):
+                fleet.launch([bytes_side])  # ready by the time it is needed
             asyncio.run(compare_tokens(fleet, plan, result, say))
-            fleet.end_all()
         if bytes_side is not None:
             asyncio.run(compare_bytes(fleet, bytes_side, hit_bytes.LENGTHS[device], result))
         return result, fleet.facts
