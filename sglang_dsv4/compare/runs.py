@@ -1,14 +1,15 @@
 """Starts the servers of a comparison and collects their answers."""
 
+import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_dsv4.bench.serve_client import ServeClient
 from sglang_dsv4.bench.serve_side import Side, SideServer, facts_of, wait_until_ready
-from sglang_dsv4.compare.ask import Answer, Question, ask_all
+from sglang_dsv4.compare.ask import Answer, Question, Token, ask_all
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,33 @@ class Run:
         return sum(answer.cached_tokens for answer in self.answers)
 
 
+def write_answers(path: Path, questions: Sequence[Question], runs: Iterable[Run]) -> None:
+    """Keep what servers answered: to judge it again takes no server."""
+    report = {
+        "questions": [[list(question.prompt_ids), question.new_tokens] for question in questions],
+        "runs": {
+            run.name: [
+                [answer.cached_tokens, *map(astuple, answer.tokens)] for answer in run.answers
+            ]
+            for run in runs
+        },
+    }
+    path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def read_answers(path: Path) -> tuple[list[Question], dict[str, Run]]:
+    """What `write_answers` wrote: the questions, and every run by its name."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    questions = [Question(tuple(ids), new_tokens) for ids, new_tokens in report["questions"]]
+    runs = {
+        name: Run(
+            name, [Answer(tuple(Token(*t) for t in tokens), cached) for cached, *tokens in answers]
+        )
+        for name, answers in report["runs"].items()
+    }
+    return questions, runs
+
+
 @dataclass(frozen=True)
 class Passes:
     """How the questions are sent to each server."""
@@ -83,13 +111,13 @@ class Fleet:
 
     Args:
         checkpoint (Path): what they serve.
-        folder (Path): for their logs.
+        folder (Path): for their logs, and their answers.
         device (str): ``cpu`` or ``cuda``.
     """
 
     def __init__(self, checkpoint: Path, folder: Path, device: str) -> None:
         self._checkpoint = checkpoint
-        self._folder = folder
+        self.folder = folder
         self._device = device
         self._running: list[SideServer] = []
         self.facts: dict[str, dict[str, Any]] = {}
@@ -103,7 +131,7 @@ class Fleet:
     def launch(self, sides: Sequence[Side]) -> None:
         """Let servers start, without waiting for them."""
         for side in sides:
-            server = SideServer(side, self._checkpoint, self._folder, self._device)
+            server = SideServer(side, self._checkpoint, self.folder, self._device)
             server.__enter__()
             self._running.append(server)
 

@@ -14,7 +14,7 @@ from sglang_dsv4.bench.serve_work import random_ids
 from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import Question, Token, ask_all, score
 from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
-from sglang_dsv4.compare.runs import Fleet, Passes, Run
+from sglang_dsv4.compare.runs import Fleet, Passes, Run, write_answers
 
 NUM_SCORED = 24
 NUM_PLANTED = 4
@@ -69,6 +69,8 @@ async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> 
         servers = fleet.start(plan.sides[begin : begin + plan.at_once])
         for server in servers:
             found[server.side.name] = await _ask(server, plan.passes)
+            answered = [run for runs in found.values() for run in runs]
+            write_answers(fleet.folder / "answers.json", questions, answered)
             say(f"{server.side.name}: {len(questions)} questions, cold and hit")
             if server.side in (plan.reference[0], plan.judged[-1]):
                 kept[server.side] = server

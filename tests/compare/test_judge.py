@@ -7,6 +7,7 @@ import pytest
 
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
 from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
+from sglang_dsv4.compare.runs import Run, read_answers, write_answers
 
 BOUND = 0.1
 PROMPT = (9, 10, 11)
@@ -85,6 +86,13 @@ def test_questions_are_mixed_repeatable_and_share_prefixes():
     first_pages = [q.prompt_ids[:256] for q in questions if len(q.prompt_ids) > 256]
     assert 10 < len(first_pages) - len(set(first_pages)) < len(first_pages) // 2
     assert {question.new_tokens for question in questions} == {4, 12, 24}
+
+
+def test_answers_can_be_judged_again_from_the_file(tmp_path):
+    questions = make_questions(3, 400, 0)
+    runs = [Run("a cold", [RIGHT, answer(), RIGHT]), Run("a hit", [Answer(RIGHT.tokens, 256)] * 3)]
+    write_answers(tmp_path / "answers.json", questions, runs)
+    assert read_answers(tmp_path / "answers.json") == (questions, {run.name: run for run in runs})
 
 
 def test_an_answer_without_all_its_log_probabilities_is_refused():
