@@ -58,6 +58,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--concurrency", type=int, default=16, help="requests at once (default: %(default)s)"
     )
+    parser.add_argument(
+        "--exact",
+        type=int,
+        default=48,
+        help="answers that transformers computes in fp32, to know how far SGLang's own backend is from that; not on a CPU, not "
+        "with --model (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument(
         "--ways",
@@ -158,7 +165,9 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
     passes = Passes(questions, args.concurrency)
     # The rounded side and the one whose bytes are compared are at most two more.
     at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways) + 2)
-    return Plan(reference, judged, rounded, passes, at_once)
+    # On a CPU the reference rounds in the same places, and only its own ways count.
+    num_exact = 0 if device == "cpu" or args.model else args.exact
+    return Plan(reference, judged, rounded, passes, at_once, num_exact)
 
 
 def make_bytes_side(args: argparse.Namespace, device: str) -> Side:
@@ -172,7 +181,12 @@ def show(console: Console, result: Result) -> None:
     if result.bound:
         console.print(
             f"Bound of a log-probability {result.bound['bound']:.3g}: twice the reference's own {result.bound['own_rounding']:.3g}"
-            f" and twice {result.bound['row_rounding']:.3g} for rows"
+            f" or its {result.bound['from_exact']:.3g} from exact arithmetic, and twice {result.bound['row_rounding']:.3g} for"
+            f" rows; as a rule {result.bound['typical_bound']:.3g}"
+        )
+    for name, spread in result.from_exact.items():
+        console.print(
+            f"From exact arithmetic, {name}: largest {spread['largest']:.3g}, as a rule {spread['typical']:.3g}"
         )
     for name, verdict in result.verdicts.items():
         console.print(f"{name}: {_sentence(verdict)}")
@@ -194,5 +208,6 @@ def _sentence(verdict: dict[str, Any]) -> str:
     return (
         f"{verdict['answers']} answers, {verdict['identical']} identical, {verdict['partings']} parted at a close call; "
         f"{verdict['tokens']} tokens, {verdict['certain']} certain, largest difference {verdict['largest']:.3g}, "
+        f"as a rule {verdict['typical']:.3g}, "
         f"{verdict['num_faults']} faults"
     )

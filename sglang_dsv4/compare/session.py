@@ -4,7 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from sglang_dsv4.bench.serve_side import Side, SideServer
 from sglang_dsv4.bench.serve_work import random_ids
 from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import Question, Token, ask_all, score
-from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
+from sglang_dsv4.compare.exact import exact_differences
+from sglang_dsv4.compare.judge import Spread, Verdict, judge, own_rounding, run_spread, spread_of
 from sglang_dsv4.compare.runs import Fleet, Passes, Run, write_answers
 
 NUM_SCORED = 24
@@ -33,6 +34,7 @@ class Plan:
         rounded (Side | None): the judged backend with the reference's row format, where its own is another one.
         passes (Passes): the questions.
         at_once (int): servers that start at the same time.
+        num_exact (int): answers that are computed exactly, too, to know how far the reference is from that; 0 for none.
     """
 
     reference: list[Side]
@@ -40,6 +42,7 @@ class Plan:
     rounded: Side | None
     passes: Passes
     at_once: int
+    num_exact: int
 
     @property
     def sides(self) -> list[Side]:
@@ -52,6 +55,7 @@ class Result:
     """What came out; ``faults`` empty means that all is right."""
 
     bound: dict[str, float] = field(default_factory=dict)
+    from_exact: dict[str, dict[str, float]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     verdicts: dict[str, dict[str, object]] = field(default_factory=dict)
     planted: list[dict[str, Any]] = field(default_factory=list)
@@ -59,21 +63,27 @@ class Result:
     faults: list[str] = field(default_factory=list)
 
 
-async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> None:
+async def compare_tokens(
+    fleet: Fleet, checkpoint: Path, plan: Plan, result: Result, say: Say
+) -> None:
     """Compare greedy tokens and their log-probabilities; findings go to ``result``."""
     questions = plan.passes.questions
     found: dict[str, list[Run]] = {}
     # The reference stays to be asked for scores, and one judged server to be asked with planted faults.
     kept: dict[Side, SideServer] = {}
+
+    async def ask(server: SideServer) -> None:
+        found[server.side.name] = await _ask(server, plan.passes)
+        answered = [run for runs in found.values() for run in runs]
+        write_answers(fleet.folder / "answers.json", questions, answered)
+        say(f"{server.side.name}: {len(questions)} questions, cold and hit")
+
     for begin in range(0, len(plan.sides), plan.at_once):
         servers = fleet.start(plan.sides[begin : begin + plan.at_once])
-        for server in servers:
-            found[server.side.name] = await _ask(server, plan.passes)
-            answered = [run for runs in found.values() for run in runs]
-            write_answers(fleet.folder / "answers.json", questions, answered)
-            say(f"{server.side.name}: {len(questions)} questions, cold and hit")
-            if server.side in (plan.reference[0], plan.judged[-1]):
-                kept[server.side] = server
+        # At the same time: the first steps of every server compile, and nothing is timed.
+        await asyncio.gather(*map(ask, servers))
+        ends = (plan.reference[0], plan.judged[-1])
+        kept |= {server.side: server for server in servers if server.side in ends}
         fleet.end([server for server in servers if server.side not in kept])
     anchor, last = kept[plan.reference[0]], kept[plan.judged[-1]]
     client = ServeClient(anchor.url)
@@ -84,8 +94,15 @@ async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> 
     reference = [run for side in plan.reference for run in found[side.name]]
     judged = [run for side in plan.judged for run in found[side.name]]
     scored = await _scores(questions, reference[0], scorer)
+    exact = Spread()
+    if plan.num_exact:
+        say(f"{plan.num_exact} answers of either backend in exact arithmetic")
+        for name, run in (("reference", reference[0]), ("judged", judged[0])):
+            differences = exact_differences(checkpoint, questions, run.answers, plan.num_exact)
+            result.from_exact[name] = asdict(spread_of(differences))
+        exact = Spread(**result.from_exact["reference"])
     bound = bound_of(
-        reference, judged, found.get(plan.rounded.name) if plan.rounded else None, scored
+        reference, judged, found.get(plan.rounded.name) if plan.rounded else None, scored, exact
     )
     result.bound = bound
     for run in (*reference, *judged):
@@ -99,6 +116,12 @@ async def compare_tokens(fleet: Fleet, plan: Plan, result: Result, say: Say) -> 
                 verdict, f"{run.name}: question {number}", questions[number],
                 reference[0].answers[number], answer, bound["bound"], scorer,
             )  # fmt: skip
+        if verdict.typical > bound["typical_bound"]:
+            verdict.faults.insert(
+                0,
+                f"{run.name}: log-probabilities are {verdict.typical:.3g} away as a rule, expected at most "
+                f"{bound['typical_bound']:.3g}",
+            )
         result.verdicts[run.name] = verdict.to_dict()
         result.faults += verdict.faults[:3]
     await _plant(last, questions, reference[0], bound["bound"], scorer, result)
@@ -136,18 +159,28 @@ def bound_of(
     judged: Sequence[Run],
     rounded: Sequence[Run] | None,
     scored: dict[int, list[Token]],
+    exact: Spread,
 ) -> dict[str, float]:
-    """Largest difference that is allowed, and where it comes from.
+    """Differences that are allowed, of one token and of all as a rule (the root of their mean square), and whence they come.
 
-    Each backend may be as far from exact arithmetic as the reference's own ways are from each other, so two may be twice
-    that apart. Another row format adds what it does to the judged backend, twice for the same reason.
+    Two backends round in other places, so each may be as far from exact arithmetic as the reference is, and the two twice
+    that apart. The reference's own ways round in the same places, and are closer to each other than to exact arithmetic;
+    where nothing exact is known, they have to do. Another row format adds what it does to the judged backend, twice for the
+    same reason.
     """
     own = own_rounding([run.answers for run in reference], scored)
-    rows = 0.0
-    if rounded is not None:
-        pairs = zip(judged[0].answers, rounded[0].answers, strict=True)
-        rows = max(moved(a.tokens, b.tokens) for a, b in pairs)
-    return {"own_rounding": own, "row_rounding": rows, "bound": 2 * own + 2 * rows}
+    rows = Spread() if rounded is None else run_spread(judged[0].answers, rounded[0].answers)
+    least = own.or_more(exact)
+    return {
+        "own_rounding": own.largest,
+        "from_exact": exact.largest,
+        "row_rounding": rows.largest,
+        "bound": 2 * least.largest + 2 * rows.largest,
+        "typical_own_rounding": own.typical,
+        "typical_from_exact": exact.typical,
+        "typical_row_rounding": rows.typical,
+        "typical_bound": 2 * least.typical + 2 * rows.typical,
+    }
 
 
 async def _plant(
@@ -206,7 +239,7 @@ def run_session(
         if plan is not None:
             if bytes_side is not None and plan.at_once > len(plan.sides):
                 fleet.launch([bytes_side])  # ready by the time it is needed
-            asyncio.run(compare_tokens(fleet, plan, result, say))
+            asyncio.run(compare_tokens(fleet, checkpoint, plan, result, say))
         if bytes_side is not None:
             asyncio.run(compare_bytes(fleet, bytes_side, hit_bytes.LENGTHS[device], result))
         return result, fleet.facts

@@ -6,8 +6,9 @@ import random
 import pytest
 
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
-from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
+from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
 from sglang_dsv4.compare.runs import Run, read_answers, write_answers
+from sglang_dsv4.compare.session import bound_of
 
 BOUND = 0.1
 PROMPT = (9, 10, 11)
@@ -72,10 +73,31 @@ def test_a_short_answer_is_a_fault():
 
 def test_own_rounding_is_the_largest_difference_of_any_way_up_to_where_ways_part():
     moves = answer((1, -0.52, 1, 0.9), (5, -9.0, 5, 0.05), (3, -9.0, 3, 2.0))
-    assert moved(RIGHT.tokens, moves.tokens) == pytest.approx(0.02)
+    assert moved(RIGHT.tokens, moves.tokens) == pytest.approx([0.02])
     scores = {0: list(answer((1, -0.5, 1, 0.9), (2, -1.03, 2, 0.05), (3, -0.2, 3, 2)).tokens)}
-    assert own_rounding([[RIGHT], [moves]], {}) == pytest.approx(0.02)
-    assert own_rounding([[RIGHT], [moves]], scores) == pytest.approx(0.03)
+    assert own_rounding([[RIGHT], [moves]], {}).largest == pytest.approx(0.02)
+    assert own_rounding([[RIGHT], [moves]], scores).largest == pytest.approx(0.03)
+
+
+def test_a_bound_is_twice_the_reference_s_distance_from_itself_or_from_exact_arithmetic():
+    moves = answer((1, -0.5, 1, 0.9), (2, -1.06, 2, 0.05), (3, -0.2, 3, 2.0))
+    reference = [Run("theirs cold", [RIGHT]), Run("theirs hit", [moves])]
+    judged = [Run("ours cold", [RIGHT])]
+    alone = bound_of(reference, judged, None, {}, Spread())
+    assert alone["bound"] == pytest.approx(0.12)
+    assert alone["typical_bound"] == pytest.approx(2 * 0.06 / 3**0.5)
+    exact = bound_of(reference, judged, None, {}, Spread(0.2, 0.01))
+    assert exact["bound"] == pytest.approx(0.4)
+    assert exact["typical_bound"] == alone["typical_bound"]
+    rows = bound_of(reference, judged, [Run("rounded cold", [moves])], {}, Spread())
+    assert rows["bound"] == pytest.approx(0.24)
+    assert rows["typical_bound"] == pytest.approx(2 * alone["typical_bound"])
+
+
+def test_what_a_run_is_away_as_a_rule():
+    verdict = judged(answer((1, -0.53, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.16, 3, 2.0)))
+    assert verdict.typical == pytest.approx((0.03**2 + 0.04**2) ** 0.5 / 3**0.5)
+    assert spread_of([]) == Spread() and spread_of([-3.0, 4.0]) == Spread(4.0, 12.5**0.5)
 
 
 def test_questions_are_mixed_repeatable_and_share_prefixes():
