@@ -8,15 +8,16 @@ from sglang_dsv4.bench.serve_side import OURS, THEIRS
 from sglang_dsv4.compare.ask import Token, make_questions, score
 from sglang_dsv4.compare.exact import exact_differences
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, spread_of
-from sglang_dsv4.compare.runs import Passes
+from sglang_dsv4.compare.runs import Passes, write_answers
 from sglang_dsv4.compare.session import bound_of
 
 ROUNDED = "ours-rounded"
 CONCURRENCY = 8
+NUM_EXACT = 8  # answers that transformers computes: on a CPU a second or two each
 
 
 async def check(
-    urls: dict[str, str], count: int, longest: int, checkpoint: Path | None
+    urls: dict[str, str], count: int, longest: int, checkpoint: Path | None, answers: Path
 ) -> dict[str, Any]:
     """Compare answers of ours, cold and at hits, with the reference's.
 
@@ -28,6 +29,7 @@ async def check(
         longest (int): tokens of a prompt, at most.
         checkpoint (Path | None): what is served, where transformers can compute it in fp32: SGLang's own cache may be as far
             from ours as twice its distance from that.
+        answers (Path): where the answers are kept.
 
     Returns:
         dict[str, Any]: the bound, and what was found.
@@ -38,6 +40,7 @@ async def check(
     clients = {name: ServeClient(url) for name, url in urls.items()}
     passes = Passes(make_questions(count, longest, 1), CONCURRENCY)
     found = {name: await passes.run(client, name) for name, client in clients.items()}
+    write_answers(answers, passes.questions, [run for runs in found.values() for run in runs])
     reference = THEIRS if THEIRS in clients else OURS
 
     async def scorer(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> list[Token]:
@@ -50,7 +53,7 @@ async def check(
     }
     exact = Spread()
     if checkpoint is not None and reference == THEIRS:
-        exact = spread_of(exact_differences(checkpoint, passes.questions, cold.answers, count))
+        exact = spread_of(exact_differences(checkpoint, passes.questions, cold.answers, NUM_EXACT))
     bound = bound_of(found[reference], judged, found.get(ROUNDED), scored, exact)
     verdict = Verdict()
     for run in judged:

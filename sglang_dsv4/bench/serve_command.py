@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
                     urls[rounded.name] = third.url
                 # A checkpoint of one's own may be too large for the CPU.
                 written = None if args.model else checkpoint
-                report["check"] = asyncio.run(check(urls, *CHECKED[device], written))
+                answers = args.build_dir / "bench-serve" / "answers.json"
+                report["check"] = asyncio.run(check(urls, *CHECKED[device], written, answers))
             console.print(f"Checked: {report['check']}")
             asyncio.run(_measure(args, device, servers, report, console))
     except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
@@ -186,7 +187,8 @@ async def _measure(
         for client in clients.values():  # compiles what this scenario needs
             await _round(client, work if device == "cuda" else chats(1, 1, 16, 2))
         for number in range(args.rounds or (1 if quick else 3)):
-            for name, client in clients.items():
+            # Who is first takes turns, too.
+            for name, client in list(clients.items())[:: (-1) ** number]:
                 numbers = await _round(client, work)
                 entry = {"work": work.name, "about": work.about, "side": name, "round": number}
                 report["rounds"].append({**entry, "numbers": numbers})

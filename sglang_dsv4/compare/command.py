@@ -61,7 +61,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--exact",
         type=int,
-        default=48,
+        default=32,
         help="answers that transformers computes in fp32, to know how far SGLang's own backend is from that; not on a CPU, not "
         "with --model (default: %(default)s)",
     )

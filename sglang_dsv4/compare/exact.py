@@ -7,6 +7,9 @@ from sglang_dsv4.compare.ask import Answer, Question
 from sglang_dsv4.runtime.oracle import Oracle
 from sglang_dsv4.spec import CSA_RATIO
 
+# A forward costs as much as the square of its length, and a GPU waits for it.
+LONGEST = 1024
+
 
 def exact_differences(
     checkpoint: Path, questions: Sequence[Question], answers: Sequence[Answer], count: int
@@ -14,7 +17,7 @@ def exact_differences(
     """By how much log-probabilities of a run differ from exact ones, along the run's own tokens.
 
     Only where a CSA query attends to every entry: elsewhere rounding may choose others, and how far that moves an answer says
-    nothing about rounding.
+    nothing about rounding; and up to `LONGEST` tokens.
 
     Args:
         checkpoint (Path): what the backend served.
@@ -26,14 +29,15 @@ def exact_differences(
         ValueError: every question is too long.
     """
     oracle = Oracle(checkpoint)
+    longest = min(LONGEST, CSA_RATIO * oracle.index_topk)
     short = [
         number
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True))
-        if len(question.prompt_ids) + len(answer.tokens) <= CSA_RATIO * oracle.index_topk
+        if len(question.prompt_ids) + len(answer.tokens) <= longest
     ]
     if not short:
         raise ValueError(
-            f"exact answers: expected a prompt and answer of at most {CSA_RATIO * oracle.index_topk} tokens, got none"
+            f"exact answers: expected a prompt and answer of at most {longest} tokens, got none"
         )
     found: list[float] = []
     for number in short[:: max(1, len(short) // count)]:

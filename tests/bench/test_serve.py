@@ -2,9 +2,12 @@
 
 import argparse
 import asyncio
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from sglang_dsv4.bench import serve_command, serve_report
 from sglang_dsv4.bench.serve_client import Reply, ServeClient, Stream
@@ -133,6 +136,30 @@ def test_every_scenario_of_the_issue_is_there(device):
     assert len(set(names)) == len(names)
     if device == "cuda":
         assert names == ["chat-1", "chat-8", "chat-32", "chat-64", "long-131072", "agents-64"]
+
+
+def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
+    asked = []
+
+    async def one_round(client, work):
+        asked.append((client, work.name))
+        return serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
+
+    class Client(str):
+        async def close(self):
+            pass
+
+    monkeypatch.setattr(serve_command, "_round", one_round)
+    monkeypatch.setattr(serve_command, "ServeClient", Client)
+    servers = [SimpleNamespace(side=Side(name, True, ()), url=name) for name in (OURS, THEIRS)]
+    args = argparse.Namespace(quick=False, only="chat-8", rounds=None, json=None)
+    report = {"rounds": []}
+    console = Console(file=io.StringIO())
+    asyncio.run(serve_command._measure(args, "cuda", servers, report, console))
+    assert {name for _, name in asked} == {"chat-8"}
+    warm_up = [OURS, THEIRS]
+    assert [client for client, _ in asked] == [*warm_up, OURS, THEIRS, THEIRS, OURS, OURS, THEIRS]
+    assert [entry["side"] for entry in report["rounds"]] == [client for client, _ in asked[2:]]
 
 
 def test_the_second_server_gets_as_many_bytes_as_the_first():

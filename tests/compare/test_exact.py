@@ -51,6 +51,6 @@ def test_only_some_answers_are_computed(checkpoint):
 
 def test_questions_that_leave_entries_out_are_refused(checkpoint):
     questions = make_questions(1, 9, 0)
-    answers = [Answer((Token(1, 0.0, 1, 0.0),) * 2048, 0)]
-    with pytest.raises(ValueError, match="expected a prompt and answer of at most 2048 tokens"):
+    answers = [Answer((Token(1, 0.0, 1, 0.0),) * 1024, 0)]
+    with pytest.raises(ValueError, match="expected a prompt and answer of at most 1024 tokens"):
         exact_differences(checkpoint, questions, answers, 1)

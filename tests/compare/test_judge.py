@@ -8,7 +8,7 @@ import pytest
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
 from sglang_dsv4.compare.runs import Run, read_answers, write_answers
-from sglang_dsv4.compare.session import bound_of
+from sglang_dsv4.compare.session import PLANTED, bound_of, wrong_question
 
 BOUND = 0.1
 PROMPT = (9, 10, 11)
@@ -98,6 +98,30 @@ def test_what_a_run_is_away_as_a_rule():
     verdict = judged(answer((1, -0.53, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.16, 3, 2.0)))
     assert verdict.typical == pytest.approx((0.03**2 + 0.04**2) ** 0.5 / 3**0.5)
     assert spread_of([]) == Spread() and spread_of([-3.0, 4.0]) == Spread(4.0, 12.5**0.5)
+
+
+def test_planted_faults_are_where_they_say():
+    prompt = tuple(range(8, 308))
+    changed = {
+        kind: [
+            i
+            for i, (a, b) in enumerate(
+                zip(
+                    prompt,
+                    wrong_question(Question(prompt, 4), kind, random.Random(0)).prompt_ids,
+                    strict=True,
+                )
+            )
+            if a != b
+        ]
+        for kind in PLANTED
+    }
+    assert changed["a token of the window"] == [295]
+    assert changed["most of the window"] == list(range(200, 296))
+    assert 140 < len(changed["the first page"]) <= 150 and max(changed["the first page"]) < 150
+    for kind in PLANTED:
+        short = wrong_question(Question((8, 9), 4), kind, random.Random(0)).prompt_ids
+        assert len(short) == 2 and short[1] == 9
 
 
 def test_questions_are_mixed_repeatable_and_share_prefixes():
