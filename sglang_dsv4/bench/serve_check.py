@@ -5,7 +5,7 @@ from typing import Any
 
 from sglang_dsv4.bench.serve_client import ServeClient
 from sglang_dsv4.bench.serve_side import OURS, THEIRS
-from sglang_dsv4.compare.ask import Token, make_questions, score
+from sglang_dsv4.compare.ask import Scorer, make_questions
 from sglang_dsv4.compare.exact import exact_differences
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, spread_of
 from sglang_dsv4.compare.runs import Passes, write_answers
@@ -42,9 +42,7 @@ async def check(
     found = {name: await passes.run(client, name) for name, client in clients.items()}
     write_answers(answers, passes.questions, [run for runs in found.values() for run in runs])
     reference = THEIRS if THEIRS in clients else OURS
-
-    async def scorer(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> list[Token]:
-        return await score(clients[reference], prompt_ids, token_ids)
+    scorer = Scorer(clients[reference], CONCURRENCY)
 
     cold, judged = found[reference][0], found.get(OURS, [])
     scored = {

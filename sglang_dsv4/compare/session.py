@@ -12,7 +12,7 @@ from sglang_dsv4.bench.serve_client import ServeClient
 from sglang_dsv4.bench.serve_side import Side, SideServer
 from sglang_dsv4.bench.serve_work import random_ids
 from sglang_dsv4.compare import hit_bytes
-from sglang_dsv4.compare.ask import Question, Token, ask_all, score
+from sglang_dsv4.compare.ask import Question, Scorer, Token, ask_all
 from sglang_dsv4.compare.exact import exact_differences
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, own_rounding, run_spread, spread_of
 from sglang_dsv4.compare.runs import Fleet, Passes, Run, write_answers
@@ -89,10 +89,7 @@ async def compare_tokens(
         fleet.end([server for server in servers if server.side not in kept])
     anchor, last = kept[plan.reference[0]], kept[plan.judged[-1]]
     client = ServeClient(anchor.url)
-
-    async def scorer(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> list[Token]:
-        return await score(client, prompt_ids, token_ids)
-
+    scorer = Scorer(client, plan.passes.concurrency)
     reference = [run for side in plan.reference for run in found[side.name]]
     judged = [run for side in plan.judged for run in found[side.name]]
     scored = await _scores(questions, reference[0], scorer)
@@ -113,6 +110,7 @@ async def compare_tokens(
             result.faults.append(f"{run.name}: expected prefix hits, got none")
     for run in judged:
         verdict = Verdict()
+        await scorer.prepare(questions, reference[0].answers, run.answers)
         for number, answer in enumerate(run.answers):
             await judge(
                 verdict, f"{run.name}: question {number}", questions[number],

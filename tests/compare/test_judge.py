@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from sglang_dsv4.compare import ask
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
 from sglang_dsv4.compare.runs import Run, read_answers, write_answers
@@ -98,6 +99,33 @@ def test_what_a_run_is_away_as_a_rule():
     verdict = judged(answer((1, -0.53, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.16, 3, 2.0)))
     assert verdict.typical == pytest.approx((0.03**2 + 0.04**2) ** 0.5 / 3**0.5)
     assert spread_of([]) == Spread() and spread_of([-3.0, 4.0]) == Spread(4.0, 12.5**0.5)
+
+
+def test_scores_are_asked_for_once_and_at_the_same_time(monkeypatch):
+    asked, running = [], []
+
+    async def score(client, prompt_ids, token_ids):
+        asked.append(token_ids)
+        running.append(len(asked) - len(done))
+        await asyncio.sleep(0)
+        done.append(token_ids)
+        return [token_ids]
+
+    done = []
+    monkeypatch.setattr(ask, "score", score)
+    others = [answer((number, -1.0, number, 0.1)) for number in range(5)]
+    questions = [Question(PROMPT, 1)] * 6
+
+    async def prepare_and_ask():
+        scorer = ask.Scorer(None, 2)
+        await scorer.prepare(
+            questions, [answer((9, -1.0, 9, 0.1))] * 6, [*others, answer((9, -1.0, 9, 0.1))]
+        )
+        return [await scorer(PROMPT, other.token_ids) for other in others]
+
+    assert asyncio.run(prepare_and_ask()) == [[other.token_ids] for other in others]
+    assert sorted(asked) == [other.token_ids for other in others]  # not of the answer that agrees
+    assert max(running) == 2
 
 
 def test_planted_faults_are_where_they_say():
