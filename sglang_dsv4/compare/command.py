@@ -30,6 +30,7 @@ WAYS = {
 }
 POOL_TOKENS = {"cuda": 262144, "cpu": 16384}
 NATIVE_ROWS = "fp8_584"
+NUM_EXACT = 32
 # One scheduler that waits must not take a core from another that works.
 EXACT = ("--dtype", "float32", "--sleep-on-idle")
 
@@ -61,9 +62,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--exact",
         type=int,
-        default=32,
-        help="answers that transformers computes in fp32, to know how far SGLang's own backend is from that; not on a CPU, not "
-        "with --model (default: %(default)s)",
+        metavar="N",
+        help="answers that transformers computes in fp32, to know how far SGLang's own backend is from that (default: 32 on a "
+        "GPU; none on a CPU, where both sides round in the same places, and none with --model, which may be too large)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument(
@@ -165,8 +166,9 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
     passes = Passes(questions, args.concurrency)
     # The rounded side and the one whose bytes are compared are at most two more.
     at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways) + 2)
-    # On a CPU the reference rounds in the same places, and only its own ways count.
-    num_exact = 0 if device == "cpu" or args.model else args.exact
+    num_exact = args.exact
+    if num_exact is None:
+        num_exact = 0 if device == "cpu" or args.model else NUM_EXACT
     return Plan(reference, judged, rounded, passes, at_once, num_exact)
 
 
