@@ -190,6 +190,12 @@ def show(console: Console, result: Result) -> None:
         console.print(
             f"From exact arithmetic, {name}: largest {spread['largest']:.3g}, as a rule {spread['typical']:.3g}"
         )
+    for name, own in result.own.items():
+        hit, again = own["hit"], own["again"]
+        console.print(
+            f"{name}, from its own cold run: at hits largest {hit['largest']:.3g}, as a rule {hit['typical']:.3g}; cold again "
+            f"largest {again['largest']:.3g}, as a rule {again['typical']:.3g}"
+        )
     for name, verdict in result.verdicts.items():
         console.print(f"{name}: {_sentence(verdict)}")
     for planted in result.planted:

@@ -47,7 +47,7 @@ class Run:
     """One pass over all questions.
 
     Attributes:
-        name (str): side, way, and ``cold`` or ``hit``.
+        name (str): side, way, and ``cold``, ``hit`` or ``again``.
         answers (list[Answer]): in the order of the questions.
     """
 
@@ -95,12 +95,18 @@ class Passes:
     concurrency: int
 
     async def run(self, client: ServeClient, name: str) -> list[Run]:
-        """All questions on a cold cache, and all of them again; both in an order of this server's own."""
+        """All questions on a cold cache, at prefix hits, and on a cold cache again; in an order of this server's own.
+
+        The last pass is the control of the second: how far answers are apart in other batches, without any hit.
+        """
         order = list(range(len(self.questions)))
         random.Random(name).shuffle(order)
         found = []
-        await client.flush()
-        for kind in ("cold", "hit"):
+        for kind in ("cold", "hit", "again"):
+            if kind != "hit":
+                await client.flush()
+            if kind == "again":
+                order.reverse()
             answers = await ask_all(client, self.questions, self.concurrency, order)
             found.append(Run(f"{name} {kind}", answers))
         return found

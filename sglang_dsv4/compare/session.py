@@ -58,6 +58,7 @@ class Result:
 
     bound: dict[str, float] = field(default_factory=dict)
     from_exact: dict[str, dict[str, float]] = field(default_factory=dict)
+    own: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     verdicts: dict[str, dict[str, object]] = field(default_factory=dict)
     planted: list[dict[str, Any]] = field(default_factory=list)
@@ -78,7 +79,7 @@ async def compare_tokens(
         found[server.side.name] = await _ask(server, plan.passes)
         answered = [run for runs in found.values() for run in runs]
         write_answers(fleet.folder / "answers.json", questions, answered)
-        say(f"{server.side.name}: {len(questions)} questions, cold and hit")
+        say(f"{server.side.name}: {len(questions)} questions, cold, hit and again")
 
     for begin in range(0, len(plan.sides), plan.at_once):
         servers = fleet.start(plan.sides[begin : begin + plan.at_once])
@@ -104,6 +105,12 @@ async def compare_tokens(
         reference, judged, found.get(plan.rounded.name) if plan.rounded else None, scored, exact
     )
     result.bound = bound
+    for side in plan.sides:
+        cold, hit, again = (run.answers for run in found[side.name])
+        result.own[side.name] = {
+            "hit": asdict(run_spread(cold, hit)),
+            "again": asdict(run_spread(cold, again)),
+        }
     for run in (*reference, *judged):
         result.runs.append({"name": run.name, "cached_tokens": run.cached_tokens})
         if run.name.endswith(" hit") and not run.cached_tokens:

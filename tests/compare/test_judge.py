@@ -8,7 +8,7 @@ import pytest
 from sglang_dsv4.compare import ask
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
-from sglang_dsv4.compare.runs import Run, read_answers, write_answers
+from sglang_dsv4.compare.runs import Passes, Run, read_answers, write_answers
 from sglang_dsv4.compare.session import PLANTED, bound_of, wrong_question
 
 BOUND = 0.1
@@ -126,6 +126,29 @@ def test_scores_are_asked_for_once_and_at_the_same_time(monkeypatch):
     assert asyncio.run(prepare_and_ask()) == [[other.token_ids] for other in others]
     assert sorted(asked) == [other.token_ids for other in others]  # not of the answer that agrees
     assert max(running) == 2
+
+
+def test_every_server_is_asked_cold_at_hits_and_cold_again_in_another_order():
+    done = []
+
+    class Client:
+        async def flush(self):
+            done.append("flush")
+
+        async def post(self, body):
+            done.append(len(body["input_ids"]))
+            chosen = [[-0.5, 7, None]]
+            return {"meta_info": {
+                "output_token_logprobs": chosen, "output_top_logprobs": [[[-0.5, 7, None], [-0.9, 8, None]]],
+                "completion_tokens": 1, "cached_tokens": 0,
+            }}  # fmt: skip
+
+    questions = [Question((9,) * length, 1) for length in (1, 2, 3, 4, 5)]
+    runs = asyncio.run(Passes(questions, 1).run(Client(), "a"))
+    assert [run.name for run in runs] == ["a cold", "a hit", "a again"]
+    (first, order) = (done[0], done[1:6])
+    assert first == "flush" and sorted(order) == [1, 2, 3, 4, 5] != order
+    assert done == ["flush", *order, *order, "flush", *order[::-1]]
 
 
 def test_planted_faults_are_where_they_say():

@@ -24,10 +24,14 @@ def test_compare_passes_notices_planted_faults_and_finds_the_bytes_of_hits_equal
         assert 0 < spread["typical"] < spread["largest"] < 1e-3
     assert report["bound"]["typical_bound"] < report["bound"]["bound"] < 4e-3
     assert [planted["fault"] for planted in report["planted"]] == list(PLANTED)
-    assert set(report["verdicts"]) == {"ours-eager-256 cold", "ours-eager-256 hit"}
+    kinds = ("cold", "hit", "again")
+    assert set(report["verdicts"]) == {f"ours-eager-256 {kind}" for kind in kinds}
+    assert set(report["own"]) == {"ours-eager-512", "ours-eager-256"}
+    for own in report["own"].values():
+        assert all(own[kind]["largest"] < 1e-3 for kind in ("hit", "again"))
     questions, runs = read_answers(tmp_path / "compare" / "answers.json")
     assert len(questions) == 6
-    assert set(runs) == {f"ours-eager-{n} {kind}" for n in (512, 256) for kind in ("cold", "hit")}
+    assert set(runs) == {f"ours-eager-{n} {kind}" for n in (512, 256) for kind in kinds}
     for verdict in report["verdicts"].values():
         assert verdict["answers"] == 6 and verdict["certain"] > 0.9 * verdict["tokens"] > 20
     assert all(planted["noticed"] == planted["tried"] > 0 for planted in report["planted"])
