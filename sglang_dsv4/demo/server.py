@@ -1,6 +1,7 @@
 """One SGLang server as a child process."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ from sglang_dsv4 import env
 ACTIVE_MARK = "sglang_dsv4 active:"
 TERMINATE_S = 15.0
 LOG_LINES_SHOWN = 25
+# A server takes its port minutes after it was chosen. Linux gives ports from 32768 on to whoever asks for any, and SGLang's
+# own processes do.
+PORTS = range(20000, 32000)
 # Enough for every request of the demonstration at once, small enough for any machine. The share of window pages is
 # SGLang's to choose, and it would choose a tenth: too few for the requests, and windows that a prefix hit needs would
 # be gone by then, or not, depending on the order in which requests ended. The share of memory only has to be large: SGLang
@@ -119,10 +123,20 @@ def active_line(lines: list[str]) -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that is free now, of `PORTS`.
+
+    Raises:
+        OSError: none of many was.
+    """
+    tried = random.SystemRandom().sample(PORTS, 100)
+    for port in tried:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"port: expected a free one among {len(tried)} of {PORTS}, got none")
 
 
 def end_group(process: subprocess.Popen[bytes], patience_s: float = TERMINATE_S) -> None:
