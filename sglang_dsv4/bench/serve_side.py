@@ -11,6 +11,7 @@ import httpx
 import torch
 
 from sglang_dsv4.demo.server import Server
+from sglang_dsv4.plugin.refusals import is_unquantised
 
 # SGLang compiles kernels at its first start on a machine, for about 300 s where nothing else runs.
 START_S = 900.0
@@ -51,6 +52,7 @@ class SideServer(Server):
     def __init__(self, side: Side, checkpoint: Path, folder: Path, device: str) -> None:
         super().__init__(checkpoint, folder.resolve() / f"{side.name}.log", ())
         self.side = side
+        self._checkpoint = checkpoint
         self.folder = folder.resolve()
         self._device = device
         model_at = self._command.index("--model-path") + 1
@@ -60,11 +62,15 @@ class SideServer(Server):
         self._command = [*head, *address, *flag, *side.options]
 
     def variables(self) -> dict[str, str]:
-        """On a GPU SGLang must not be told that it is on a CPU, but that the output projection's weights are not FP8."""
+        """On a GPU SGLang must not be told that it is on a CPU, but that the output projection's weights are not FP8, where
+        they are not: it expects them so unless told otherwise."""
         found = super().variables()
         if self._device == "cpu":
             return found
-        return {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"], "SGLANG_OPT_FP8_WO_A_GEMM": "0"}
+        on_gpu = {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"]}
+        if is_unquantised(str(self._checkpoint)):
+            on_gpu["SGLANG_OPT_FP8_WO_A_GEMM"] = "0"
+        return on_gpu
 
     def is_ready(self) -> bool:
         """Whether it takes requests.

@@ -192,5 +192,10 @@ def test_the_sides_differ_by_the_flag_alone(tmp_path):
 
 def test_a_server_on_a_gpu_is_not_told_that_it_is_on_a_cpu(tmp_path):
     side = Side(OURS, True, ())
-    assert "SGLANG_USE_CPU_ENGINE" not in SideServer(side, tmp_path, tmp_path, "cuda").variables()
+    config = tmp_path / "config.json"
+    for quantization, wanted in (({}, "0"), ({"quant_method": "fp8"}, None)):
+        config.write_text(json.dumps({"quantization_config": quantization}))
+        variables = SideServer(side, tmp_path, tmp_path, "cuda").variables()
+        assert "SGLANG_USE_CPU_ENGINE" not in variables
+        assert variables.get("SGLANG_OPT_FP8_WO_A_GEMM") == wanted
     assert SideServer(side, tmp_path, tmp_path, "cpu").variables()["SGLANG_USE_CPU_ENGINE"] == "1"
