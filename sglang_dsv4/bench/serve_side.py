@@ -183,3 +183,16 @@ def start_in_turn(
         wait_until_ready([server])
         servers.append(server)
     return servers
+
+
+def start_at_once(
+    sides: Iterable[Side], tokens: int, enter: Callable[[Side], SideServer]
+) -> list[SideServer]:
+    """Start sides at the same time with pools of so many tokens; ``enter`` starts one.
+
+    The share of memory only has to be large: SGLang counts what others take during a start as its own.
+    """
+    pool = ("--max-total-tokens", str(tokens), "--mem-fraction-static", "0.8")
+    servers = [enter(Side(side.name, side.is_ours, (*side.options, *pool))) for side in sides]
+    wait_until_ready(servers)
+    return servers

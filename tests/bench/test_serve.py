@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from sglang_dsv4.bench import serve_command, serve_report
+from sglang_dsv4.bench import serve_command, serve_report, serve_side
 from sglang_dsv4.bench.serve_client import Reply, ServeClient, Stream
 from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side, SideServer, same_share
 from sglang_dsv4.bench.serve_work import agents, all_work, chats
@@ -167,6 +167,27 @@ def test_the_second_server_gets_as_many_bytes_as_the_first():
     assert same_share(0.5, 0, 0) == 0.5
     with pytest.raises(ValueError, match="expected room for as much again"):
         same_share(0.5, 80 << 30, 40 << 30)
+
+
+@pytest.mark.parametrize("tokens", [None, 65536])
+def test_sides_start_at_the_same_time_where_the_size_of_their_pools_is_given(monkeypatch, tokens):
+    done = []
+
+    def enter(side):
+        done.append(side.name)
+        return SimpleNamespace(side=side)
+
+    monkeypatch.setattr(serve_side, "wait_until_ready", lambda servers: done.append(len(servers)))
+    sides = [Side(name, True, ("--x",)) for name in (OURS, THEIRS)]
+    if tokens is None:
+        servers = serve_side.start_in_turn(sides, 0.2, "cpu", enter)
+        assert done == [OURS, 1, THEIRS, 1]
+    else:
+        servers = serve_side.start_at_once(sides, tokens, enter)
+        assert done == [OURS, THEIRS, 2]
+    for server, side in zip(servers, sides, strict=True):
+        assert server.side.name == side.name and server.side.options[0] == "--x"
+        assert ("65536" in server.side.options) == (tokens is not None)
 
 
 def test_the_sides_differ_by_the_flag_alone(tmp_path):
