@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_dsv4.compare.ask import Answer, Question
-from sglang_dsv4.runtime.oracle import Oracle
 from sglang_dsv4.spec import CSA_RATIO
 
 # A forward costs as much as the square of its length, and a GPU waits for it.
@@ -28,6 +27,9 @@ def exact_differences(
     Raises:
         ValueError: every question is too long.
     """
+    # Not before: kernels are timed on machines without transformers, too.
+    from sglang_dsv4.runtime.oracle import Oracle
+
     oracle = Oracle(checkpoint)
     longest = min(LONGEST, CSA_RATIO * oracle.index_topk)
     short = [

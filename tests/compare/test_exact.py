@@ -1,5 +1,8 @@
 """How far answers are from exact arithmetic."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -54,3 +57,12 @@ def test_questions_that_leave_entries_out_are_refused(checkpoint):
     answers = [Answer((Token(1, 0.0, 1, 0.0),) * 1024, 0)]
     with pytest.raises(ValueError, match="expected a prompt and answer of at most 1024 tokens"):
         exact_differences(checkpoint, questions, answers, 1)
+
+
+def test_commands_load_without_transformers():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import sglang_dsv4.bench.command, sglang_dsv4.compare.command
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
