@@ -29,8 +29,7 @@ from sglang_dsv4.bench.serve_side import (
     wait_until_ready,
 )
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
-from sglang_dsv4.demo.command import leave
-from sglang_dsv4.demo.server import ServerDiedError
+from sglang_dsv4.demo.server import ServerDiedError, leave
 from sglang_dsv4.tiny.command import read_ratios
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"

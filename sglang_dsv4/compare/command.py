@@ -20,8 +20,7 @@ from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import make_questions
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, Result, run_session
-from sglang_dsv4.demo.command import leave
-from sglang_dsv4.demo.server import ServerDiedError
+from sglang_dsv4.demo.server import ServerDiedError, leave
 
 # Three ways show both modes and all chunk sizes; each is two servers.
 WAYS = {

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from sglang_dsv4 import env
 
@@ -159,3 +159,9 @@ def _signal_group(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by an exception, which passes through the `with` blocks that own servers."""
+    del frame
+    raise SystemExit(128 + number)
