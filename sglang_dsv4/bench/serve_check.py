@@ -1,19 +1,24 @@
 """Answers are compared before anything is timed."""
 
+from pathlib import Path
 from typing import Any
 
 from sglang_dsv4.bench.serve_client import ServeClient
 from sglang_dsv4.bench.serve_side import OURS, THEIRS
-from sglang_dsv4.compare.ask import Token, make_questions, score
-from sglang_dsv4.compare.judge import Verdict, judge
-from sglang_dsv4.compare.runs import Passes
+from sglang_dsv4.compare.ask import Scorer, make_questions
+from sglang_dsv4.compare.exact import exact_differences
+from sglang_dsv4.compare.judge import Spread, Verdict, judge, spread_of
+from sglang_dsv4.compare.runs import Passes, write_answers
 from sglang_dsv4.compare.session import bound_of
 
 ROUNDED = "ours-rounded"
 CONCURRENCY = 8
+NUM_EXACT = 8  # answers that transformers computes: on a CPU a second or two each
 
 
-async def check(urls: dict[str, str], count: int, longest: int) -> dict[str, Any]:
+async def check(
+    urls: dict[str, str], count: int, longest: int, checkpoint: Path | None, answers: Path
+) -> dict[str, Any]:
     """Compare answers of ours, cold and at hits, with the reference's.
 
     The reference is SGLang's own cache, or ours where that does not run; its rounding is how far it is from itself.
@@ -22,6 +27,9 @@ async def check(urls: dict[str, str], count: int, longest: int) -> dict[str, Any
         urls (dict[str, str]): of the servers by side; `ROUNDED` is ours with the reference's row format.
         count (int): questions.
         longest (int): tokens of a prompt, at most.
+        checkpoint (Path | None): what is served, where transformers can compute it in fp32: SGLang's own cache may be as far
+            from ours as twice its distance from that.
+        answers (Path): where the answers are kept.
 
     Returns:
         dict[str, Any]: the bound, and what was found.
@@ -32,17 +40,19 @@ async def check(urls: dict[str, str], count: int, longest: int) -> dict[str, Any
     clients = {name: ServeClient(url) for name, url in urls.items()}
     passes = Passes(make_questions(count, longest, 1), CONCURRENCY)
     found = {name: await passes.run(client, name) for name, client in clients.items()}
+    write_answers(answers, passes.questions, [run for runs in found.values() for run in runs])
     reference = THEIRS if THEIRS in clients else OURS
-
-    async def scorer(prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> list[Token]:
-        return await score(clients[reference], prompt_ids, token_ids)
+    scorer = Scorer(clients[reference], CONCURRENCY)
 
     cold, judged = found[reference][0], found.get(OURS, [])
     scored = {
         number: await scorer(question.prompt_ids, cold.answers[number].token_ids)
         for number, question in enumerate(passes.questions)
     }
-    bound = bound_of(found[reference], judged, found.get(ROUNDED), scored)
+    exact = Spread()
+    if checkpoint is not None and reference == THEIRS:
+        exact = spread_of(exact_differences(checkpoint, passes.questions, cold.answers, NUM_EXACT))
+    bound = bound_of(found[reference], judged, found.get(ROUNDED), scored, exact)
     verdict = Verdict()
     for run in judged:
         for number, answer in enumerate(run.answers):
@@ -52,6 +62,8 @@ async def check(urls: dict[str, str], count: int, longest: int) -> dict[str, Any
             )  # fmt: skip
     for client in clients.values():
         await client.close()
+    if verdict.typical > bound["typical_bound"]:
+        raise ValueError(f"answers: expected within {bound} as a rule, got {verdict.typical:.3g}")
     if verdict.faults:
         raise ValueError(f"answers: expected within {bound}, but {verdict.faults[0]}")
     return {"reference": reference, **bound, **verdict.to_dict()}

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import shlex
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from sglang_dsv4.bench.serve_side import (
     Side,
     SideServer,
     facts_of,
+    start_at_once,
     start_in_turn,
     wait_until_ready,
 )
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
-from sglang_dsv4.demo.server import ServerDiedError
+from sglang_dsv4.demo.server import ServerDiedError, leave
 from sglang_dsv4.tiny.command import read_ratios
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
@@ -76,6 +78,13 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="of free memory, for each side's pools (default: %(default)s)",
     )
     parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="pools of so many tokens, and all servers start at the same time, which saves minutes on a machine where SGLang has "
+        "not compiled yet (default: as many tokens as fit into --mem-fraction, and one server after the other)",
+    )
+    parser.add_argument(
         "--options", default="", help="further options of both sides, as one string"
     )
     parser.add_argument("--our-options", default="", help="further options of ours, as one string")
@@ -90,6 +99,7 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
+    signal.signal(signal.SIGTERM, leave)  # a `kill` must end the servers too
     console = Console(width=160)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = "flash" if device == "cuda" else "tiny"
@@ -102,23 +112,30 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         with ExitStack() as stack:
-            servers = start_in_turn(
-                make_sides(args, device),
-                args.mem_fraction if device == "cuda" else 0.5,
-                device,
-                lambda side: stack.enter_context(
-                    SideServer(side, checkpoint, args.build_dir / "bench-serve", device)
-                ),
-            )
-            report["servers"] = {server.side.name: facts_of(server) for server in servers}
+            folder = args.build_dir / "bench-serve"
+
+            def enter(side: Side, owner: ExitStack = stack) -> SideServer:
+                return owner.enter_context(SideServer(side, checkpoint, folder, device))
+
             with ExitStack() as short:
+                rounded, third = make_rounded(args, device), None
+                sides = make_sides(args, device)
+                if args.tokens:
+                    third = rounded and enter(rounded, short)
+                    servers = start_at_once(sides, args.tokens, enter)
+                else:
+                    share = args.mem_fraction if device == "cuda" else 0.5
+                    servers = start_in_turn(sides, share, device, enter)
+                    third = rounded and enter(rounded, short)
+                report["servers"] = {server.side.name: facts_of(server) for server in servers}
                 urls = {server.side.name: server.url for server in servers}
-                rounded = make_rounded(args, device)
-                if rounded is not None:
-                    third = SideServer(rounded, checkpoint, args.build_dir / "bench-serve", device)
-                    wait_until_ready([short.enter_context(third)])
-                    urls[rounded.name] = third.url
-                report["check"] = asyncio.run(check(urls, *CHECKED[device]))
+                if third is not None:
+                    wait_until_ready([third])
+                    urls[third.side.name] = third.url
+                # A checkpoint of one's own may be too large for the CPU.
+                written = None if args.model else checkpoint
+                answers = folder / "answers.json"
+                report["check"] = asyncio.run(check(urls, *CHECKED[device], written, answers))
             console.print(f"Checked: {report['check']}")
             asyncio.run(_measure(args, device, servers, report, console))
     except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
@@ -181,7 +198,8 @@ async def _measure(
         for client in clients.values():  # compiles what this scenario needs
             await _round(client, work if device == "cuda" else chats(1, 1, 16, 2))
         for number in range(args.rounds or (1 if quick else 3)):
-            for name, client in clients.items():
+            # Who is first takes turns, too.
+            for name, client in list(clients.items())[:: (-1) ** number]:
                 numbers = await _round(client, work)
                 entry = {"work": work.name, "about": work.about, "side": name, "round": number}
                 report["rounds"].append({**entry, "numbers": numbers})

@@ -11,8 +11,10 @@ import httpx
 import torch
 
 from sglang_dsv4.demo.server import Server
+from sglang_dsv4.plugin.refusals import is_unquantised
 
-START_S = 420.0
+# SGLang compiles kernels at its first start on a machine, for about 300 s where nothing else runs.
+START_S = 900.0
 OURS, THEIRS = "ours", "sglang"
 FLAG = "--enable-dsv4-compressed-kv"
 # What a server logs when it sizes its pools: bytes of a token, and GiB that are there; SGLang's own line, and ours on a GPU.
@@ -50,6 +52,7 @@ class SideServer(Server):
     def __init__(self, side: Side, checkpoint: Path, folder: Path, device: str) -> None:
         super().__init__(checkpoint, folder.resolve() / f"{side.name}.log", ())
         self.side = side
+        self._checkpoint = checkpoint
         self.folder = folder.resolve()
         self._device = device
         model_at = self._command.index("--model-path") + 1
@@ -59,11 +62,15 @@ class SideServer(Server):
         self._command = [*head, *address, *flag, *side.options]
 
     def variables(self) -> dict[str, str]:
-        """On a GPU SGLang must not be told that it is on a CPU, but that the output projection's weights are not FP8."""
+        """On a GPU SGLang must not be told that it is on a CPU, but that the output projection's weights are not FP8, where
+        they are not: it expects them so unless told otherwise."""
         found = super().variables()
         if self._device == "cpu":
             return found
-        return {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"], "SGLANG_OPT_FP8_WO_A_GEMM": "0"}
+        on_gpu = {"PYTHONUNBUFFERED": found["PYTHONUNBUFFERED"]}
+        if is_unquantised(str(self._checkpoint)):
+            on_gpu["SGLANG_OPT_FP8_WO_A_GEMM"] = "0"
+        return on_gpu
 
     def is_ready(self) -> bool:
         """Whether it takes requests.
@@ -175,4 +182,17 @@ def start_in_turn(
         server = enter(Side(side.name, side.is_ours, options))
         wait_until_ready([server])
         servers.append(server)
+    return servers
+
+
+def start_at_once(
+    sides: Iterable[Side], tokens: int, enter: Callable[[Side], SideServer]
+) -> list[SideServer]:
+    """Start sides at the same time with pools of so many tokens; ``enter`` starts one.
+
+    The share of memory only has to be large: SGLang counts what others take during a start as its own.
+    """
+    pool = ("--max-total-tokens", str(tokens), "--mem-fraction-static", "0.8")
+    servers = [enter(Side(side.name, side.is_ours, (*side.options, *pool))) for side in sides]
+    wait_until_ready(servers)
     return servers

@@ -141,3 +141,37 @@ async def score(client: ServeClient, prompt_ids: Ids, token_ids: Ids) -> list[To
             f"score: expected log-probabilities of {list(token_ids)}, got {[value[1] for value in values]}"
         )
     return [_token(value[1], value[0], top) for value, top in zip(values, best, strict=True)]
+
+
+class Scorer:
+    """Scores of one server, each asked for once.
+
+    Args:
+        client (ServeClient): the server.
+        concurrency (int): requests at once.
+    """
+
+    def __init__(self, client: ServeClient, concurrency: int) -> None:
+        self._client = client
+        self._free = asyncio.Semaphore(concurrency)
+        self._known: dict[tuple[Ids, Ids], list[Token]] = {}
+
+    async def __call__(self, prompt_ids: Ids, token_ids: Ids) -> list[Token]:
+        """`score`, or what it said before."""
+        wanted = (prompt_ids, token_ids)
+        if wanted not in self._known:
+            async with self._free:
+                self._known[wanted] = await score(self._client, prompt_ids, token_ids)
+        return self._known[wanted]
+
+    async def prepare(
+        self, questions: Sequence[Question], reference: Sequence[Answer], judged: Sequence[Answer]
+    ) -> None:
+        """Ask for everything that judging these answers will need, at the same time."""
+        both = zip(questions, reference, judged, strict=True)
+        wanted = {
+            (question.prompt_ids, answer.token_ids)
+            for question, right, answer in both
+            if answer.token_ids != right.token_ids
+        }
+        await asyncio.gather(*(self(*pair) for pair in wanted))

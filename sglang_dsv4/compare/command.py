@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from rich.text import Text
 from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
 from sglang_dsv4.bench.serve_report import environment
 from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side
+from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import make_questions
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, Result, run_session
-from sglang_dsv4.demo.server import ServerDiedError
+from sglang_dsv4.demo.server import ServerDiedError, leave
 
 # Three ways show both modes and all chunk sizes; each is two servers.
 WAYS = {
@@ -27,6 +29,7 @@ WAYS = {
 }
 POOL_TOKENS = {"cuda": 262144, "cpu": 16384}
 NATIVE_ROWS = "fp8_584"
+NUM_EXACT = 32
 # One scheduler that waits must not take a core from another that works.
 EXACT = ("--dtype", "float32", "--sleep-on-idle")
 
@@ -54,6 +57,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--concurrency", type=int, default=16, help="requests at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--exact",
+        type=int,
+        metavar="N",
+        help="answers that transformers computes in fp32, to know how far SGLang's own backend is from that (default: 32 on a "
+        "GPU; none on a CPU, where both sides round in the same places, and none with --model, which may be too large)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument(
@@ -87,6 +97,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Compare; the exit status."""
+    signal.signal(signal.SIGTERM, leave)  # a `kill` must end the servers too
     console = Console(width=160)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = args.model or ready_checkpoint(
@@ -94,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     )
     try:
         plan = None if args.only == "bytes" else make_plan(args, device)
-        bytes_side = None if args.only == "tokens" else make_side(args, device, OURS, None)
+        bytes_side = None if args.only == "tokens" else make_bytes_side(args, device)
         result, facts = run_session(
             checkpoint, args.build_dir / "compare", device, plan, bytes_side, console.print
         )
@@ -150,9 +161,20 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         judged = [make_side(args, device, OURS, way) for way in ways]
         if (args.rows or NATIVE_ROWS) != NATIVE_ROWS:
             rounded = make_side(args, device, f"{OURS}-{NATIVE_ROWS}", ways[0], NATIVE_ROWS)
-    at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways))
     questions = make_questions(args.requests, args.longest, args.seed)
-    return Plan(reference, judged, rounded, Passes(questions, args.concurrency), at_once)
+    passes = Passes(questions, args.concurrency)
+    # The rounded side and the one whose bytes are compared are at most two more.
+    at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways) + 2)
+    num_exact = args.exact
+    if num_exact is None:
+        num_exact = 0 if device == "cpu" or args.model else NUM_EXACT
+    return Plan(reference, judged, rounded, passes, at_once, num_exact)
+
+
+def make_bytes_side(args: argparse.Namespace, device: str) -> Side:
+    """The server whose bytes are compared."""
+    side = make_side(args, device, OURS, None)
+    return Side(f"{side.name}-bytes", True, (*side.options, *hit_bytes.OPTIONS))
 
 
 def show(console: Console, result: Result) -> None:
@@ -160,7 +182,18 @@ def show(console: Console, result: Result) -> None:
     if result.bound:
         console.print(
             f"Bound of a log-probability {result.bound['bound']:.3g}: twice the reference's own {result.bound['own_rounding']:.3g}"
-            f" and twice {result.bound['row_rounding']:.3g} for rows"
+            f" or its {result.bound['from_exact']:.3g} from exact arithmetic, and twice {result.bound['row_rounding']:.3g} for"
+            f" rows; as a rule {result.bound['typical_bound']:.3g}"
+        )
+    for name, spread in result.from_exact.items():
+        console.print(
+            f"From exact arithmetic, {name}: largest {spread['largest']:.3g}, as a rule {spread['typical']:.3g}"
+        )
+    for name, own in result.own.items():
+        hit, again = own["hit"], own["again"]
+        console.print(
+            f"{name}, from its own cold run: at hits largest {hit['largest']:.3g}, as a rule {hit['typical']:.3g}; cold again "
+            f"largest {again['largest']:.3g}, as a rule {again['typical']:.3g}"
         )
     for name, verdict in result.verdicts.items():
         console.print(f"{name}: {_sentence(verdict)}")
@@ -182,5 +215,6 @@ def _sentence(verdict: dict[str, Any]) -> str:
     return (
         f"{verdict['answers']} answers, {verdict['identical']} identical, {verdict['partings']} parted at a close call; "
         f"{verdict['tokens']} tokens, {verdict['certain']} certain, largest difference {verdict['largest']:.3g}, "
+        f"as a rule {verdict['typical']:.3g}, "
         f"{verdict['num_faults']} faults"
     )

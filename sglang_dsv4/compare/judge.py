@@ -1,5 +1,6 @@
 """Whether answers agree, given how far apart right answers may be."""
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ class Verdict:
         certain (int): tokens at which the reference's two best were further apart than the margin; there it must be the same.
         partings (int): answers that took another token at a close call.
         largest (float): largest difference of a log-probability.
+        squares (float): sum of the squared differences.
         faults (list[str]): everything that may not be.
     """
 
@@ -28,43 +30,85 @@ class Verdict:
     certain: int = 0
     partings: int = 0
     largest: float = 0.0
+    squares: float = 0.0
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def typical(self) -> float:
+        """Root of the mean squared difference."""
+        return math.sqrt(self.squares / max(1, self.tokens))
 
     def to_dict(self) -> dict[str, object]:
         """Plain values; of the faults the first ten."""
         return {
             **{name: getattr(self, name) for name in ("answers", "identical", "tokens", "certain", "partings", "largest")},
+            "typical": self.typical,
             "num_faults": len(self.faults),
             "faults": self.faults[:10],
         }  # fmt: skip
 
 
-def moved(first: Sequence[Token], second: Sequence[Token]) -> float:
-    """Largest difference of log-probability over the tokens that two runs have in common from the start.
+@dataclass(frozen=True)
+class Spread:
+    """How far apart log-probabilities are that should be equal.
+
+    Attributes:
+        largest (float): the largest difference.
+        typical (float): root of the mean squared difference.
+    """
+
+    largest: float = 0.0
+    typical: float = 0.0
+
+    def or_more(self, other: "Spread") -> "Spread":
+        """The wider of the two, in either number."""
+        return Spread(max(self.largest, other.largest), max(self.typical, other.typical))
+
+
+def spread_of(differences: Sequence[float]) -> Spread:
+    """Of all of them."""
+    if not differences:
+        return Spread()
+    squares = math.fsum(difference**2 for difference in differences)
+    return Spread(max(map(abs, differences)), math.sqrt(squares / len(differences)))
+
+
+def moved(first: Sequence[Token], second: Sequence[Token]) -> list[float]:
+    """Differences of log-probability over the tokens that two runs have in common from the start.
 
     At the place where they part, the tokens differ and are not compared.
     """
-    largest = 0.0
+    found = []
     for a, b in zip(first, second, strict=False):
         if a.token_id != b.token_id:
             break
-        largest = max(largest, abs(a.logprob - b.logprob))
-    return largest
+        found.append(a.logprob - b.logprob)
+    return found
 
 
-def own_rounding(runs: Sequence[Sequence[Answer]], scored: dict[int, list[Token]]) -> float:
-    """How far apart one backend's own ways are: the largest difference of any run, or of a score, from the first run.
+def run_spread(first: Sequence[Answer], second: Sequence[Answer]) -> Spread:
+    """How far two runs are apart."""
+    pairs = zip(first, second, strict=True)
+    return spread_of([value for a, b in pairs for value in moved(a.tokens, b.tokens)])
+
+
+def own_rounding(runs: Sequence[Sequence[Answer]], scored: dict[int, list[Token]]) -> Spread:
+    """How far apart one backend's own ways are: the widest spread of any run, or of the scores, from the first run.
 
     Args:
         runs (Sequence[Sequence[Answer]]): answers to the same questions, by way; the first is the reference.
         scored (dict[int, list[Token]]): by question, the reference's own tokens scored in one prefill.
     """
     reference = runs[0]
-    found = [0.0]
+    scores = [
+        value
+        for number, tokens in scored.items()
+        for value in moved(reference[number].tokens, tokens)
+    ]
+    widest = spread_of(scores)
     for run in runs[1:]:
-        found += [moved(a.tokens, b.tokens) for a, b in zip(reference, run, strict=True)]
-    found += [moved(reference[number].tokens, tokens) for number, tokens in scored.items()]
-    return max(found)
+        widest = widest.or_more(run_spread(reference, run))
+    return widest
 
 
 async def judge(
@@ -105,6 +149,7 @@ async def judge(
         verdict.tokens += 1
         difference = abs(wanted.logprob - got.logprob)
         verdict.largest = max(verdict.largest, difference)
+        verdict.squares += difference**2
         if difference > bound:
             verdict.faults.append(
                 f"{name}: token {index}: log-probability {got.logprob:.4f}, expected {wanted.logprob:.4f}, bound {bound:.3g}"

@@ -1,14 +1,15 @@
 """Starts the servers of a comparison and collects their answers."""
 
+import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_dsv4.bench.serve_client import ServeClient
 from sglang_dsv4.bench.serve_side import Side, SideServer, facts_of, wait_until_ready
-from sglang_dsv4.compare.ask import Answer, Question, ask_all
+from sglang_dsv4.compare.ask import Answer, Question, Token, ask_all
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Run:
     """One pass over all questions.
 
     Attributes:
-        name (str): side, way, and ``cold`` or ``hit``.
+        name (str): side, way, and ``cold``, ``hit`` or ``again``.
         answers (list[Answer]): in the order of the questions.
     """
 
@@ -59,6 +60,33 @@ class Run:
         return sum(answer.cached_tokens for answer in self.answers)
 
 
+def write_answers(path: Path, questions: Sequence[Question], runs: Iterable[Run]) -> None:
+    """Keep what servers answered: to judge it again takes no server."""
+    report = {
+        "questions": [[list(question.prompt_ids), question.new_tokens] for question in questions],
+        "runs": {
+            run.name: [
+                [answer.cached_tokens, *map(astuple, answer.tokens)] for answer in run.answers
+            ]
+            for run in runs
+        },
+    }
+    path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def read_answers(path: Path) -> tuple[list[Question], dict[str, Run]]:
+    """What `write_answers` wrote: the questions, and every run by its name."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    questions = [Question(tuple(ids), new_tokens) for ids, new_tokens in report["questions"]]
+    runs = {
+        name: Run(
+            name, [Answer(tuple(Token(*t) for t in tokens), cached) for cached, *tokens in answers]
+        )
+        for name, answers in report["runs"].items()
+    }
+    return questions, runs
+
+
 @dataclass(frozen=True)
 class Passes:
     """How the questions are sent to each server."""
@@ -67,29 +95,35 @@ class Passes:
     concurrency: int
 
     async def run(self, client: ServeClient, name: str) -> list[Run]:
-        """All questions on a cold cache, and all of them again; both in an order of this server's own."""
+        """All questions on a cold cache, at prefix hits, and on a cold cache again; in an order of this server's own.
+
+        The last pass is the control of the second: how far answers are apart in other batches, without any hit.
+        """
         order = list(range(len(self.questions)))
         random.Random(name).shuffle(order)
         found = []
-        await client.flush()
-        for kind in ("cold", "hit"):
+        for kind in ("cold", "hit", "again"):
+            if kind != "hit":
+                await client.flush()
+            if kind == "again":
+                order.reverse()
             answers = await ask_all(client, self.questions, self.concurrency, order)
             found.append(Run(f"{name} {kind}", answers))
         return found
 
 
 class Fleet:
-    """Servers that end with the ``with`` block.
+    """Servers that end with the ``with`` block, all at the same time.
 
     Args:
         checkpoint (Path): what they serve.
-        folder (Path): for their logs.
+        folder (Path): for their logs, and their answers.
         device (str): ``cpu`` or ``cuda``.
     """
 
     def __init__(self, checkpoint: Path, folder: Path, device: str) -> None:
         self._checkpoint = checkpoint
-        self._folder = folder
+        self.folder = folder
         self._device = device
         self._running: list[SideServer] = []
         self.facts: dict[str, dict[str, Any]] = {}
@@ -100,19 +134,24 @@ class Fleet:
     def __exit__(self, *error: Any) -> None:
         self.end(self._running)
 
+    def launch(self, sides: Sequence[Side]) -> None:
+        """Let servers start, without waiting for them."""
+        for side in sides:
+            server = SideServer(side, self._checkpoint, self.folder, self._device)
+            server.__enter__()
+            self._running.append(server)
+
     def start(self, sides: Sequence[Side]) -> list[SideServer]:
-        """Start servers at the same time, and wait for all.
+        """Start servers at the same time, but those that were launched, and wait for all.
 
         Raises:
             ServerDiedError: one ended.
             TimeoutError: one did not get ready.
         """
-        servers = []
-        for side in sides:
-            server = SideServer(side, self._checkpoint, self._folder, self._device)
-            server.__enter__()
-            self._running.append(server)
-            servers.append(server)
+        launched = [server.side for server in self._running]
+        self.launch([side for side in sides if side not in launched])
+        servers = [server for server in self._running if server.side in sides]
+        servers.sort(key=lambda server: sides.index(server.side))
         wait_until_ready(servers)
         for server in servers:
             self.facts[server.side.name] = facts_of(server)
@@ -120,11 +159,9 @@ class Fleet:
 
     def end(self, servers: Sequence[SideServer]) -> None:
         """End some servers; one that has ended may be among them."""
-        for server in tuple(servers):
-            if server in self._running:
-                self._running.remove(server)
-                server.__exit__(None, None, None)
-
-    def end_all(self) -> None:
-        """End what still runs."""
-        self.end(self._running)
+        ending = [server for server in servers if server in self._running]
+        for server in ending:
+            server.ask_to_end()
+        for server in ending:
+            self._running.remove(server)
+            server.__exit__(None, None, None)

@@ -3,7 +3,6 @@
 import argparse
 import signal
 from pathlib import Path
-from types import FrameType
 
 import httpx
 import torch
@@ -20,7 +19,7 @@ from rich.text import Text
 
 from sglang_dsv4.demo.client import Client
 from sglang_dsv4.demo.report import print_answers, print_memory, print_verdict
-from sglang_dsv4.demo.server import Server, ServerDiedError, active_line
+from sglang_dsv4.demo.server import Server, ServerDiedError, active_line, leave
 from sglang_dsv4.demo.standards import build_standards, num_steps
 from sglang_dsv4.demo.start import ready_checkpoint, wait_until_healthy
 from sglang_dsv4.demo.verdict import check_lengths, check_prefix_hits, check_proof, judge
@@ -123,8 +122,3 @@ def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress)
     print_verdict(console, standards, faults)
     console.print(f"The server's log is {log}.")
     return 1 if faults else 0
-
-
-def leave(number: int, frame: FrameType | None) -> None:
-    del frame
-    raise SystemExit(128 + number)

@@ -1,19 +1,23 @@
 """One SGLang server as a child process."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from sglang_dsv4 import env
 
 ACTIVE_MARK = "sglang_dsv4 active:"
 TERMINATE_S = 15.0
 LOG_LINES_SHOWN = 25
+# A server takes its port minutes after it was chosen. Linux gives ports from 32768 on to whoever asks for any, and SGLang's
+# own processes do.
+PORTS = range(20000, 32000)
 # Enough for every request of the demonstration at once, small enough for any machine. The share of window pages is
 # SGLang's to choose, and it would choose a tenth: too few for the requests, and windows that a prefix hit needs would
 # be gone by then, or not, depending on the order in which requests ended. The share of memory only has to be large: SGLang
@@ -84,6 +88,10 @@ class Server:
         assert self._process is not None
         end_group(self._process)
 
+    def ask_to_end(self) -> None:
+        """Begin to end it, without waiting: several servers then end at the same time."""
+        _signal_group(self.group, signal.SIGTERM)
+
     @property
     def group(self) -> int:
         """Its process group."""
@@ -115,10 +123,20 @@ def active_line(lines: list[str]) -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that is free now, of `PORTS`.
+
+    Raises:
+        OSError: none of many was.
+    """
+    tried = random.SystemRandom().sample(PORTS, 100)
+    for port in tried:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"port: expected a free one among {len(tried)} of {PORTS}, got none")
 
 
 def end_group(process: subprocess.Popen[bytes], patience_s: float = TERMINATE_S) -> None:
@@ -141,3 +159,9 @@ def _signal_group(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by an exception, which passes through the `with` blocks that own servers."""
+    del frame
+    raise SystemExit(128 + number)

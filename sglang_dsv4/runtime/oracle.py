@@ -43,7 +43,9 @@ class Oracle:
         self._checkpoint = checkpoint
         self._models: dict[torch.dtype, nn.Module] = {}
         self._answers: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.vocab_size = int(self._model(torch.float32).config.vocab_size)
+        config = self._model(torch.float32).config
+        self.vocab_size = int(config.vocab_size)
+        self.index_topk = int(config.index_topk)
 
     def logprobs(
         self,

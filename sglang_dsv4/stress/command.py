@@ -20,8 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from sglang_dsv4.demo.client import Client
-from sglang_dsv4.demo.command import leave
-from sglang_dsv4.demo.server import Server, ServerDiedError
+from sglang_dsv4.demo.server import Server, ServerDiedError, leave
 from sglang_dsv4.demo.start import ready_checkpoint, wait_until_healthy
 from sglang_dsv4.stress.drive import Load
 from sglang_dsv4.stress.memory import group_bytes

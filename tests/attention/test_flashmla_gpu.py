@@ -7,6 +7,7 @@ import torch
 
 from sglang_dsv4.attention import FixedShape, choose_attention, find_capabilities
 from sglang_dsv4.bench.attention_check import worst
+from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention.test_flashinfer_gpu import STARTS, errors, expect, make, make_work, pad, run
 
@@ -38,6 +39,21 @@ def test_packed_rows_match_fp64(kind, heads):
     attention.plan(work.plan, work.lengths)
     for layer_id in (1, 0):
         assert max(errors(run(attention, work, layer_id), work, layer_id)) <= 1
+
+
+def test_a_pool_beyond_32_bits():
+    if not hopper():
+        return
+    case = AttentionCase("csa", ((1 << 20) - 1,) * 30, (1,) * 30)
+    work = AttentionWork(case, 1, "fp8_584", torch.device("cuda"))
+    pool, fmt = work.cache.layers[0].storage.pool, work.cache.spec.rows
+    assert pool.numel() * pool.element_size() > 1 << 32
+    work.q, work.selected = work.q * 2, work.selected * 2
+    farthest = int(work.selected[0].max()) // fmt.group_rows * fmt.group_bytes
+    assert farthest > 1 << 32
+    attention = make_flashmla(work)
+    attention.plan(work.plan, work.lengths)
+    assert max(errors(run(attention, work, 0), work, 0)) <= 1
 
 
 @pytest.mark.parametrize("kind", ["window", "csa", "hca"])

@@ -2,11 +2,14 @@
 
 import argparse
 import asyncio
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from sglang_dsv4.bench import serve_command, serve_report
+from sglang_dsv4.bench import serve_command, serve_report, serve_side
 from sglang_dsv4.bench.serve_client import Reply, ServeClient, Stream
 from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side, SideServer, same_share
 from sglang_dsv4.bench.serve_work import agents, all_work, chats
@@ -135,11 +138,56 @@ def test_every_scenario_of_the_issue_is_there(device):
         assert names == ["chat-1", "chat-8", "chat-32", "chat-64", "long-131072", "agents-64"]
 
 
+def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
+    asked = []
+
+    async def one_round(client, work):
+        asked.append((client, work.name))
+        return serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
+
+    class Client(str):
+        async def close(self):
+            pass
+
+    monkeypatch.setattr(serve_command, "_round", one_round)
+    monkeypatch.setattr(serve_command, "ServeClient", Client)
+    servers = [SimpleNamespace(side=Side(name, True, ()), url=name) for name in (OURS, THEIRS)]
+    args = argparse.Namespace(quick=False, only="chat-8", rounds=None, json=None)
+    report = {"rounds": []}
+    console = Console(file=io.StringIO())
+    asyncio.run(serve_command._measure(args, "cuda", servers, report, console))
+    assert {name for _, name in asked} == {"chat-8"}
+    warm_up = [OURS, THEIRS]
+    assert [client for client, _ in asked] == [*warm_up, OURS, THEIRS, THEIRS, OURS, OURS, THEIRS]
+    assert [entry["side"] for entry in report["rounds"]] == [client for client, _ in asked[2:]]
+
+
 def test_the_second_server_gets_as_many_bytes_as_the_first():
     assert same_share(0.2, 80 << 30, 60 << 30) * (60 << 30) == pytest.approx(0.2 * (80 << 30))
     assert same_share(0.5, 0, 0) == 0.5
     with pytest.raises(ValueError, match="expected room for as much again"):
         same_share(0.5, 80 << 30, 40 << 30)
+
+
+@pytest.mark.parametrize("tokens", [None, 65536])
+def test_sides_start_at_the_same_time_where_the_size_of_their_pools_is_given(monkeypatch, tokens):
+    done = []
+
+    def enter(side):
+        done.append(side.name)
+        return SimpleNamespace(side=side)
+
+    monkeypatch.setattr(serve_side, "wait_until_ready", lambda servers: done.append(len(servers)))
+    sides = [Side(name, True, ("--x",)) for name in (OURS, THEIRS)]
+    if tokens is None:
+        servers = serve_side.start_in_turn(sides, 0.2, "cpu", enter)
+        assert done == [OURS, 1, THEIRS, 1]
+    else:
+        servers = serve_side.start_at_once(sides, tokens, enter)
+        assert done == [OURS, THEIRS, 2]
+    for server, side in zip(servers, sides, strict=True):
+        assert server.side.name == side.name and server.side.options[0] == "--x"
+        assert ("65536" in server.side.options) == (tokens is not None)
 
 
 def test_the_sides_differ_by_the_flag_alone(tmp_path):
@@ -165,5 +213,10 @@ def test_the_sides_differ_by_the_flag_alone(tmp_path):
 
 def test_a_server_on_a_gpu_is_not_told_that_it_is_on_a_cpu(tmp_path):
     side = Side(OURS, True, ())
-    assert "SGLANG_USE_CPU_ENGINE" not in SideServer(side, tmp_path, tmp_path, "cuda").variables()
+    config = tmp_path / "config.json"
+    for quantization, wanted in (({}, "0"), ({"quant_method": "fp8"}, None)):
+        config.write_text(json.dumps({"quantization_config": quantization}))
+        variables = SideServer(side, tmp_path, tmp_path, "cuda").variables()
+        assert "SGLANG_USE_CPU_ENGINE" not in variables
+        assert variables.get("SGLANG_OPT_FP8_WO_A_GEMM") == wanted
     assert SideServer(side, tmp_path, tmp_path, "cpu").variables()["SGLANG_USE_CPU_ENGINE"] == "1"

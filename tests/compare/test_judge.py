@@ -5,8 +5,11 @@ import random
 
 import pytest
 
+from sglang_dsv4.compare import ask
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
-from sglang_dsv4.compare.judge import Verdict, judge, moved, own_rounding
+from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
+from sglang_dsv4.compare.runs import Passes, Run, read_answers, write_answers
+from sglang_dsv4.compare.session import PLANTED, bound_of, wrong_question
 
 BOUND = 0.1
 PROMPT = (9, 10, 11)
@@ -71,10 +74,105 @@ def test_a_short_answer_is_a_fault():
 
 def test_own_rounding_is_the_largest_difference_of_any_way_up_to_where_ways_part():
     moves = answer((1, -0.52, 1, 0.9), (5, -9.0, 5, 0.05), (3, -9.0, 3, 2.0))
-    assert moved(RIGHT.tokens, moves.tokens) == pytest.approx(0.02)
+    assert moved(RIGHT.tokens, moves.tokens) == pytest.approx([0.02])
     scores = {0: list(answer((1, -0.5, 1, 0.9), (2, -1.03, 2, 0.05), (3, -0.2, 3, 2)).tokens)}
-    assert own_rounding([[RIGHT], [moves]], {}) == pytest.approx(0.02)
-    assert own_rounding([[RIGHT], [moves]], scores) == pytest.approx(0.03)
+    assert own_rounding([[RIGHT], [moves]], {}).largest == pytest.approx(0.02)
+    assert own_rounding([[RIGHT], [moves]], scores).largest == pytest.approx(0.03)
+
+
+def test_a_bound_is_twice_the_reference_s_distance_from_itself_or_from_exact_arithmetic():
+    moves = answer((1, -0.5, 1, 0.9), (2, -1.06, 2, 0.05), (3, -0.2, 3, 2.0))
+    reference = [Run("theirs cold", [RIGHT]), Run("theirs hit", [moves])]
+    judged = [Run("ours cold", [RIGHT])]
+    alone = bound_of(reference, judged, None, {}, Spread())
+    assert alone["bound"] == pytest.approx(0.12)
+    assert alone["typical_bound"] == pytest.approx(2 * 0.06 / 3**0.5)
+    exact = bound_of(reference, judged, None, {}, Spread(0.2, 0.01))
+    assert exact["bound"] == pytest.approx(0.4)
+    assert exact["typical_bound"] == alone["typical_bound"]
+    rows = bound_of(reference, judged, [Run("rounded cold", [moves])], {}, Spread())
+    assert rows["bound"] == pytest.approx(0.24)
+    assert rows["typical_bound"] == pytest.approx(2 * alone["typical_bound"])
+
+
+def test_what_a_run_is_away_as_a_rule():
+    verdict = judged(answer((1, -0.53, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.16, 3, 2.0)))
+    assert verdict.typical == pytest.approx((0.03**2 + 0.04**2) ** 0.5 / 3**0.5)
+    assert spread_of([]) == Spread() and spread_of([-3.0, 4.0]) == Spread(4.0, 12.5**0.5)
+
+
+def test_scores_are_asked_for_once_and_at_the_same_time(monkeypatch):
+    asked, running = [], []
+
+    async def score(client, prompt_ids, token_ids):
+        asked.append(token_ids)
+        running.append(len(asked) - len(done))
+        await asyncio.sleep(0)
+        done.append(token_ids)
+        return [token_ids]
+
+    done = []
+    monkeypatch.setattr(ask, "score", score)
+    others = [answer((number, -1.0, number, 0.1)) for number in range(5)]
+    questions = [Question(PROMPT, 1)] * 6
+
+    async def prepare_and_ask():
+        scorer = ask.Scorer(None, 2)
+        await scorer.prepare(
+            questions, [answer((9, -1.0, 9, 0.1))] * 6, [*others, answer((9, -1.0, 9, 0.1))]
+        )
+        return [await scorer(PROMPT, other.token_ids) for other in others]
+
+    assert asyncio.run(prepare_and_ask()) == [[other.token_ids] for other in others]
+    assert sorted(asked) == [other.token_ids for other in others]  # not of the answer that agrees
+    assert max(running) == 2
+
+
+def test_every_server_is_asked_cold_at_hits_and_cold_again_in_another_order():
+    done = []
+
+    class Client:
+        async def flush(self):
+            done.append("flush")
+
+        async def post(self, body):
+            done.append(len(body["input_ids"]))
+            chosen = [[-0.5, 7, None]]
+            return {"meta_info": {
+                "output_token_logprobs": chosen, "output_top_logprobs": [[[-0.5, 7, None], [-0.9, 8, None]]],
+                "completion_tokens": 1, "cached_tokens": 0,
+            }}  # fmt: skip
+
+    questions = [Question((9,) * length, 1) for length in (1, 2, 3, 4, 5)]
+    runs = asyncio.run(Passes(questions, 1).run(Client(), "a"))
+    assert [run.name for run in runs] == ["a cold", "a hit", "a again"]
+    (first, order) = (done[0], done[1:6])
+    assert first == "flush" and sorted(order) == [1, 2, 3, 4, 5] != order
+    assert done == ["flush", *order, *order, "flush", *order[::-1]]
+
+
+def test_planted_faults_are_where_they_say():
+    prompt = tuple(range(8, 308))
+    changed = {
+        kind: [
+            i
+            for i, (a, b) in enumerate(
+                zip(
+                    prompt,
+                    wrong_question(Question(prompt, 4), kind, random.Random(0)).prompt_ids,
+                    strict=True,
+                )
+            )
+            if a != b
+        ]
+        for kind in PLANTED
+    }
+    assert changed["a token of the window"] == [295]
+    assert changed["most of the window"] == list(range(200, 296))
+    assert 140 < len(changed["the first page"]) <= 150 and max(changed["the first page"]) < 150
+    for kind in PLANTED:
+        short = wrong_question(Question((8, 9), 4), kind, random.Random(0)).prompt_ids
+        assert len(short) == 2 and short[1] == 9
 
 
 def test_questions_are_mixed_repeatable_and_share_prefixes():
@@ -85,6 +183,13 @@ def test_questions_are_mixed_repeatable_and_share_prefixes():
     first_pages = [q.prompt_ids[:256] for q in questions if len(q.prompt_ids) > 256]
     assert 10 < len(first_pages) - len(set(first_pages)) < len(first_pages) // 2
     assert {question.new_tokens for question in questions} == {4, 12, 24}
+
+
+def test_answers_can_be_judged_again_from_the_file(tmp_path):
+    questions = make_questions(3, 400, 0)
+    runs = [Run("a cold", [RIGHT, answer(), RIGHT]), Run("a hit", [Answer(RIGHT.tokens, 256)] * 3)]
+    write_answers(tmp_path / "answers.json", questions, runs)
+    assert read_answers(tmp_path / "answers.json") == (questions, {run.name: run for run in runs})
 
 
 def test_an_answer_without_all_its_log_probabilities_is_refused():

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from sglang_dsv4.cli import main
+from sglang_dsv4.compare.runs import read_answers
+from sglang_dsv4.compare.session import PLANTED
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.long]
 
@@ -13,12 +15,23 @@ def test_compare_passes_notices_planted_faults_and_finds_the_bytes_of_hits_equal
     file = tmp_path / "compare.json"
     status = main([
         "compare", "--requests", "6", "--longest", "600", "--concurrency", "3", "--ways", "eager-512,eager-256",
-        "--device", "cpu", "--build-dir", str(tmp_path), "--json", str(file),
+        "--device", "cpu", "--build-dir", str(tmp_path), "--json", str(file), "--exact", "3",
     ])  # fmt: skip
     report = json.loads(file.read_text())
     assert status == 0, report["faults"]
     assert 0 < report["bound"]["own_rounding"] < 1e-3
-    assert set(report["verdicts"]) == {"ours-eager-256 cold", "ours-eager-256 hit"}
+    for spread in report["from_exact"].values():
+        assert 0 < spread["typical"] < spread["largest"] < 1e-3
+    assert report["bound"]["typical_bound"] < report["bound"]["bound"] < 4e-3
+    assert [planted["fault"] for planted in report["planted"]] == list(PLANTED)
+    kinds = ("cold", "hit", "again")
+    assert set(report["verdicts"]) == {f"ours-eager-256 {kind}" for kind in kinds}
+    assert set(report["own"]) == {"ours-eager-512", "ours-eager-256"}
+    for own in report["own"].values():
+        assert all(own[kind]["largest"] < 1e-3 for kind in ("hit", "again"))
+    questions, runs = read_answers(tmp_path / "compare" / "answers.json")
+    assert len(questions) == 6
+    assert set(runs) == {f"ours-eager-{n} {kind}" for n in (512, 256) for kind in kinds}
     for verdict in report["verdicts"].values():
         assert verdict["answers"] == 6 and verdict["certain"] > 0.9 * verdict["tokens"] > 20
     assert all(planted["noticed"] == planted["tried"] > 0 for planted in report["planted"])

@@ -1,5 +1,6 @@
 """The server process: it always ends, with all its children, and says why when it ends by itself."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sglang_dsv4.demo import server
 from sglang_dsv4.demo.server import (
+    PORTS,
     Server,
     ServerDiedError,
     active_line,
@@ -105,7 +108,18 @@ def test_active_line_is_found_behind_the_loggers_prefix():
 
 
 def test_free_ports_are_valid():
-    assert 1024 < free_port() < 65536
+    assert len({free_port() for _ in range(20)} & set(PORTS)) > 18
+
+
+def test_a_port_that_is_taken_is_not_given(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        held = taken.getsockname()[1]
+        monkeypatch.setattr(server, "PORTS", [held] * 99 + [free_port()])
+        assert free_port() != held
+        monkeypatch.setattr(server, "PORTS", [held] * 100)
+        with pytest.raises(OSError, match="expected a free one among 100"):
+            free_port()
 
 
 def test_a_proxy_does_not_come_between_a_server_and_itself(tmp_path: Path, monkeypatch):

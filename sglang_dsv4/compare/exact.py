@@ -1,0 +1,52 @@
+"""How far a backend is from exact arithmetic: transformers' full forward in fp32, on the same weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_dsv4.compare.ask import Answer, Question
+from sglang_dsv4.spec import CSA_RATIO
+
+# A forward costs as much as the square of its length, and a GPU waits for it.
+LONGEST = 1024
+
+
+def exact_differences(
+    checkpoint: Path, questions: Sequence[Question], answers: Sequence[Answer], count: int
+) -> list[float]:
+    """By how much log-probabilities of a run differ from exact ones, along the run's own tokens.
+
+    Only where a CSA query attends to every entry: elsewhere rounding may choose others, and how far that moves an answer says
+    nothing about rounding; and up to `LONGEST` tokens.
+
+    Args:
+        checkpoint (Path): what the backend served.
+        questions (Sequence[Question]): what it was asked.
+        answers (Sequence[Answer]): what it answered.
+        count (int): how many answers are computed exactly, spread over all.
+
+    Raises:
+        ValueError: every question is too long.
+    """
+    # Not before: kernels are timed on machines without transformers, too.
+    from sglang_dsv4.runtime.oracle import Oracle
+
+    oracle = Oracle(checkpoint)
+    longest = min(LONGEST, CSA_RATIO * oracle.index_topk)
+    short = [
+        number
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=True))
+        if len(question.prompt_ids) + len(answer.tokens) <= longest
+    ]
+    if not short:
+        raise ValueError(
+            f"exact answers: expected a prompt and answer of at most {longest} tokens, got none"
+        )
+    found: list[float] = []
+    for number in short[:: max(1, len(short) // count)]:
+        prompt_ids, answer = questions[number].prompt_ids, answers[number]
+        logprobs = oracle.logprobs((*prompt_ids, *answer.token_ids[:-1]))[len(prompt_ids) - 1 :]
+        found += [
+            token.logprob - float(exact[token.token_id])
+            for token, exact in zip(answer.tokens, logprobs, strict=True)
+        ]
+    return found
