@@ -14,7 +14,6 @@ from dsv4_kernels.step import StepTensors
 from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, PAGE_TOKENS, Case
 
 EPS = 1e-6
-WINDOW_PAGES_KEPT = 2
 
 
 def make_step(case: Case, device: torch.device) -> StepTensors:
