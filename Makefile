@@ -46,6 +46,7 @@ test-long: env
 # Tables and picture in docs/ are written by docs/generate.py; the tests fail where they are out of date.
 docs: env
 	.venv/bin/python -m sphinx -W --keep-going -q -j 2 docs build/docs
+	@echo 'build/docs/index.html'
 
 stress-cache: env
 	.venv/bin/python -m pytest tests/cache/test_machine.py --hypothesis-profile=long -rP $(ARGS)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -9,35 +10,55 @@ from rich.table import Table
 
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.sizing import GIB, RELEASED, ServerSize, bytes_by_pool, most_tokens, released_spec
-from sglang_dsv4.spec import CacheSpec
-
-_INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
+from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``size``."""
-    parser = subparsers.add_parser("size", help="how many tokens fit into how much memory")
+    parser = subparsers.add_parser(
+        "size",
+        help="how many tokens fit into how much memory",
+        description="Print the largest --max-total-tokens whose cache fits into the memory given, and the bytes of every "
+        "pool. Nothing is allocated, and no checkpoint is loaded.",
+    )
     parser.add_argument("model", help="flash, pro, or a folder with a config.json")
     parser.add_argument(
-        "--memory", type=float, required=True, metavar="GIB", help="for the cache, on each GPU"
+        "--memory",
+        type=float,
+        required=True,
+        metavar="GIB",
+        help="for the cache, on each GPU: what weights, activations and graphs leave",
     )
     parser.add_argument(
-        "--requests", type=int, default=64, help="requests that run at once (default: 64)"
+        "--requests",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests that run at once (default: %(default)s)",
     )
     parser.add_argument(
         "--swa-full-tokens-ratio",
         type=float,
         default=0.1,
-        help="window pages for each history page (default: 0.1, as SGLang's)",
+        metavar="SHARE",
+        help="window pages for each history page (default: %(default)s, as SGLang's)",
     )
     parser.add_argument(
-        "--dsv4-kv-format", choices=sorted(_INDEX_FORMAT_OF_ROWS), default="bf16", help="rows"
+        "--dsv4-kv-format",
+        choices=sorted(INDEX_FORMAT_OF_ROWS),
+        default="bf16",
+        help="row format (default: %(default)s)",
     )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the size of every pool."""
+    """Print the size of every pool.
+
+    Raises:
+        UnsupportedError: an option is out of range, the model cannot be sized, or nothing fits.
+    """
+    _check_ranges(args)
     spec = _spec_of(args.model, args.dsv4_kv_format)
     share = args.swa_full_tokens_ratio
     tokens = most_tokens(spec, int(args.memory * GIB), args.requests, share)
@@ -54,8 +75,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_ranges(args: argparse.Namespace) -> None:
+    if not 0 < args.memory < math.inf:
+        raise UnsupportedError(f"--memory: expected a number of GiB above 0, got {args.memory}")
+    if args.requests < 1:
+        raise UnsupportedError(f"--requests: expected 1 or more, got {args.requests}")
+    share = args.swa_full_tokens_ratio
+    if not 0 < share <= 1:
+        raise UnsupportedError(
+            f"--swa-full-tokens-ratio: expected more than 0 and at most 1, got {share}"
+        )
+
+
 def _spec_of(model: str, row_format: str) -> CacheSpec:
-    formats = {"row_format": row_format, "index_format": _INDEX_FORMAT_OF_ROWS[row_format]}
+    formats = {"row_format": row_format, "index_format": INDEX_FORMAT_OF_ROWS[row_format]}
     if model in RELEASED:
         return released_spec(model, **formats)
     path = Path(model) / "config.json"
@@ -63,4 +96,8 @@ def _spec_of(model: str, row_format: str) -> CacheSpec:
         raise UnsupportedError(
             f"model {model}: expected flash, pro, or a folder with a config.json, found none"
         )
-    return CacheSpec.from_hf(json.loads(path.read_text(encoding="utf-8")), **formats)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedError(f"{path}: expected JSON, got {error}") from error
+    return CacheSpec.from_hf(config, **formats)

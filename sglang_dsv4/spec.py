@@ -18,6 +18,8 @@ _RATIO_OF_LAYER_TYPE = {
     "compressed_sparse_attention": CSA_RATIO,
     "heavily_compressed_attention": HCA_RATIO,
 }
+# What index keys are stored as where only the row format was chosen.
+INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
 _MIN_PAGE_TOKENS = 128
 _FP32_BYTES = 4
 

@@ -19,6 +19,11 @@ def csa_parts(kv_score: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
     return kv_b, kv_a, gate_b, gate_a
 
 
+def csa_streams(kv_score: torch.Tensor) -> torch.Tensor:
+    """View CSA rows ``[..., 4*D]`` as ``[..., 2, 2, D]``: kv and gate, each of the b-stream and of the a-stream."""
+    return kv_score.unflatten(-1, (2, 2, -1))
+
+
 def slot_bias(position_bias: torch.Tensor, dim: int) -> torch.Tensor:
     """Reorder a checkpoint's position bias into pooling slots.
 

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from sglang_dsv4.bench import attention
+from sglang_dsv4.bench.machine import environment, need_cuda
 from sglang_dsv4.bench.timing import copy_bandwidth
 
 
@@ -17,25 +16,30 @@ def add_parser(what: argparse._SubParsersAction) -> None:
     parser = what.add_parser(
         "attention",
         help="attention over the cache: FlashInfer, FlashMLA and torch, each checked first",
+        description="Time one layer's attention over the cache on a GPU: FlashInfer with our schedule and with its own, "
+        "FlashMLA, and torch. Every result is compared with fp64 first. FlashInfer and FlashMLA take part where they are "
+        "installed.",
     )
     parser.add_argument(
-        "--json", type=Path, help="also write the rows, and where they were measured, to this file"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the rows, and where they were measured, to this file",
     )
-    parser.add_argument("--only", default="", help="run only cases whose name contains this text")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run only cases whose name and row format contain this text",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where there is no GPU."""
-    from sglang_dsv4.bench.command import environment
-
+    """Run the benchmark; the exit status."""
+    need_cuda("attention")
     console = Console(width=160)
-    if not torch.cuda.is_available():
-        print(
-            "bench attention: expected a CUDA device, found none; nothing was run", file=sys.stderr
-        )
-        return 1
     where = environment(copy_bandwidth())
     console.print(
         f"{where['gpu']}, copy {where['copy_bytes_per_us'] / 1e3:,.0f} GB/s, torch {where['torch']}"

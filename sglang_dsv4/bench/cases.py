@@ -30,10 +30,16 @@ class Case:
         """Requests in the step."""
         return len(self.starts)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each request has after the step."""
+        return [start + count for start, count in zip(self.starts, self.extends, strict=True)]
+
     def num_closed(self, ratio: int) -> int:
         """Blocks that the step closes."""
         return sum(
-            (s + n) // ratio - s // ratio for s, n in zip(self.starts, self.extends, strict=True)
+            length // ratio - start // ratio
+            for start, length in zip(self.starts, self.lengths, strict=True)
         )
 
     def describe(self) -> str:

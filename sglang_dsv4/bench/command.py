@@ -2,13 +2,9 @@
 
 import argparse
 import json
-import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +19,7 @@ from sglang_dsv4.bench import (
     step_plan,
     window,
 )
+from sglang_dsv4.bench.machine import environment, need_cuda
 from sglang_dsv4.bench.timing import copy_bandwidth
 
 OPS = (flush, window, step_plan, index)
@@ -31,17 +28,29 @@ OPS = (flush, window, step_plan, index)
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``bench``."""
     parser = subparsers.add_parser(
-        "bench", help="time the kernels on a GPU, each checked before it is timed"
+        "bench",
+        help="time the kernels on a GPU, cuts of a sequence, or whole servers, each checked before it is timed",
+        description="Time the kernels or the attention on a GPU, or cuts of a sequence or whole servers on any machine. What "
+        "is wrong is not timed.",
     )
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     kernels = what.add_parser(
-        "kernels", help="the cache's kernels, next to SGLang's and to the torch references"
+        "kernels",
+        help="the cache's kernels, next to SGLang's and to the torch references",
+        description="Time flush, window store, step plan and selection on a GPU, next to SGLang's kernels and to the torch "
+        "references that they were checked against. SGLang, DeepGEMM and FlashInfer take part where they are installed.",
     )
     kernels.add_argument(
-        "--json", type=Path, help="also write the rows, and where they were measured, to this file"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the rows, and where they were measured, to this file",
     )
     kernels.add_argument(
-        "--only", default="", help="run only rows whose op and case contain this text"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run only rows whose op and case contain this text, such as 'flush csa decode'",
     )
     kernels.add_argument("--quick", action="store_true", help="fewer cases")
     kernels.set_defaults(func=run)
@@ -50,25 +59,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     serve_command.add_parser(what)
 
 
-def environment(bandwidth: float) -> dict:
-    """Where the rows were measured."""
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
-        "copy_bytes_per_us": bandwidth,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }
-
-
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 where there is no GPU."""
+    """Run the benchmark; the exit status."""
+    need_cuda("kernels")
     console = Console(width=160)
-    if not torch.cuda.is_available():
-        print("bench kernels: expected a CUDA device, found none; nothing was run", file=sys.stderr)
-        return 1
     missing = sorted(
         {reason for reason in (peer_sglang.load()[1], *peer_index.missing()) if reason}
     )

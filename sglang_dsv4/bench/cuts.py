@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sglang_dsv4.bench.machine import need_cuda
 from sglang_dsv4.cache import CompressedKVCache, CompressorInput, Request, WindowInput
 from sglang_dsv4.errors import CacheInvariantError
-from sglang_dsv4.spec import CacheSpec
+from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
 
 LENGTHS = (1_000, 10_000, 100_000)
 DRAFT = 4
@@ -42,7 +43,7 @@ def make_spec(ratios: Sequence[int], row_format: str) -> CacheSpec:
     return CacheSpec.from_hf(
         config,
         row_format=row_format,
-        index_format="fp8" if row_format == "fp8_584" else row_format,
+        index_format=INDEX_FORMAT_OF_ROWS[row_format],
         max_draft_tokens=DRAFT,
     )
 
@@ -177,16 +178,31 @@ def _synchronize(cache: CompressedKVCache) -> None:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register ``bench cuts``."""
     parser = subparsers.add_parser(
-        "cuts", help="fork, truncate, snapshot and restore by sequence length, checked first"
+        "cuts",
+        help="fork, truncate, snapshot and restore by sequence length, checked first",
+        description="Time what a fork, a truncation, a snapshot and a restored snapshot cost in a cache with the layers of "
+        "V4-Flash, and count the bytes that they copy. First each of them is continued, and compared with a sequence that was "
+        "never cut. No model takes part.",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rows", default="bf16", choices=("bf16", "fp8_584", "fp32"))
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--rows",
+        choices=sorted(INDEX_FORMAT_OF_ROWS),
+        default="bf16",
+        help="row format (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows to this file"
+    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, measure, and print a table."""
+    """Check, measure, and print a table; the exit status."""
+    if args.device == "cuda":
+        need_cuda("cuts")
     check(args.rows, args.device)
     rows = measure(args.rows, args.device)
     if args.json:

@@ -7,6 +7,7 @@ import torch
 
 from sglang_dsv4.bench import peer_sglang
 from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, Case, cases
+from sglang_dsv4.bench.row import Row, speed
 from sglang_dsv4.bench.timing import count_launches, num_sets, time_eager, time_graphs
 from sglang_dsv4.bench.work import FlushWork, bytes_needed, make_flush_work, make_step, rope
 
@@ -15,24 +16,15 @@ _MAX_DIFFERING = 2.0**-9
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement; times in microseconds, None where not run.
+class FlushRow(Row):
+    """A flush.
 
-    ``us`` has inputs and states that left the L2 cache, ``warm_us`` ones that are still in it; ``launches`` are kernels a call.
+    Attributes:
+        sglang_same_bytes (float | None): share of the entries' bytes that SGLang's kernels write alike.
+        warm_us, sglang_warm_us (float | None): with inputs and states that are still in the L2 cache.
+        launches, sglang_launches (int | None): kernels a call.
     """
 
-    op: str
-    case: str
-    shape: str
-    row_format: str
-    input_dtype: str
-    us: float
-    p10_us: float
-    p90_us: float
-    bytes: int
-    copy_percent: float
-    sglang_us: float | None
-    torch_us: float | None
     sglang_same_bytes: float | None = None
     warm_us: float | None = None
     sglang_warm_us: float | None = None
@@ -80,10 +72,10 @@ def run(
     dtype: torch.dtype,
     bandwidth: float,
     module: object | None,
-) -> Row:
+) -> FlushRow:
     """Check and time one case."""
     device = torch.device("cuda")
-    table = rope(max(s + n for s, n in zip(case.starts, case.extends, strict=True)) + 1, device)
+    table = rope(case, device)
     step = make_step(case, device)
     first = make_flush_work(case, layer, row_format, dtype, step, table)
     check(first)
@@ -108,18 +100,14 @@ def run(
             same = (mine == prepared[0][1][0].pool.flatten()).float().mean().item()
     times = time_graphs(variants)
     eager = time_eager(first.naive)
-    ours, theirs, warm = times["ours"], times.get("sglang"), times.get("sglang warm")
-    return Row(
+    theirs, warm = times.get("sglang"), times.get("sglang warm")
+    return FlushRow(
         op=f"flush {layer}",
         case=case.name,
         shape=case.describe(),
         row_format=row_format,
         input_dtype=str(dtype).removeprefix("torch."),
-        us=ours.median_us,
-        p10_us=ours.p10_us,
-        p90_us=ours.p90_us,
-        bytes=moved,
-        copy_percent=100 * moved / ours.median_us / bandwidth,
+        **speed(times["ours"], moved, bandwidth),
         sglang_us=None if theirs is None else theirs.median_us,
         torch_us=eager.median_us,
         sglang_same_bytes=same,

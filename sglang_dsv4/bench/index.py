@@ -9,6 +9,7 @@ from dsv4_kernels.layout import INDEX_FORMATS
 from sglang_dsv4.bench.cases import Case, prefill_case
 from sglang_dsv4.bench.index_work import IndexWork, make_index_work
 from sglang_dsv4.bench.peer_index import scores_peer, topk_peers
+from sglang_dsv4.bench.row import Row, speed
 from sglang_dsv4.bench.timing import num_sets, time_eager, time_graphs
 from sglang_dsv4.bench.work import make_step, rope
 
@@ -18,24 +19,14 @@ TOPK = {"flash": 512, "pro": 1024}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement; times in microseconds, None where not run.
+class IndexRow(Row):
+    """The whole selection (``index select``), or one half of its last piece (``index scores``, ``index topk``).
 
-    ``us`` is the whole selection for ``index select``, and the last piece of it for ``index scores`` and ``index topk``.
+    Attributes:
+        flashinfer_us, flashinfer_exact_us (float | None): FlashInfer's choice, as it comes and with ties as we break them.
+        torch_exact_us (float | None): torch's, with ties as we break them.
     """
 
-    op: str
-    case: str
-    shape: str
-    row_format: str
-    input_dtype: str
-    us: float
-    p10_us: float
-    p90_us: float
-    bytes: int
-    copy_percent: float
-    sglang_us: float | None
-    torch_us: float | None
     flashinfer_us: float | None = None
     flashinfer_exact_us: float | None = None
     torch_exact_us: float | None = None
@@ -80,10 +71,10 @@ def _calls(works: list[IndexWork], name: str) -> list:
     return [getattr(work, name) for work in works]
 
 
-def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[Row]:
+def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[IndexRow]:
     """Check and time one case: the whole, the scores, the choice."""
     device, key_format, k = torch.device("cuda"), INDEX_FORMATS[fmt], TOPK[model]
-    table = rope(max(s + n for s, n in zip(case.starts, case.extends, strict=True)) + 1, device)
+    table = rope(case, device)
     step = make_step(case, device)
     first = make_index_work(step, HEADS, k, key_format, table)
     first.check()
@@ -96,16 +87,21 @@ def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[Row]:
     ]
     shape = f"{case.describe()}, k {k}"
 
-    def row(op: str, times: dict, moved: int, torch_us: float | None) -> Row:
-        ours = times["ours"]
+    def row(op: str, times: dict, moved: int, torch_us: float | None) -> IndexRow:
         peers = {
             f"{name}_us": times[name].median_us if name in times else None
             for name in ("sglang", "flashinfer", "flashinfer_exact", "torch_exact")
         }
-        return Row(
-            op, f"{case.name}-{model}", shape, fmt, "bfloat16", ours.median_us, ours.p10_us, ours.p90_us, moved,
-            100 * moved / ours.median_us / bandwidth, torch_us=torch_us, **peers,
-        )  # fmt: skip
+        return IndexRow(
+            op=op,
+            case=f"{case.name}-{model}",
+            shape=shape,
+            row_format=fmt,
+            input_dtype="bfloat16",
+            **speed(times["ours"], moved, bandwidth),
+            torch_us=torch_us,
+            **peers,
+        )
 
     whole = time_graphs({"ours": _calls(works, "fused")})
     yield row("index select", whole, needed, time_eager(first.naive).median_us)

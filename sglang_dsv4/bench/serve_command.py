@@ -103,14 +103,18 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=160)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = "flash" if device == "cuda" else "tiny"
-    checkpoint = args.model or ready_checkpoint(args.build_dir, shape, console.print, args.layers)
-    report: dict[str, Any] = {
-        "environment": environment(device),
-        "model": json.loads((checkpoint / "config.json").read_text()) | {"weights": "random"},
-        "not_run": [NO_PEER] if device == "cpu" else [],
-        "rounds": [],
-    }
     try:
+        sides, rounded = make_sides(args, device), make_rounded(args, device)
+        checkpoint = args.model or ready_checkpoint(
+            args.build_dir, shape, console.print, args.layers
+        )
+        model = json.loads((checkpoint / "config.json").read_text()) | {"weights": "random"}
+        report: dict[str, Any] = {
+            "environment": environment(device),
+            "model": model,
+            "not_run": [NO_PEER] if device == "cpu" else [],
+            "rounds": [],
+        }
         with ExitStack() as stack:
             folder = args.build_dir / "bench-serve"
 
@@ -118,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
                 return owner.enter_context(SideServer(side, checkpoint, folder, device))
 
             with ExitStack() as short:
-                rounded, third = make_rounded(args, device), None
-                sides = make_sides(args, device)
+                third = None
                 if args.tokens:
                     third = rounded and enter(rounded, short)
                     servers = start_at_once(sides, args.tokens, enter)

@@ -9,28 +9,11 @@ from dsv4_kernels.step import StepTensors
 from dsv4_kernels.step_plan import naive_step_plan, step_buffers
 from dsv4_kernels.step_plan.fused import step_plan
 from sglang_dsv4.bench.cases import PAGE_TOKENS, Case, prefill_case
+from sglang_dsv4.bench.row import Row, speed
 from sglang_dsv4.bench.timing import time_eager, time_graphs
 
 # Bytes that a read of one far-off number moves.
 _SECTOR_BYTES = 32
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement; times in microseconds, None where there is nothing to compare with."""
-
-    op: str
-    case: str
-    shape: str
-    row_format: str
-    input_dtype: str
-    us: float
-    p10_us: float
-    p90_us: float
-    bytes: int
-    copy_percent: float
-    sglang_us: float | None
-    torch_us: float
 
 
 @dataclass
@@ -72,13 +55,12 @@ class PlanWork:
 
 def make_plan_work(case: Case, device: torch.device) -> PlanWork:
     """Random pages for every request; tables as long as its longest."""
-    lengths = [start + count for start, count in zip(case.starts, case.extends, strict=True)]
-    pages = -(-max(lengths) // PAGE_TOKENS)
+    pages = -(-max(case.lengths) // PAGE_TOKENS)
     count = case.num_requests
     order = torch.randperm(count * pages, device=device).view(count, pages, 1)
     slots = order * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=device)
     inputs = {
-        "seq_lens": torch.tensor(lengths, device=device),
+        "seq_lens": torch.tensor(case.lengths, device=device),
         "extend_lens": torch.tensor(case.extends, dtype=torch.int32, device=device),
         "request_rows": torch.randperm(count, device=device),
         "token_slots": slots.flatten(1).to(torch.int32),
@@ -90,8 +72,7 @@ def make_plan_work(case: Case, device: torch.device) -> PlanWork:
 
 def bytes_needed(case: Case) -> int:
     """Lengths and rows read and written, tokens written, and per page two far-off numbers read and two written."""
-    lengths = [start + count for start, count in zip(case.starts, case.extends, strict=True)]
-    pages = sum(-(-length // PAGE_TOKENS) for length in lengths)
+    pages = sum(-(-length // PAGE_TOKENS) for length in case.lengths)
     per_request = 8 + 4 + 8 + 4 * 8
     return (
         case.num_requests * per_request + case.num_tokens * 16 + pages * (2 * _SECTOR_BYTES + 2 * 8)
@@ -116,9 +97,13 @@ def rows(bandwidth: float, quick: bool, only: str) -> Iterator[dict]:
         work = make_plan_work(case, torch.device("cuda"))
         work.check()
         ours = time_graphs({"ours": [work.fused]})["ours"]
-        moved = bytes_needed(case)
         row = Row(
-            "step plan", case.name, case.describe(), "-", "int", ours.median_us, ours.p10_us, ours.p90_us, moved,
-            100 * moved / ours.median_us / bandwidth, None, time_eager(work.naive, rounds=9).median_us,
-        )  # fmt: skip
+            op="step plan",
+            case=case.name,
+            shape=case.describe(),
+            row_format="-",
+            input_dtype="int",
+            **speed(ours, bytes_needed(case), bandwidth),
+            torch_us=time_eager(work.naive, rounds=9).median_us,
+        )
         yield asdict(row)

@@ -9,7 +9,8 @@ from dsv4_kernels.layout import HEAD_DIM, ROW_FORMATS
 from dsv4_kernels.window_store import naive_window_store
 from dsv4_kernels.window_store.fused import window_store
 from sglang_dsv4.bench.cases import CSA_RATIO, Case, decode_case, prefill_case
-from sglang_dsv4.bench.flush import Row, differing
+from sglang_dsv4.bench.flush import FlushRow, differing
+from sglang_dsv4.bench.row import speed
 from sglang_dsv4.bench.timing import num_sets, time_eager, time_graphs
 from sglang_dsv4.bench.work import EPS, make_step, random_rows, rope, zero_pool
 
@@ -17,10 +18,10 @@ from sglang_dsv4.bench.work import EPS, make_step, random_rows, rope, zero_pool
 _MAX_DIFFERING = 2.0**-12
 
 
-def run(case: Case, row_format: str, bandwidth: float) -> Row:
+def run(case: Case, row_format: str, bandwidth: float) -> FlushRow:
     """Check and time one case."""
     device, fmt = torch.device("cuda"), ROW_FORMATS[row_format]
-    table = rope(max(s + n for s, n in zip(case.starts, case.extends, strict=True)) + 1, device)
+    table = rope(case, device)
     step = make_step(case, device)
     weight = 1 + 0.1 * torch.randn(HEAD_DIM, device=device)
     moved = case.num_tokens * (2 * HEAD_DIM + fmt.row_bytes)
@@ -48,19 +49,13 @@ def run(case: Case, row_format: str, bandwidth: float) -> Row:
         }
     )
     eager = time_eager(lambda: naive_window_store(step, kv, weight, EPS, table, theirs, fmt))
-    ours = times["ours"]
-    return Row(
+    return FlushRow(
         op="window store",
         case=case.name,
         shape=case.describe(),
         row_format=row_format,
         input_dtype="bfloat16",
-        us=ours.median_us,
-        p10_us=ours.p10_us,
-        p90_us=ours.p90_us,
-        bytes=moved,
-        copy_percent=100 * moved / ours.median_us / bandwidth,
-        sglang_us=None,
+        **speed(times["ours"], moved, bandwidth),
         torch_us=eager.median_us,
         warm_us=times["warm"].median_us,
     )

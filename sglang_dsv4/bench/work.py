@@ -14,13 +14,11 @@ from dsv4_kernels.step import StepTensors
 from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, PAGE_TOKENS, Case
 
 EPS = 1e-6
-WINDOW_PAGES_KEPT = 2
 
 
 def make_step(case: Case, device: torch.device) -> StepTensors:
     """The step's tensors: every request has its own pages, in no order."""
-    longest = max(s + n for s, n in zip(case.starts, case.extends, strict=True))
-    pages = -(-longest // PAGE_TOKENS)
+    pages = -(-max(case.lengths) // PAGE_TOKENS)
     count = case.num_requests
     table = torch.randperm(count * pages, device=device).view(count, pages)
     extends = torch.tensor(case.extends, device=device)
@@ -232,6 +230,7 @@ def bytes_needed(case: Case, work: FlushWork) -> int:
     return total
 
 
-def rope(longest: int, device: torch.device) -> torch.Tensor:
-    """The table of a compressing layer."""
-    return rope_table(RopeSpec(160000.0, ROPE_DIM, 16.0, 65536), longest, device)
+def rope(case: Case, device: torch.device) -> torch.Tensor:
+    """The table of a compressing layer, fp32, with a row for each position of the case and one more."""
+    spec = RopeSpec(160000.0, ROPE_DIM, 16.0, 65536)
+    return rope_table(spec, max(case.lengths) + 1, device)

@@ -73,11 +73,14 @@ def read_dump(path: Path) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     Raises:
         SavedFileError: missing, damaged, or something else.
     """
+    if not path.is_file():
+        raise SavedFileError(f"{path}: expected an {KIND}, found no file of that name")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
-                raise SavedFileError(f"{path}: expected an {KIND}, got {metadata.get('kind')!r}")
+                found = metadata.get("kind", "another safetensors file")
+                raise SavedFileError(f"{path}: expected an {KIND}, got {found}")
             return (
                 json.loads(metadata["dump"]),
                 file.get_tensor("rows"),

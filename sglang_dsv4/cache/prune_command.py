@@ -9,9 +9,12 @@ from sglang_dsv4.cache.prune import prune_saved
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``prune``."""
     parser = subparsers.add_parser(
-        "prune", help="remove pages of saved sequences that no manifest names any more"
+        "prune",
+        help="remove pages of saved sequences that no manifest names any more",
+        description="Remove the pages in a folder of saved sequences that none of its manifests (the files that were saved) "
+        "names any more. A load of a sequence at the same moment may find a page missing, and says so.",
     )
-    parser.add_argument("folder", type=Path, help="where the manifests are")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the saved sequences are")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
     parser.set_defaults(func=run)
 

@@ -100,10 +100,12 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, leave)  # a `kill` must end the servers too
     console = Console(width=160)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = args.model or ready_checkpoint(
-        args.build_dir, "heads64" if device == "cuda" else "tiny", console.print
-    )
     try:
+        if args.model is not None and not (args.model / "config.json").is_file():
+            raise ValueError(f"--model {args.model}: expected a folder with config.json, got none")
+        checkpoint = args.model or ready_checkpoint(
+            args.build_dir, "heads64" if device == "cuda" else "tiny", console.print
+        )
         plan = None if args.only == "bytes" else make_plan(args, device)
         bytes_side = None if args.only == "tokens" else make_bytes_side(args, device)
         result, facts = run_session(

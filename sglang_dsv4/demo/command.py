@@ -7,21 +7,14 @@ from pathlib import Path
 import httpx
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress
 from rich.text import Text
 
 from sglang_dsv4.demo.client import Client
 from sglang_dsv4.demo.report import print_answers, print_memory, print_verdict
 from sglang_dsv4.demo.server import Server, ServerDiedError, active_line, leave
 from sglang_dsv4.demo.standards import build_standards, num_steps
-from sglang_dsv4.demo.start import ready_checkpoint, wait_until_healthy
+from sglang_dsv4.demo.start import ready_checkpoint, steps_progress, wait_until_healthy
 from sglang_dsv4.demo.verdict import check_lengths, check_prefix_hits, check_proof, judge
 from sglang_dsv4.demo.workload import NEW_TOKENS, plan_requests
 from sglang_dsv4.runtime.oracle import Oracle
@@ -53,6 +46,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--build-dir",
         type=Path,
+        metavar="DIR",
         default=Path("build"),
         help="for the checkpoint and the log (default: %(default)s)",
     )
@@ -64,15 +58,8 @@ def run(args: argparse.Namespace) -> int:
     # A `kill` must end the server too: as an exception it passes through the `with` block that owns it.
     signal.signal(signal.SIGTERM, leave)
     console = Console()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     try:
-        with Progress(*columns, console=console) as progress:
+        with steps_progress(console) as progress:
             return _demonstrate(args, console, progress)
     except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError, OSError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))

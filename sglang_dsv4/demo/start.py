@@ -3,13 +3,33 @@
 import time
 from pathlib import Path
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from sglang_dsv4.demo.client import Client
 from sglang_dsv4.demo.server import Server
 from sglang_dsv4.tiny import TinySpec, holds_checkpoint, write_tiny_checkpoint
 
 START_S = 240.0
+
+
+def steps_progress(console: Console) -> Progress:
+    """A bar for each task: what it is, how much of it is done, and for how long it has run."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
 
 
 def ready_checkpoint(path: Path, progress: Progress) -> Path:

@@ -35,7 +35,10 @@ _SOME_HEADS = 64
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
-        "doctor", help="print versions, capabilities, SGLang's contract, and what would run"
+        "doctor",
+        help="print versions, capabilities, SGLang's contract, and what would run",
+        description="Print the versions of the packages, what this machine can do, every SGLang name that the plug-in touches, "
+        "the operations and the attention that would run, and whether the plug-in would refuse to start.",
     )
     parser.add_argument(
         "--as",
@@ -71,9 +74,9 @@ def _capabilities(capabilities: Capabilities, title: str) -> Table:
 
 
 def _contract() -> tuple[Table, list[str]]:
-    table = Table(
-        "name", "use", "state", title="SGLang names this plug-in touches", title_justify="left"
-    )
+    table = Table(title="SGLang names this plug-in touches", title_justify="left")
+    for column in ("name", "use", "state"):
+        table.add_column(column, overflow="fold")
     missing = []
     for name in contract.CONTRACT:
         found = name.is_found()
@@ -109,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     capabilities = Capabilities.detect(device)
-    console.print(_versions())
     title = "This machine"
     if args.machine is not None:
         try:
@@ -118,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"--as: {error}", soft_wrap=True)
             return 1
         title, device = f"{args.machine}, with the packages of this machine", args.machine
+    console.print(_versions())
     console.print(_capabilities(capabilities, title))
     try:
         contract.check_version(contract.installed_version())

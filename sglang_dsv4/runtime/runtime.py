@@ -24,9 +24,7 @@ from sglang_dsv4.runtime.saved import pack_sequence, unpack_sequence
 from sglang_dsv4.runtime.scheduler import Scheduler, Share
 from sglang_dsv4.runtime.sequence import LiveSequence
 from sglang_dsv4.runtime.text import Text
-from sglang_dsv4.spec import CacheSpec
-
-_INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
+from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
 
 Prompt = str | Sequence[int] | Handle
 
@@ -306,7 +304,7 @@ def _spec_options(
     # One draft token more than the user asked for: the token before the new end is fed again, for its logits.
     return {
         "row_format": row_format,
-        "index_format": index_format or _INDEX_FORMAT_OF_ROWS.get(row_format, "bf16"),
+        "index_format": index_format or INDEX_FORMAT_OF_ROWS.get(row_format, "bf16"),
         "max_draft_tokens": max_draft_tokens + 1,
         **rest,
     }

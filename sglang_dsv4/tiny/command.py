@@ -23,7 +23,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="made if missing; must be empty or an earlier one",
     )
     parser.add_argument(
-        "--seed", type=int, default=default.seed, help="seed of the weights (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=default.seed,
+        metavar="N",
+        help="of the weights (default: %(default)s)",
     )
     parser.add_argument(
         "--layers",
@@ -65,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"make-tiny: {error}", file=sys.stderr)
         return 1
     ratios = ", ".join(map(str, spec.compress_ratios))
-    print(
-        f"{args.directory}: DeepSeek-V4, {spec.num_layers} layers (ratios {ratios}), seed {spec.seed}"
-    )
+    print(f"{args.directory}: DeepSeek-V4, layers of ratios {ratios}, seed {spec.seed}")
     return 0
 
 

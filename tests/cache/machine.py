@@ -19,6 +19,8 @@ from tests.cache.test_branching import Words, words
 
 MAX_DRAFT = 5
 PAGES = {128: 10, 256: 6}  # few enough that they run out
+# Hundreds of small files, gone at the end: where there is one, in memory.
+MEMORY = Path("/dev/shm")
 
 
 class Oracle:
@@ -106,7 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.tokens = {}  # by request
         self.snapshots, self.files = [], []  # each with its tokens
         self.step = None
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
         self.saved = 0
 
     # What rules share.

@@ -50,9 +50,11 @@ class Words:
 
     def append(self, cache, request, tokens, new):
         """Append ``new`` behind ``tokens``; returns both."""
-        both = [*tokens, *new]
-        feed(cache, [(request, self.inputs(both), len(new))])
-        return both
+        assert request.seq_len == len(tokens)
+        plan = cache.plan([(request, len(new))])
+        append_all(cache, plan, [(self.inputs(new), 0, len(new))])
+        cache.commit(plan)
+        return [*tokens, *new]
 
     def expected(self, cache, tokens):
         """What one full forward of these tokens leaves where a query can reach."""

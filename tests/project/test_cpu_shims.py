@@ -74,7 +74,7 @@ def started() -> list[str]:
 
 
 @pytest.mark.sglang
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sgl_kernel", "torchvision"])
 def test_sglang_does_not_start_without_them(started, name):
     """The day this fails, the stand-in can go. With both it starts: see `tests/plugin/test_loads_in_sglang.py`."""

@@ -33,8 +33,9 @@ def fingerprint(runtime, handle):
     return digest.hexdigest()
 
 
-def test_fork_at_each_position(small_checkpoint):
-    """Forks of forks, one at each of the positions 1 .. 300: what each generates is a cold run's, token by token and byte
+@pytest.mark.parametrize("last", [140, pytest.param(300, marks=pytest.mark.long)])
+def test_fork_at_each_position(small_checkpoint, last):
+    """Forks of forks, one at each of the positions 1 .. last: what each generates is a cold run's, token by token and byte
     by byte, and its origin does not notice.
 
     All are fed one token at a time, so that every matrix product has the same shape.
@@ -48,12 +49,12 @@ def test_fork_at_each_position(small_checkpoint):
     cold = make_runtime(small_checkpoint, **options)
     handle = cold.open(make_tokens(1))
     expected = {1: fingerprint(cold, handle)}
-    while handle.seq_len <= 301:
+    while handle.seq_len <= last + 1:
         one_more(handle)
         expected[handle.seq_len] = fingerprint(cold, handle)
     runtime = make_runtime(small_checkpoint, **options)
     trunk = runtime.open(make_tokens(1))
-    for length in range(1, 301):
+    for length in range(1, last + 1):
         branch = one_more(trunk.fork())
         assert branch.tokens == handle.tokens[: length + 1]
         assert fingerprint(runtime, branch) == expected[length + 1], f"fork at {length}"

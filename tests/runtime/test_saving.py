@@ -27,6 +27,7 @@ def runtime(small_checkpoint):
     return make_runtime(small_checkpoint, debug=True)
 
 
+@pytest.mark.long  # its imports; `tests/cache/test_saved.py` loads in another process each time
 def test_another_process_goes_on(runtime, small_checkpoint, tmp_path):
     """At a boundary, within blocks, and after a roll-back, which leaves a token to be fed."""
     paths, expected = [], []

@@ -20,7 +20,7 @@ from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.norm_rope.naive import naive_rms_norm, naive_rope
 from dsv4_kernels.row_codec.naive import naive_store_rows
 from dsv4_kernels.step import StepTensors
-from dsv4_kernels.streams import csa_parts
+from dsv4_kernels.streams import csa_parts, csa_streams
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,29 @@ def _block_rows(
     kv_score: torch.Tensor,
     streams: torch.Tensor,
     closing: torch.Tensor,
-    num_rows: int,
-) -> torch.Tensor:
-    """The last ``num_rows`` rows up to each closing token: from this step's input, or from the stream rows before it."""
-    rows = step.token_rows[closing].unsqueeze(1)  # [N, 1]
+    ratio: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each closing block pools: the b-stream of the block before it, then its own a-stream.
+
+    Rows are this step's input, or the stream rows of tokens before it.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: kv and gate, ``[N, 2*m, D]`` fp32 each.
+    """
     age = torch.arange(
-        num_rows - 1, -1, -1, device=kv_score.device
-    )  # slot -> tokens before the closing one
-    positions = step.positions[closing].unsqueeze(1) - age  # [N, num_rows]
-    is_new = positions >= (step.seq_lens - step.extend_lens)[rows]
+        2 * ratio - 1, -1, -1, device=kv_score.device
+    )  # [2m], tokens before the last
+    part = (age < ratio).to(torch.int64)  # [2m], 0: b-stream, 1: a-stream
+    rows = step.token_rows[closing].unsqueeze(1)  # [N, 1]
+    positions = step.positions[closing].unsqueeze(1) - age  # [N, 2m]
     token = (closing.unsqueeze(1) - age).clamp_min(0)
-    kept = streams[step.state_slots[rows], positions.clamp_min(0) % streams.shape[1]]
-    return torch.where(is_new.unsqueeze(-1), kv_score[token].float(), kept)
+    old = torch.nonzero(positions < (step.seq_lens - step.extend_lens)[rows]).unbind(1)
+    slots = step.state_slots[rows.flatten()[old[0]]]
+    ring_rows = positions[old].clamp_min(0) % streams.shape[1]
+    found = csa_streams(kv_score)[token, :, part].float()  # [N, 2m, 2, D]
+    found[old] = csa_streams(streams)[slots, ring_rows, :, part[old[1]]]
+    kv, gate = found.unbind(2)
+    return kv, gate
 
 
 def naive_flush_csa(
@@ -137,14 +148,9 @@ def _store_csa_entries(
     params: CompressorParams,
     closing: torch.Tensor,
 ) -> None:
-    ratio, dim = boundary.shape[1], boundary.shape[-1]
-    rows, last = step.token_rows[closing], step.positions[closing]
-    kv_b, kv_a, gate_b, gate_a = csa_parts(
-        _block_rows(step, kv_score, streams, closing, 2 * ratio), dim
-    )
-    kv = torch.cat([kv_b[:, :ratio], kv_a[:, ratio:]], dim=1)  # [N, 2m, D]
-    gate = torch.cat([gate_b[:, :ratio], gate_a[:, ratio:]], dim=1)
-    first = last + 1 - ratio
+    ratio = boundary.shape[1]
+    rows, first = step.token_rows[closing], step.positions[closing] + 1 - ratio
+    kv, gate = _block_rows(step, kv_score, streams, closing, ratio)
     after_page = torch.nonzero((first > 0) & (first % step.page_tokens == 0)).flatten()
     page = step.window_pages[rows[after_page], first[after_page] // step.page_tokens - 1]
     kv[after_page, :ratio], gate[after_page, :ratio] = boundary[page].unbind(dim=2)
@@ -189,13 +195,14 @@ def naive_flush_hca(
     state = naive_hca_start(len(first_token), dim, kv_score.device)
     before = accumulators[slots, (first - 1).clamp_min(0) % ring]
     state = torch.where((offset > 0).view(-1, 1, 1), before, state)
-    kv, gate = kv_score.split(dim, dim=-1)
+    kv, gate = kv_score.float().split(dim, dim=-1)
+    gate = gate + params.slot_bias[step.positions % ratio]
+    is_kept = step.positions >= (step.seq_lens - ring)[step.token_rows]
     for j in range(int(num_tokens.max()) if len(first_token) else 0):
         live = torch.nonzero(num_tokens > j).flatten()
         token = first_token[live] + j
-        bias = params.slot_bias[offset[live] + j]
-        state[live] = naive_hca_update(state[live], kv[token].float(), gate[token].float() + bias)
-        kept = live[step.positions[token] >= step.seq_lens[rows[live]] - ring]
+        state[live] = naive_hca_update(state[live], kv[token], gate[token])
+        kept = live[is_kept[token]]
         accumulators[slots[kept], (first[kept] + j) % ring] = state[kept]
     closed = torch.nonzero(offset + num_tokens == ratio).flatten()
     if len(closed):
