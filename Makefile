@@ -6,13 +6,14 @@ ARGS ?=
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: help env demo stress test test-long lint docs stress-cache clean
+.PHONY: help env demo stress test test-long test-soak lint docs stress-cache clean
 
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
 	@echo 'make stress  serve it, send many requests at once, and check every answer; ARGS="--requests 2000" goes to the command'
 	@echo 'make test    lint, types and all tests but the long ones; ARGS="-k name" goes to pytest'
-	@echo 'make test-long      the tests that take minutes: kernels interpreted and compiled for SM80 to SM120, long walks, slow starts'
+	@echo 'make test-long      the tests that take minutes: kernels interpreted and compiled for SM80 to SM120, long walks, faults, slow starts'
+	@echo 'make test-soak      the longest: a server killed ten times in a row, `compare` and `bench serve` with servers of their own'
 	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
 	@echo 'make docs    the documentation, as pages in build/docs; a dead link fails'
 	@echo 'make lint    ruff and mypy'
@@ -41,7 +42,10 @@ test: lint
 
 # Minutes: every fused kernel under Triton's interpreter, and compiled for six architectures; long random walks; slow starts.
 test-long: env
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m long $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "long and not soak" $(ARGS)
+
+test-soak: env
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m soak $(ARGS)
 
 # Tables and picture in docs/ are written by docs/generate.py; the tests fail where they are out of date.
 docs: env

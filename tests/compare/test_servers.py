@@ -8,7 +8,7 @@ from sglang_dsv4.cli import main
 from sglang_dsv4.compare.runs import read_answers
 from sglang_dsv4.compare.session import PLANTED
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.long, pytest.mark.soak]
 
 
 def test_compare_passes_notices_planted_faults_and_finds_the_bytes_of_hits_equal(tmp_path):

@@ -134,6 +134,7 @@ def process_named(group, name):
 VICTIMS = ("all", "launched", "scheduler")
 
 
+@pytest.mark.soak
 def test_killed_ten_times_in_a_row_in_a_burst_and_started_again_on_its_port(warm, tiny):
     port, bound = quiet_port(), None
     for number in range(10):

@@ -101,6 +101,7 @@ def test_a_server_elsewhere_is_judged_by_its_own_rounding(server, monkeypatch):
     assert {"resident_bytes", "device_bytes"} <= run.end["memory"].keys()
 
 
+@pytest.mark.soak
 def test_a_request_retracted_before_its_first_token_came_is_whole(warm, tiny):
     """Prompts of exactly a page need another for their first token: some are sent back just behind their prefill."""
     prompts = tuple(tuple(prompt(256, salt=number)) for number in range(16))
