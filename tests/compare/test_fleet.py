@@ -98,6 +98,7 @@ main(["compare", "--device", "cpu", "--model", sys.argv[1], "--build-dir", sys.a
 
 
 def test_servers_end_with_a_comparison_that_is_terminated(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     process = subprocess.Popen([sys.executable, "-c", TERMINATED, str(tmp_path)])
     log, deadline = tmp_path / "compare" / "ours-eager-8192.log", time.monotonic() + 60
     while not (log.exists() and "here" in log.read_text()):
