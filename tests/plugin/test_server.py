@@ -99,6 +99,7 @@ def check(oracle, input_ids, answer):
     return bound
 
 
+@pytest.mark.long
 def test_answers_of_concurrent_requests_match_transformers_under_retraction(server, oracle):
     prompts = [prompt(length) for length in LENGTHS]
     answers = post(server, "generate", request_body(prompts, NEW_TOKENS)).json()
