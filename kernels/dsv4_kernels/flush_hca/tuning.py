@@ -26,9 +26,7 @@ def hca_tuning(num_tokens: int, num_requests: int) -> HcaTuning:
     if num_tokens <= num_requests:
         return HcaTuning(1, 2, 1)
     if num_tokens <= 8 * num_requests:
-        return HcaTuning(4, 4, 1)  # HVERIFY
-    if num_tokens <= 4096:
-        return HcaTuning(16, 1, 16)  # HSMALL
+        return HcaTuning(4, 4, 1)
     if num_tokens <= 16384:
-        return HcaTuning(16, 1, 16)  # HMID
-    return HcaTuning(4, 1, 4)  # HLONG
+        return HcaTuning(16, 1, 16)
+    return HcaTuning(4, 1, 4)
