@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from sglang_dsv4.bench.serve_client import ServeClient
-from sglang_dsv4.bench.serve_side import OURS, THEIRS
 from sglang_dsv4.compare.ask import Scorer, make_questions
+from sglang_dsv4.compare.client import ServeClient
 from sglang_dsv4.compare.exact import exact_differences
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, spread_of
 from sglang_dsv4.compare.runs import Passes, write_answers
 from sglang_dsv4.compare.session import bound_of
+from sglang_dsv4.compare.side import OURS, THEIRS
 
 ROUNDED = "ours-rounded"
 CONCURRENCY = 8

@@ -4,21 +4,22 @@ import argparse
 import asyncio
 import json
 import shlex
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from sglang_dsv4.bench.serve_check import ROUNDED, check
-from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
-from sglang_dsv4.bench.serve_client import ServeClient
-from sglang_dsv4.bench.serve_report import environment, rows, summarize, table
-from sglang_dsv4.bench.serve_side import (
+from sglang_dsv4.bench.serve_report import rows, summarize, table
+from sglang_dsv4.bench.serve_work import Work, all_work, chats
+from sglang_dsv4.compare.checkpoint import ready_checkpoint
+from sglang_dsv4.compare.client import ServeClient
+from sglang_dsv4.compare.machine import environment
+from sglang_dsv4.compare.options import add_server_options, begin
+from sglang_dsv4.compare.side import (
     OURS,
     THEIRS,
     Side,
@@ -28,8 +29,7 @@ from sglang_dsv4.bench.serve_side import (
     start_in_turn,
     wait_until_ready,
 )
-from sglang_dsv4.bench.serve_work import Work, all_work, chats
-from sglang_dsv4.demo.server import ServerDiedError, leave
+from sglang_dsv4.demo.server import ServerDiedError
 from sglang_dsv4.tiny.command import read_ratios
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
@@ -69,9 +69,6 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("--rows", help="--dsv4-kv-format of ours (default: the server's)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: a GPU where there is one"
-    )
-    parser.add_argument(
         "--mem-fraction",
         type=float,
         default=0.2,
@@ -84,24 +81,13 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="pools of so many tokens, and all servers start at the same time, which saves minutes on a machine where SGLang has "
         "not compiled yet (default: as many tokens as fit into --mem-fraction, and one server after the other)",
     )
-    parser.add_argument(
-        "--options", default="", help="further options of both sides, as one string"
-    )
-    parser.add_argument("--our-options", default="", help="further options of ours, as one string")
-    parser.add_argument(
-        "--build-dir",
-        type=Path,
-        default=Path("build"),
-        help="for the checkpoint and logs (default: %(default)s)",
-    )
+    add_server_options(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
-    signal.signal(signal.SIGTERM, leave)  # a `kill` must end the servers too
-    console = Console(width=160)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console, device = begin(args)
     shape = "flash" if device == "cuda" else "tiny"
     try:
         sides, rounded = make_sides(args, device), make_rounded(args, device)

@@ -1,17 +1,13 @@
 """Numbers of `bench serve`: of a round, of all rounds, and of one side by the other."""
 
-import importlib.metadata
-import platform
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from sglang_dsv4 import __version__
-from sglang_dsv4.bench.serve_client import Reply
-from sglang_dsv4.bench.serve_side import OURS, THEIRS
+from sglang_dsv4.compare.client import Reply
+from sglang_dsv4.compare.side import OURS, THEIRS
 
 # Metric, unit for a reader, and whether more of it is better.
 METRICS = (
@@ -21,36 +17,6 @@ METRICS = (
     ("itl_p50_ms", "ITL p50, ms", False),
     ("itl_p99_ms", "ITL p99, ms", False),
 )
-_PACKAGES = (
-    "sglang",
-    "torch",
-    "triton",
-    "flashinfer-python",
-    "sgl-flash-mla",
-    "sglang-kernel",
-    "tilelang",
-)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Where it was measured, and with what; a package that is not there is None."""
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    gpu = None
-    if device == "cuda":
-        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return {
-        "device": device,
-        "gpu": gpu,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "sglang-dsv4": __version__,
-        "versions": versions,
-    }
 
 
 def percentile(values: Sequence[float], share: float) -> float:

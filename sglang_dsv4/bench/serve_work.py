@@ -5,10 +5,8 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from sglang_dsv4.bench.serve_client import ServeClient, Stream
-from sglang_dsv4.tiny.tokenizer import FIRST_BYTE_ID, VOCAB_SIZE
-
-Ids = tuple[int, ...]
+from sglang_dsv4.compare.client import ServeClient, Stream
+from sglang_dsv4.compare.prompts import Ids, random_ids
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,6 @@ class Work:
     name: str
     about: str
     send: Callable[[ServeClient], Awaitable[list[Stream]]] = field(repr=False)
-
-
-def random_ids(rng: random.Random, count: int) -> Ids:
-    """Token ids of ordinary bytes."""
-    return tuple(rng.choices(range(FIRST_BYTE_ID, VOCAB_SIZE), k=count))
 
 
 def chats(concurrency: int, requests: int, prompt_tokens: int, new_tokens: int) -> Work:

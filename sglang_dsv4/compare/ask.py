@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_dsv4.bench.serve_client import ServeClient
-from sglang_dsv4.bench.serve_work import Ids, random_ids
+from sglang_dsv4.compare.client import ServeClient
+from sglang_dsv4.compare.prompts import Ids, random_ids
 
 NEW_TOKENS = (4, 12, 24)
 # Around blocks of 4 and 128, the window and a page of 256, and whatever lies between.

@@ -3,24 +3,23 @@
 import argparse
 import json
 import shlex
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from rich.console import Console
 from rich.text import Text
 
-from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
-from sglang_dsv4.bench.serve_report import environment
-from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side
 from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import make_questions
+from sglang_dsv4.compare.checkpoint import ready_checkpoint
+from sglang_dsv4.compare.machine import environment
+from sglang_dsv4.compare.options import add_server_options, begin
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, Result, run_session
-from sglang_dsv4.demo.server import ServerDiedError, leave
+from sglang_dsv4.compare.side import OURS, THEIRS, Side
+from sglang_dsv4.demo.server import ServerDiedError
 
 # Three ways show both modes and all chunk sizes; each is two servers.
 WAYS = {
@@ -74,32 +73,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--rows", help="--dsv4-kv-format of ours (default: SGLang's own on a GPU, fp32 on a CPU)"
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: a GPU where there is one"
-    )
-    parser.add_argument(
         "--at-once",
         type=int,
         help="servers that start at the same time (default: all on a GPU, 1 on a CPU)",
     )
-    parser.add_argument(
-        "--options", default="", help="further options of both sides, as one string"
-    )
-    parser.add_argument("--our-options", default="", help="further options of ours, as one string")
+    add_server_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
-    parser.add_argument(
-        "--build-dir",
-        type=Path,
-        default=Path("build"),
-        help="for the checkpoint and logs (default: %(default)s)",
-    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare; the exit status."""
-    signal.signal(signal.SIGTERM, leave)  # a `kill` must end the servers too
-    console = Console(width=160)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console, device = begin(args)
     try:
         if args.model is not None and not (args.model / "config.json").is_file():
             raise ValueError(f"--model {args.model}: expected a folder with config.json, got none")

@@ -3,9 +3,9 @@
 import random
 from typing import Any
 
-from sglang_dsv4.bench.serve_client import ServeClient
-from sglang_dsv4.bench.serve_work import random_ids
 from sglang_dsv4.compare.ask import Question, generate_body
+from sglang_dsv4.compare.client import ServeClient
+from sglang_dsv4.compare.prompts import random_ids
 
 # With chunks of one page a cold run's last chunk and a hit's only one are the same matrix products, so that the model hands
 # the same bytes to both; and without graphs every step can be looked at.

@@ -7,9 +7,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_dsv4.bench.serve_client import ServeClient
-from sglang_dsv4.bench.serve_side import Side, SideServer, facts_of, wait_until_ready
 from sglang_dsv4.compare.ask import Answer, Question, Token, ask_all
+from sglang_dsv4.compare.client import ServeClient
+from sglang_dsv4.compare.side import Side, SideServer, facts_of, wait_until_ready
 
 
 @dataclass(frozen=True)

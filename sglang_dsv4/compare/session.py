@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_dsv4.bench.serve_client import ServeClient
-from sglang_dsv4.bench.serve_side import Side, SideServer
-from sglang_dsv4.bench.serve_work import random_ids
 from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import Question, Scorer, Token, ask_all
+from sglang_dsv4.compare.client import ServeClient
 from sglang_dsv4.compare.exact import exact_differences
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, own_rounding, run_spread, spread_of
+from sglang_dsv4.compare.prompts import random_ids
 from sglang_dsv4.compare.runs import Fleet, Passes, Run, write_answers
+from sglang_dsv4.compare.side import Side, SideServer
 
 NUM_SCORED = 24
 NUM_PLANTED = 4

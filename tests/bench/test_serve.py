@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from sglang_dsv4.bench import serve_command, serve_report, serve_side
-from sglang_dsv4.bench.serve_client import Reply, ServeClient, Stream
-from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side, SideServer, same_share
+from sglang_dsv4.bench import serve_command, serve_report
 from sglang_dsv4.bench.serve_work import agents, all_work, chats
+from sglang_dsv4.compare import side as side_module
+from sglang_dsv4.compare.client import Reply, ServeClient, Stream
+from sglang_dsv4.compare.side import OURS, THEIRS, Side, SideServer, same_share
 
 
 def event(*token_ids, prompt=10, cached=4):
@@ -177,13 +178,13 @@ def test_sides_start_at_the_same_time_where_the_size_of_their_pools_is_given(mon
         done.append(side.name)
         return SimpleNamespace(side=side)
 
-    monkeypatch.setattr(serve_side, "wait_until_ready", lambda servers: done.append(len(servers)))
+    monkeypatch.setattr(side_module, "wait_until_ready", lambda servers: done.append(len(servers)))
     sides = [Side(name, True, ("--x",)) for name in (OURS, THEIRS)]
     if tokens is None:
-        servers = serve_side.start_in_turn(sides, 0.2, "cpu", enter)
+        servers = side_module.start_in_turn(sides, 0.2, "cpu", enter)
         assert done == [OURS, 1, THEIRS, 1]
     else:
-        servers = serve_side.start_at_once(sides, tokens, enter)
+        servers = side_module.start_at_once(sides, tokens, enter)
         assert done == [OURS, THEIRS, 2]
     for server, side in zip(servers, sides, strict=True):
         assert server.side.name == side.name and server.side.options[0] == "--x"

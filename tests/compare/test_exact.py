@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from sglang_dsv4.bench.serve_checkpoint import ready_checkpoint
 from sglang_dsv4.compare.ask import Answer, Token, make_questions
+from sglang_dsv4.compare.checkpoint import ready_checkpoint
 from sglang_dsv4.compare.exact import exact_differences
 from sglang_dsv4.compare.judge import spread_of
 from sglang_dsv4.runtime.oracle import Oracle

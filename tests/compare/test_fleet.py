@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from sglang_dsv4.bench.serve_side import OURS, THEIRS, Side, SideServer
 from sglang_dsv4.compare import runs
 from sglang_dsv4.compare.command import add_parser, make_bytes_side, make_plan
+from sglang_dsv4.compare.side import OURS, THEIRS, Side, SideServer
 
 # Told to end, it waits until all three were told so.
 POLITE = """

@@ -19,7 +19,7 @@ class Manager:
         self.server_args = SimpleNamespace(chunked_prefill_size=chunk)
         self.model_config = SimpleNamespace(vocab_size=VOCAB)
         self.max_req_input_len = most
-        self.sent, self.running, self.most_at_once = [], 0, 0
+        self.sent, self.running, self.most_at_once, self.flushes = [], 0, 0, 0
         self._flushed = flushed
 
     async def generate_request(self, request, _):
@@ -33,6 +33,7 @@ class Manager:
 
     async def flush_cache(self, timeout_s):
         assert self.running == 0 and timeout_s > 0
+        self.flushes += 1
         return SimpleNamespace(success=self._flushed, message="busy")
 
 
@@ -69,7 +70,7 @@ def test_prompts_of_all_lengths_then_short_ones_together(chunk, most, longest, c
         asyncio.run(warm_up.warm_up("null", manager))
     lengths = [len(ids) for ids in manager.sent]
     assert lengths[:-8] == warm_up.prompt_lengths(longest) and lengths[-8:] == [5] * 8
-    assert manager.most_at_once == 8
+    assert (manager.most_at_once, manager.flushes) == (8, 1)
     assert all(0 <= token < VOCAB for ids in manager.sent for token in ids)
     assert "warm after" in caplog.text and "stay in the prefix cache" not in caplog.text
 
