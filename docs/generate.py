@@ -14,8 +14,8 @@ from sglang_dsv4.cache.report import (
     stream_bytes_per_request,
     window_page_bytes,
 )
+from sglang_dsv4.cache.sizing import GIB, most_tokens, released_spec
 from sglang_dsv4.plugin import metrics, options, refusals
-from sglang_dsv4.sizing import GIB, most_tokens, released_spec
 
 DOCS = Path(__file__).parent
 PAGES = ("serving.md",)

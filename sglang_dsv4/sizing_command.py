@@ -8,8 +8,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sglang_dsv4.cache.sizing import (
+    GIB,
+    RELEASED,
+    ServerSize,
+    bytes_by_pool,
+    most_tokens,
+    released_spec,
+)
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.sizing import GIB, RELEASED, ServerSize, bytes_by_pool, most_tokens, released_spec
 from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
 
 

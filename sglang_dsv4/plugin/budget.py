@@ -8,7 +8,7 @@ import torch
 
 from sglang_dsv4.cache import Capacity
 from sglang_dsv4.cache.report import stream_bytes_per_request, window_page_bytes
-from sglang_dsv4.cache.storage import CacheStorage
+from sglang_dsv4.cache.sizing import bytes_by_pool, most_pages, serving_capacity
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
 
@@ -35,20 +35,14 @@ class PoolShape:
 
     def capacity(self, history_tokens: int, window_tokens: int) -> Capacity:
         """A cache for so many tokens of either kind; SGLang sends padding to one more page, the first."""
-        page_tokens = self.spec.page_tokens
-        return Capacity(
-            history_pages=history_tokens // page_tokens + 1,
-            window_pages=window_tokens // page_tokens + 1,
-            state_slots=self.state_slots,
-            # No sequence is longer than the pool.
-            max_seq_len=min(self.max_seq_len, history_tokens) + page_tokens,
-            reserved_pages=1,
+        return serving_capacity(
+            self.spec.page_tokens, history_tokens, window_tokens, self.state_slots, self.max_seq_len
         )
 
     def nbytes(self, history_tokens: int, window_tokens: int) -> int:
         """Bytes that a cache for so many tokens allocates."""
         capacity = self.capacity(history_tokens, window_tokens)
-        pools = CacheStorage(self.spec, capacity, _NOWHERE).bytes_by_pool()
+        pools = bytes_by_pool(self.spec, capacity)
         scratch = 0
         if self.on_gpu:
             from sglang_dsv4.cache.triton_ops import TritonOps
@@ -68,24 +62,18 @@ class PoolShape:
         """
         page_tokens = self.spec.page_tokens
 
-        def fits(pages: int) -> bool:
+        def nbytes(pages: int) -> int:
             tokens = pages * page_tokens
-            return self.nbytes(tokens, window_tokens(tokens)) <= available_bytes
+            return self.nbytes(tokens, window_tokens(tokens))
 
-        if not fits(1):
-            needed = self.nbytes(page_tokens, window_tokens(page_tokens))
+        pages = most_pages(nbytes, available_bytes)
+        if pages == 0:
             raise UnsupportedError(
-                f"memory for the cache: expected at least {needed} bytes, of which requests take "
+                f"memory for the cache: expected at least {nbytes(1)} bytes, of which requests take "
                 f"{self.state_slots * stream_bytes_per_request(self.spec)}, got {available_bytes}; raise "
                 "--mem-fraction-static or lower --max-running-requests"
             )
-        low, high = 1, 2
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * page_tokens
+        return pages * page_tokens
 
 
 def bytes_per_token(spec: CacheSpec, window_ratio: float) -> float:

@@ -9,19 +9,12 @@ from pathlib import Path
 
 import httpx
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress
 from rich.text import Text
 
 from sglang_dsv4.demo.client import Client
 from sglang_dsv4.demo.server import Server, ServerDiedError, leave
-from sglang_dsv4.demo.start import ready_checkpoint, wait_until_healthy
+from sglang_dsv4.demo.start import ready_checkpoint, steps_progress, wait_until_healthy
 from sglang_dsv4.stress.drive import Load
 from sglang_dsv4.stress.memory import group_bytes
 from sglang_dsv4.stress.report import draw_run, print_run
@@ -112,11 +105,8 @@ def run(args: argparse.Namespace) -> int:
         )
     requests = None if args.minutes is not None else args.requests
     load = Load(args.seed, args.first, requests, args.minutes or 0.0, args.concurrency)
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
     try:
-        with Progress(*columns, console=console) as progress:
+        with steps_progress(console) as progress:
             result = _stress(args, load, progress, lambda: interrupt.is_set)
     except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError, OSError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from sglang_dsv4.cache import CompressedKVCache, ExternalPages
+from sglang_dsv4.cache.sizing import ServerSize, bytes_by_pool, most_tokens, released_spec, size_of
 from sglang_dsv4.cli import main
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.sizing import ServerSize, bytes_by_pool, most_tokens, released_spec, size_of
 from tests.cache.driver import CONFIG, FORMATS, make_spec
 
 

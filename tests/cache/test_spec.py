@@ -6,8 +6,8 @@ import pytest
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from sglang_dsv4.cache.report import stream_bytes_per_request, window_page_bytes
+from sglang_dsv4.cache.sizing import RELEASED
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.sizing import RELEASED
 from sglang_dsv4.spec import CacheSpec
 from tests.cache.driver import CONFIG
 

@@ -13,9 +13,9 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_dsv4 import env
+from sglang_dsv4.cache.sizing import ServerSize, size_of
 from sglang_dsv4.demo.server import active_line
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
-from sglang_dsv4.sizing import ServerSize, size_of
 from sglang_dsv4.spec import CacheSpec
 from tests.plugin.serving import (
     NEW_TOKENS,

@@ -1,14 +1,18 @@
 """How many tokens fit into how much memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_dsv4.cache.storage import Capacity
+import torch
+
+from sglang_dsv4.cache.storage import CacheStorage, Capacity
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
 
 GIB = 1 << 30
-_FP32_BYTES = 4
+_SPAN = 1 << 14  # pages over which the bytes of one are averaged
+_NOWHERE = torch.device("meta")  # tensors with a size and no memory
 # What the released configurations say about the cache.
 _COMMON: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -75,29 +79,33 @@ class ServerSize:
     context_tokens: int = CONTEXT_TOKENS
 
     def capacity(self, page_tokens: int) -> Capacity:
-        """Pages and slots of the cache that SGLang has the plug-in make: one page of each kind takes SGLang's padding."""
-        return Capacity(
-            history_pages=self.tokens // page_tokens + 1,
-            window_pages=int(self.tokens * self.window_share) // page_tokens + 1,
-            state_slots=self.requests + 1,
-            max_seq_len=min(self.context_tokens, self.tokens) + page_tokens,
-            reserved_pages=1,
+        """Pages and slots of the cache that SGLang has the plug-in make."""
+        return serving_capacity(
+            page_tokens,
+            self.tokens,
+            int(self.tokens * self.window_share),
+            self.requests + 1,
+            self.context_tokens,
         )
+
+
+def serving_capacity(
+    page_tokens: int, history_tokens: int, window_tokens: int, state_slots: int, context_tokens: int
+) -> Capacity:
+    """A server's cache for so many tokens of either kind; SGLang sends padding to one more page, the first."""
+    return Capacity(
+        history_pages=history_tokens // page_tokens + 1,
+        window_pages=window_tokens // page_tokens + 1,
+        state_slots=state_slots,
+        # No sequence is longer than the pool.
+        max_seq_len=min(context_tokens, history_tokens) + page_tokens,
+        reserved_pages=1,
+    )
 
 
 def bytes_by_pool(spec: CacheSpec, capacity: Capacity) -> dict[str, int]:
     """Bytes of a cache's tensors, by pool, the padding of groups included; nothing is allocated."""
-    window_rows = capacity.window_pages * spec.page_tokens
-    totals = {"row_pools": 0, "index_keys": 0, "stream_state": 0, "boundary_state": 0}
-    for layer in spec.layers:
-        entries = capacity.history_pages * (spec.page_tokens // layer.ratio) if layer.ratio else 0
-        totals["row_pools"] += spec.rows.pool_bytes(window_rows + entries)
-        totals["index_keys"] += spec.index_keys.pool_bytes(entries) if layer.indexed else 0
-        totals["stream_state"] += capacity.state_slots * spec.stream_bytes(layer)
-        totals["boundary_state"] += capacity.window_pages * spec.boundary_bytes(layer)
-    ropes = {layer.rope for layer in spec.layers}
-    totals["rope_tables"] = len(ropes) * capacity.max_seq_len * spec.rope_dim * _FP32_BYTES
-    return totals
+    return CacheStorage(spec, capacity, _NOWHERE).bytes_by_pool()
 
 
 def size_of(spec: CacheSpec, size: ServerSize) -> int:
@@ -114,14 +122,31 @@ def most_tokens(
 ) -> int:
     """The most tokens, in whole pages, whose cache fits into ``memory_bytes``; 0 where not even a page does."""
 
-    def fits(pages: int) -> bool:
+    def nbytes(pages: int) -> int:
         size = ServerSize(pages * spec.page_tokens, requests, window_share, context_tokens)
-        return size_of(spec, size) <= memory_bytes
+        return size_of(spec, size)
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
+    return most_pages(nbytes, memory_bytes) * spec.page_tokens
+
+
+def most_pages(nbytes: Callable[[int], int], available: int) -> int:
+    """The most pages whose bytes are available; 0 where not even one page's are.
+
+    Args:
+        nbytes (Callable[[int], int]): bytes of so many pages; grows with them, and nearly in proportion, which saves tries.
+        available (int): bytes.
+    """
+    first = nbytes(1)
+    if first > available:
+        return 0
+    slope = (nbytes(1 + _SPAN) - first) / _SPAN
+    low, step = 1 + int((available - first) / slope), 1
+    while nbytes(low) > available:
+        low, step = max(1, low - step), 2 * step
+    high, step = low + 1, 1
+    while nbytes(high) <= available:
+        low, high, step = high, high + step, 2 * step
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * spec.page_tokens
+        low, high = (middle, high) if nbytes(middle) <= available else (low, middle)
+    return low
