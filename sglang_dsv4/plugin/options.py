@@ -114,15 +114,17 @@ def read() -> Options:
     row_format = env.get(env.KV_FORMAT) or "bf16"
     if row_format not in ROW_FORMATS:
         raise UnsupportedError(
-            f"{env.KV_FORMAT}: expected one of {sorted(ROW_FORMATS)}, got {row_format!r}"
+            f"--dsv4-kv-format ({env.KV_FORMAT}): expected one of {sorted(ROW_FORMATS)}, got {row_format!r}"
         )
     index_format = env.get(env.INDEX_FORMAT) or _INDEX_FORMAT_OF_ROWS[row_format]
     if index_format not in INDEX_FORMATS:
         raise UnsupportedError(
-            f"{env.INDEX_FORMAT}: expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}"
+            f"--dsv4-index-format ({env.INDEX_FORMAT}): expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}"
         )
     check = env.get(env.CHECK) or CHECK_LEVELS[0]
     if check not in CHECK_LEVELS:
-        raise UnsupportedError(f"{env.CHECK}: expected one of {list(CHECK_LEVELS)}, got {check!r}")
+        raise UnsupportedError(
+            f"--dsv4-check ({env.CHECK}): expected one of {list(CHECK_LEVELS)}, got {check!r}"
+        )
     dumps = env.get(env.CHECK_DUMPS) or "."
     return Options(row_format, index_format, env.get(env.ATTENTION), check, dumps)

@@ -76,7 +76,10 @@ def test_a_misspelt_switch_is_not_off(monkeypatch, value):
 
 def test_a_misspelt_format_is_named(monkeypatch):
     monkeypatch.setenv(env.KV_FORMAT, "fp8")
-    with pytest.raises(UnsupportedError, match=f"{env.KV_FORMAT}: expected one of .*, got 'fp8'"):
+    with pytest.raises(
+        UnsupportedError,
+        match=rf"--dsv4-kv-format \({env.KV_FORMAT}\): expected one of .*, got 'fp8'",
+    ):
         options.read()
 
 
