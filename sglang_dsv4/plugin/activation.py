@@ -227,10 +227,7 @@ def _create_backend(runner: Any) -> Any:
     heads = refusals.handed_heads(runner.model_config.num_attention_heads, runner.ps.tp_size)
     name = options.read().attention
     attention, reason = make_attention(name, pool.cache, heads)
-    if attention.name != "eager" and runner.dtype != torch.bfloat16:
-        raise UnsupportedError(
-            f"--dtype {runner.dtype}: expected bfloat16 with attention {attention.name}"
-        )
+    refusals.check_dtype(runner.dtype, attention.name)
 
     def of_shape(fixed: FixedShape, like: Attention | None) -> Attention:
         return make_attention(name, pool.cache, heads, fixed=fixed, like=like)[0]

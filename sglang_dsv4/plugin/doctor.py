@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import warnings
 from dataclasses import asdict, replace
 from importlib import metadata
 
@@ -120,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"--as: {error}", soft_wrap=True)
             return 1
         title, device = f"{args.machine}, with the packages of this machine", args.machine
+    # What SGLang lacks for other models, it says of each of its modules when that is imported.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"sglang\.")
     console.print(_versions())
     console.print(_capabilities(capabilities, title))
     try:

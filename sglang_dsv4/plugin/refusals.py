@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
 
@@ -218,8 +220,6 @@ def check_graphs(config: Any) -> None:
 
 def compute_capability(device: str) -> tuple[int, int] | None:
     """Of an NVIDIA GPU; None for another device, or where the driver finds none."""
-    import torch
-
     if device.partition(":")[0] != "cuda" or torch.version.cuda is None:
         return None
     if not torch.cuda.is_available():
@@ -287,8 +287,6 @@ def check_attention(name: str | None, spec: CacheSpec, device: str, num_heads: i
     Raises:
         UnsupportedError: names the attention and why.
     """
-    import torch
-
     from sglang_dsv4.attention import choose_attention, find_capabilities
 
     try:
@@ -327,6 +325,17 @@ def check_checkpoint(model_path: str, options: dict[str, Any]) -> CacheSpec:
             f"--model-path {model_path}: expected the architecture {ARCHITECTURE}, got {', '.join(found)}"
         )
     return CacheSpec.from_hf(config, page_tokens=PAGE_TOKENS, **options)
+
+
+def check_dtype(dtype: torch.dtype, attention: str) -> None:
+    """Refuse activations that the chosen attention does not take: all but the eager one compute in bf16.
+
+    Raises:
+        UnsupportedError: names both.
+    """
+    if attention != "eager" and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UnsupportedError(f"--dtype {name}: expected bfloat16 with attention {attention}")
 
 
 def check_port(host: str, port: int) -> None:

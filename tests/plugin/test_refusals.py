@@ -5,6 +5,7 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
@@ -125,6 +126,18 @@ def test_another_device_than_the_plug_in_was_loaded_for_is_refused(monkeypatch):
     with pytest.raises(UnsupportedError, match=f"--device cpu: expected cuda.* set {env.DEVICE}="):
         activation.check_device("cpu")
     assert activation.found_device("cuda:1") == "cuda:1"
+
+
+def test_attention_on_tensor_cores_takes_bf16_alone():
+    for attention in ("flashinfer", "flashmla"):
+        refusals.check_dtype(torch.bfloat16, attention)
+        for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):
+            with pytest.raises(
+                UnsupportedError,
+                match=f"^--dtype {name}: expected bfloat16 with attention {attention}$",
+            ):
+                refusals.check_dtype(dtype, attention)
+    refusals.check_dtype(torch.float32, "eager")
 
 
 def test_graphs_that_sglang_resolved_to_are_checked():
