@@ -29,6 +29,8 @@ WAYS = {
 POOL_TOKENS = {"cuda": 262144, "cpu": 16384}
 NATIVE_ROWS = "fp8_584"
 NUM_EXACT = 32
+# SGLang's head gives bf16 logits, 1/32 apart: the two best would often be equal, and rounding there hide the cache's.
+FINE = ("--enable-fp32-lm-head",)
 # One scheduler that waits must not take a core from another that works.
 EXACT = ("--dtype", "float32", "--sleep-on-idle")
 
@@ -111,8 +113,10 @@ def make_side(
 ) -> Side:
     """One server: a side, in a way."""
     is_ours = name != THEIRS
-    fraction = "0.8" if device == "cuda" else "0.5"
-    graphs = ("--cuda-graph-max-bs-decode", str(args.concurrency)) if device == "cuda" else EXACT
+    fraction, arithmetic = "0.5", EXACT
+    if device == "cuda":
+        fraction = "0.8"
+        arithmetic = ("--cuda-graph-max-bs-decode", str(args.concurrency), *FINE)
     formats = ()
     if is_ours:
         rows = rows or args.rows or (NATIVE_ROWS if device == "cuda" else "fp32")
@@ -120,7 +124,7 @@ def make_side(
     options = (
         "--max-total-tokens", str(POOL_TOKENS[device]), "--swa-full-tokens-ratio", "0.5",
         "--max-running-requests", str(2 * args.concurrency), "--mem-fraction-static", fraction,
-        "--grammar-backend", "none", *graphs, *formats, *shlex.split(args.options),
+        "--grammar-backend", "none", *arithmetic, *formats, *shlex.split(args.options),
         *(way.options() if way else ()),
     )  # fmt: skip
     return Side(f"{name}-{way.name}" if way else name, is_ours, options)

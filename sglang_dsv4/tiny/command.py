@@ -49,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=tuple(SHAPES),
         default="tiny",
         help="heads64: 64 query heads, 64 index heads, as kernels on a GPU want; flash: V4-Flash's widths with few and "
-        "narrow experts (1.8 GB with the default layers; default: %(default)s)",
+        "narrow experts (1.8 GB with the default layers); both with weights for bf16 (default: %(default)s)",
     )
     parser.set_defaults(func=run)
 

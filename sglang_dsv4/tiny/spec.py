@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_dsv4.tiny.scales import SCALES
 from sglang_dsv4.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 WINDOW_ONLY_RATIO = 0
@@ -35,6 +36,7 @@ class TinySpec:
         max_positions (int): longest sequence that the configuration allows.
         rope_factor (int): of YaRN. At 1 all layers rotate alike however a program treats window-only ones: SGLang 0.5.17
             scales them too, which the released model does not.
+        scales (str): of `SCALES`: ``"sharp"`` for fp32 arithmetic, ``"calm"`` for bf16.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -55,6 +57,7 @@ class TinySpec:
     num_hash_layers: int = 2
     max_positions: int = 65536
     rope_factor: int = 16
+    scales: str = "sharp"
 
     head_dim = 512
     rope_dim = 64
@@ -85,6 +88,8 @@ class TinySpec:
             raise ValueError(
                 f"experts_per_token: expected at most num_experts={self.num_experts}, got {self.experts_per_token}"
             )
+        if self.scales not in SCALES:
+            raise ValueError(f"scales: expected one of {', '.join(SCALES)}, got {self.scales}")
         if not 0 <= self.num_hash_layers <= self.num_layers:
             raise ValueError(
                 f"num_hash_layers: expected 0 .. {self.num_layers}, got {self.num_hash_layers}"
@@ -168,10 +173,17 @@ class TinySpec:
 
 
 # By name, what `make-tiny --shape` offers. `heads64` has as many heads as GPU kernels want and little else; `flash` has
-# V4-Flash's own widths in all that attention and its cache work on, a few layers, and few and narrow experts.
-SHAPES: dict[str, dict[str, int]] = {
+# V4-Flash's own widths in all that attention and its cache work on, a few layers, and few and narrow experts. Both are for
+# GPUs, where servers compute in bf16.
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "heads64": {"num_heads": 64, "o_groups": 8, "o_lora_rank": 64, "index_n_heads": 64},
+    "heads64": {
+        "num_heads": 64,
+        "o_groups": 8,
+        "o_lora_rank": 64,
+        "index_n_heads": 64,
+        "scales": "calm",
+    },
     "flash": {
         "hidden_size": 4096,
         "num_heads": 64,
@@ -182,5 +194,6 @@ SHAPES: dict[str, dict[str, int]] = {
         "experts_per_token": 6,
         "moe_width": 512,
         "max_positions": 262144,
+        "scales": "calm",
     },
 }

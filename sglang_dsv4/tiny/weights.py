@@ -4,13 +4,15 @@ The scales are chosen so that a wrong cache changes the logits: without care, a 
 (every entry alike) or all sink, and its residual streams drown it.
 
 * The gates' logits have a standard deviation of about 2, so the softmax of a block is far from uniform.
-* Key norms are above 1, so that attention is selective; HCA entries, of which there are few, have the largest.
+* Key norms (`Scales`) are above 1, so that attention is selective, or, for comparisons in bf16, just below; HCA entries, of
+  which there are few, have the largest.
 * Sinks take a visible share, and never most of it.
 * Attention's output is as large as the residual stream that it is added to.
 
 How it was checked: ``tests/tiny/test_sensitivity.py`` runs transformers on the checkpoint and takes away, one at a
 time, the CSA entries, the HCA entries, the window, the indexer's choice, the sinks and one block's b-stream, and
-requires each to move the final logits by a stated fraction of their own spread.
+requires each to move the final logits by a stated fraction of their own spread; and ``tests/tiny/test_calm.py`` holds what
+rounding does to a calm checkpoint against what a wrong page does.
 """
 
 import math
@@ -18,20 +20,15 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang_dsv4.tiny.spec import CSA_RATIO, HCA_RATIO, WINDOW_ONLY_RATIO, TinySpec
+from sglang_dsv4.tiny.scales import SCALES
+from sglang_dsv4.tiny.spec import CSA_RATIO, WINDOW_ONLY_RATIO, TinySpec
 from sglang_dsv4.tiny.tokenizer import byte_id
 
 EMBED_STD = 1.0
 GATE_STD = 2.0
 APE_STD = 1.0
-WINDOW_KEY_NORM = 1.5
-ENTRY_KEY_NORM = {CSA_RATIO: 2.5, HCA_RATIO: 3.0}
 SINK_MEAN, SINK_STD = 4.0, 1.0
-ATTENTION_GAIN = 2.0
 SHARED_EXPERT_GAIN = 0.5
-# Small: which experts a token goes to is a discrete choice, and where two gates are nearly equal a rounding error of
-# the cache flips it. A flip must not be mistaken for a wrong cache.
-ROUTED_EXPERT_GAIN = 0.1
 HC_SCALE = 0.5
 LOGIT_STD = 2.5
 UNPRINTABLE_STD = 0.8
@@ -108,41 +105,44 @@ def _hyper_connections(source: _Source, spec: TinySpec) -> Iterator[NamedTensor]
 
 
 def _attention(source: _Source, spec: TinySpec, ratio: int) -> Iterator[NamedTensor]:
-    hidden, heads = spec.hidden_size, spec.num_heads
+    hidden, heads, scales = spec.hidden_size, spec.num_heads, SCALES[spec.scales]
     yield "attn_norm.weight", source.norm(hidden)
     yield "attn.wq_a.weight", source.linear(spec.q_lora_rank, hidden)
     yield "attn.q_norm.weight", source.norm(spec.q_lora_rank)
     yield "attn.wq_b.weight", source.linear(heads * spec.head_dim, spec.q_lora_rank)
     yield "attn.wkv.weight", source.linear(spec.head_dim, hidden)
-    yield "attn.kv_norm.weight", source.norm(spec.head_dim, WINDOW_KEY_NORM)
+    yield "attn.kv_norm.weight", source.norm(spec.head_dim, scales.window_key_norm)
     group_width = heads * spec.head_dim // spec.o_groups
     yield (
         "attn.wo_a.weight",
-        source.linear(spec.o_groups * spec.o_lora_rank, group_width, ATTENTION_GAIN),
+        source.linear(spec.o_groups * spec.o_lora_rank, group_width, scales.attention_gain),
     )
     yield "attn.wo_b.weight", source.linear(hidden, spec.o_groups * spec.o_lora_rank)
     yield "attn.attn_sink", source.normal(heads, std=SINK_STD, mean=SINK_MEAN)
     if ratio == WINDOW_ONLY_RATIO:
         return
-    yield from _compressor(source, "attn.compressor.", hidden, spec.head_dim, ratio)
+    key_norm = scales.csa_key_norm if ratio == CSA_RATIO else scales.hca_key_norm
+    yield from _compressor(source, "attn.compressor.", hidden, spec.head_dim, ratio, key_norm)
     if ratio == CSA_RATIO:
         yield (
             "attn.indexer.wq_b.weight",
             source.linear(spec.index_n_heads * spec.index_dim, spec.q_lora_rank),
         )
         yield "attn.indexer.weights_proj.weight", source.linear(spec.index_n_heads, hidden)
-        yield from _compressor(source, "attn.indexer.compressor.", hidden, spec.index_dim, ratio)
+        yield from _compressor(
+            source, "attn.indexer.compressor.", hidden, spec.index_dim, ratio, key_norm
+        )
 
 
 def _compressor(
-    source: _Source, prefix: str, hidden: int, dim: int, ratio: int
+    source: _Source, prefix: str, hidden: int, dim: int, ratio: int, key_norm: float
 ) -> Iterator[NamedTensor]:
     """CSA has two streams side by side: columns ``[:dim]`` feed the next block's entry, ``[dim:]`` the own block's."""
     width = 2 * dim if ratio == CSA_RATIO else dim
     yield prefix + "wkv.weight", source.linear(width, hidden)
     yield prefix + "wgate.weight", source.linear(width, hidden, GATE_STD)
     yield prefix + "ape", source.normal(ratio, width, std=APE_STD)
-    yield prefix + "norm.weight", source.norm(dim, ENTRY_KEY_NORM[ratio])
+    yield prefix + "norm.weight", source.norm(dim, key_norm)
 
 
 def _experts(source: _Source, spec: TinySpec, *, hashed: bool) -> Iterator[NamedTensor]:
@@ -156,7 +156,8 @@ def _experts(source: _Source, spec: TinySpec, *, hashed: bool) -> Iterator[Named
         )
     else:
         yield "ffn.gate.bias", source.normal(spec.num_experts, std=0.1)
-    gains = {f"ffn.experts.{expert}.": ROUTED_EXPERT_GAIN for expert in range(spec.num_experts)}
+    routed_gain = SCALES[spec.scales].routed_expert_gain
+    gains = {f"ffn.experts.{expert}.": routed_gain for expert in range(spec.num_experts)}
     gains["ffn.shared_experts."] = SHARED_EXPERT_GAIN
     for name, gain in gains.items():
         yield name + "w1.weight", source.linear(width, hidden)
