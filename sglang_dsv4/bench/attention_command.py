@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=160)
     where = environment(copy_bandwidth())
     console.print(
-        f"{where['gpu']}, copy {where['copy_bytes_per_us'] / 1e3:,.0f} GB/s, torch {where['torch']}"
+        f"{where['gpu']}, copy {where['copy_bytes_per_us'] / 1e3:,.0f} GB/s, torch {where['versions']['torch']}"
     )
     found: list[dict] = []
     missing: set[str] = set()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-CSA_RATIO, HCA_RATIO = 4, 128
 PAGE_TOKENS = 256
 
 

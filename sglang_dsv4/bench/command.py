@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
     )
     bandwidth = copy_bandwidth()
     where = environment(bandwidth)
+    versions = where["versions"]
     console.print(
-        f"{where['gpu']}, copy {bandwidth / 1e3:,.0f} GB/s, torch {where['torch']}, triton {where['triton']}"
+        f"{where['gpu']}, copy {bandwidth / 1e3:,.0f} GB/s, torch {versions['torch']}, triton {versions['triton']}"
     )
     found = []
     for row in _rows(bandwidth, args.quick, args.only):

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sglang_dsv4.bench import peer_sglang
-from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, Case, cases
+from sglang_dsv4.bench.cases import Case, cases
 from sglang_dsv4.bench.row import Row, speed
 from sglang_dsv4.bench.timing import count_launches, num_sets, time_eager, time_graphs
 from sglang_dsv4.bench.work import FlushWork, bytes_needed, make_flush_work, make_step, rope
+from sglang_dsv4.spec import CSA_RATIO, HCA_RATIO
 
 _MAX_BYTES = 24 << 30
 _MAX_DIFFERING = 2.0**-9

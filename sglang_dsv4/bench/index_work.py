@@ -11,7 +11,8 @@ from dsv4_kernels.index_topk import topk_entries
 from dsv4_kernels.layout import INDEX_DIM, RowFormat
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.bench.cases import CSA_RATIO, PAGE_TOKENS
+from sglang_dsv4.bench.cases import PAGE_TOKENS
+from sglang_dsv4.spec import CSA_RATIO
 
 # Scores of one piece of a prefill: 256 MiB.
 _SCORES = 1 << 26

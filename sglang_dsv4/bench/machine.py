@@ -1,10 +1,10 @@
 """The GPU that rows were measured on."""
 
-import platform
+from typing import Any
 
 import torch
-import triton
 
+from sglang_dsv4.compare import machine
 from sglang_dsv4.errors import UnsupportedError
 
 
@@ -21,18 +21,10 @@ def need_cuda(what: str) -> None:
         raise UnsupportedError(f"{what}: expected a CUDA device, found none; nothing was run")
 
 
-def environment(bandwidth: float) -> dict:
-    """Where rows were measured, and with what.
+def environment(bandwidth: float) -> dict[str, Any]:
+    """Where rows were measured, and with what: as `compare.machine.environment`, and ``copy_bytes_per_us``.
 
     Args:
         bandwidth (float): bytes per microsecond of a copy on the device.
     """
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
-        "copy_bytes_per_us": bandwidth,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }
+    return {**machine.environment("cuda"), "copy_bytes_per_us": bandwidth}

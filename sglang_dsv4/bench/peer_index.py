@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 from dsv4_kernels.layout import FP8_INDEX
-from sglang_dsv4.bench.cases import CSA_RATIO, PAGE_TOKENS
+from sglang_dsv4.bench.cases import PAGE_TOKENS
 from sglang_dsv4.bench.index_work import IndexWork
+from sglang_dsv4.spec import CSA_RATIO
 
 _SGLANG = "sglang.kernels.ops.attention.dsv4.topk"
 _DEEP_GEMM = "deep_gemm"

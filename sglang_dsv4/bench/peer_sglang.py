@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, PAGE_TOKENS, Case
+from sglang_dsv4.bench.cases import PAGE_TOKENS, Case
 from sglang_dsv4.bench.work import EPS, FlushWork
+from sglang_dsv4.spec import CSA_RATIO, HCA_RATIO
 
 _MODULE = "sglang.kernels.ops.attention.dsv4.compress"
 

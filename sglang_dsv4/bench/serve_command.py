@@ -20,6 +20,7 @@ from sglang_dsv4.compare.client import ServeClient
 from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.options import add_server_options, begin
 from sglang_dsv4.compare.side import (
+    NATIVE_ROWS,
     OURS,
     THEIRS,
     Side,
@@ -33,7 +34,6 @@ from sglang_dsv4.demo.server import ServerDiedError
 from sglang_dsv4.tiny.command import read_ratios
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
-NATIVE_ROWS = "fp8_584"
 # Questions of the check, and tokens of the longest.
 CHECKED = {"cuda": (24, 1024), "cpu": (4, 300)}
 

@@ -8,11 +8,12 @@ import torch
 from dsv4_kernels.layout import HEAD_DIM, ROW_FORMATS
 from dsv4_kernels.window_store import naive_window_store
 from dsv4_kernels.window_store.fused import window_store
-from sglang_dsv4.bench.cases import CSA_RATIO, Case, decode_case, prefill_case
+from sglang_dsv4.bench.cases import Case, decode_case, prefill_case
 from sglang_dsv4.bench.flush import FlushRow, differing
 from sglang_dsv4.bench.row import speed
 from sglang_dsv4.bench.timing import num_sets, time_eager, time_graphs
 from sglang_dsv4.bench.work import EPS, make_step, random_rows, rope, zero_pool
+from sglang_dsv4.spec import CSA_RATIO
 
 # A norm's sum in another order moves a value by 2^-22 of itself; a rounding to e4m3 or bf16 for one value in 2^13.
 _MAX_DIFFERING = 2.0**-12

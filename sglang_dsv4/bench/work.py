@@ -11,7 +11,8 @@ from dsv4_kernels.flush_hca import flush_hca, hca_workspace
 from dsv4_kernels.layout import HEAD_DIM, INDEX_DIM, INDEX_FORMATS, ROPE_DIM, ROW_FORMATS, RowFormat
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.bench.cases import CSA_RATIO, HCA_RATIO, PAGE_TOKENS, Case
+from sglang_dsv4.bench.cases import PAGE_TOKENS, Case
+from sglang_dsv4.spec import CSA_RATIO, HCA_RATIO
 
 EPS = 1e-6
 

@@ -12,7 +12,7 @@ from sglang_dsv4.spec import CacheSpec
 
 GIB = 1 << 30
 _SPAN = 1 << 14  # pages over which the bytes of one are averaged
-_NOWHERE = torch.device("meta")  # tensors with a size and no memory
+NOWHERE = torch.device("meta")  # tensors with a size and no memory
 # What the released configurations say about the cache.
 _COMMON: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -105,7 +105,7 @@ def serving_capacity(
 
 def bytes_by_pool(spec: CacheSpec, capacity: Capacity) -> dict[str, int]:
     """Bytes of a cache's tensors, by pool, the padding of groups included; nothing is allocated."""
-    return CacheStorage(spec, capacity, _NOWHERE).bytes_by_pool()
+    return CacheStorage(spec, capacity, NOWHERE).bytes_by_pool()
 
 
 def size_of(spec: CacheSpec, size: ServerSize) -> int:

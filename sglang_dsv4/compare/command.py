@@ -18,7 +18,7 @@ from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.options import add_server_options, begin
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, Result, run_session
-from sglang_dsv4.compare.side import OURS, THEIRS, Side
+from sglang_dsv4.compare.side import NATIVE_ROWS, OURS, THEIRS, Side
 from sglang_dsv4.demo.server import ServerDiedError
 
 # Three ways show both modes and all chunk sizes; each is two servers.
@@ -27,7 +27,6 @@ WAYS = {
     "cpu": ("eager-8192", "eager-512", "eager-256"),
 }
 POOL_TOKENS = {"cuda": 262144, "cpu": 16384}
-NATIVE_ROWS = "fp8_584"
 NUM_EXACT = 32
 # SGLang's head gives bf16 logits, 1/32 apart: the two best would often be equal, and rounding there hide the cache's.
 FINE = ("--enable-fp32-lm-head",)

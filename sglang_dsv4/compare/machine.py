@@ -1,4 +1,4 @@
-"""Where servers ran, and with what."""
+"""Where something was measured, and with what."""
 
 import importlib.metadata
 import platform
@@ -20,19 +20,19 @@ _PACKAGES = (
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where it was measured, and with what; a package that is not there is None."""
+    """The device and all versions; what is not there is None."""
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    gpu = None
-    if device == "cuda":
-        gpu = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    on_gpu = device == "cuda"
     return {
         "device": device,
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "capability": list(torch.cuda.get_device_capability()) if on_gpu else None,
+        "cuda": torch.version.cuda,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "sglang-dsv4": __version__,

@@ -16,6 +16,7 @@ from sglang_dsv4.plugin.refusals import is_unquantised
 # SGLang compiles kernels at its first start on a machine, for about 300 s where nothing else runs.
 START_S = 900.0
 OURS, THEIRS = "ours", "sglang"
+NATIVE_ROWS = "fp8_584"  # of SGLang's own cache
 FLAG = "--enable-dsv4-compressed-kv"
 # What a server logs when it sizes its pools: bytes of a token, and GiB that are there; SGLang's own line, and ours on a GPU.
 _SIZING = (

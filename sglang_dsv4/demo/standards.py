@@ -8,8 +8,7 @@ from sglang_dsv4.demo.answers import Answer
 from sglang_dsv4.demo.verdict import Comparison, Standard, largest_difference
 from sglang_dsv4.runtime.faults import DroppedBStream, Fault, SwappedStreams
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
-
-CSA_RATIO = 4
+from sglang_dsv4.spec import CSA_RATIO
 
 
 def build_standards(

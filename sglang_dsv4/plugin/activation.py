@@ -65,10 +65,11 @@ def check_device(device: str) -> None:
 
 
 def _check_attention(args: Any, device: str) -> None:
-    """Refuse an attention that is not possible, before the model is loaded."""
+    """Refuse an attention, or a dtype with it, that is not possible, before the model is loaded."""
     spec = refusals.check_checkpoint(args.model_path, options.read().formats())
     heads = refusals.query_heads(args.model_path, getattr(args, "tp_size", None) or 1)
-    refusals.check_attention(options.read().attention, spec, device, heads)
+    attention = refusals.check_attention(options.read().attention, spec, device, heads)
+    refusals.check_dtype(getattr(args, "dtype", None) or "auto", attention)
 
 
 def check_resolved(server_args: Any) -> None:
@@ -133,8 +134,9 @@ def activate(device: str | None) -> None:
 
 def _check_server_args(server_args: Any) -> None:
     """Check arguments that may have been made before the plug-in was loaded."""
-    check_device(found_device(server_args.device))
-    _check_attention(server_args, server_args.device)
+    device = found_device(server_args.device)
+    check_device(device)
+    _check_attention(server_args, device)
     check_resolved(server_args)
 
 
@@ -218,16 +220,16 @@ def _create_backend(runner: Any) -> Any:
     check_installed(_installed_ops)
     unscaled = model_fixes.unscale_window_rope(runner.model, pool.cache)
     model_fixes.check_rope(runner.model, pool.cache)
+    heads = refusals.handed_heads(runner.model_config.num_attention_heads, runner.ps.tp_size)
+    name = options.read().attention
+    attention, reason = make_attention(name, pool.cache, heads)
+    refusals.check_dtype(str(runner.dtype).removeprefix("torch."), attention.name)
     widened = widen_bf16_parameters(runner.model, runner.dtype)
     ops = [op.name for op in _installed_ops]
     if widened:
         ops.append(f"{len(widened)} bf16 parameters widened to {runner.dtype}")
     if unscaled:
         ops.append(f"unscaled RoPE of window-only layers {unscaled}")
-    heads = refusals.handed_heads(runner.model_config.num_attention_heads, runner.ps.tp_size)
-    name = options.read().attention
-    attention, reason = make_attention(name, pool.cache, heads)
-    refusals.check_dtype(runner.dtype, attention.name)
 
     def of_shape(fixed: FixedShape, like: Attention | None) -> Attention:
         return make_attention(name, pool.cache, heads, fixed=fixed, like=like)[0]

@@ -8,11 +8,9 @@ import torch
 
 from sglang_dsv4.cache import Capacity
 from sglang_dsv4.cache.report import stream_bytes_per_request, window_page_bytes
-from sglang_dsv4.cache.sizing import bytes_by_pool, most_pages, serving_capacity
+from sglang_dsv4.cache.sizing import NOWHERE, bytes_by_pool, most_pages, serving_capacity
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
-
-_NOWHERE = torch.device("meta")  # tensors with a size and no memory
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class PoolShape:
         if self.on_gpu:
             from sglang_dsv4.cache.triton_ops import TritonOps
 
-            scratch = TritonOps(self.spec, capacity, _NOWHERE, self.index_heads).nbytes
+            scratch = TritonOps(self.spec, capacity, NOWHERE, self.index_heads).nbytes
         return sum(pools.values()) + scratch
 
     def most_tokens(self, available_bytes: int, window_tokens: Callable[[int], int]) -> int:

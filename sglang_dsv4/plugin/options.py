@@ -11,7 +11,6 @@ from sglang_dsv4.errors import UnsupportedError
 
 ENABLE_FLAG = "--enable-dsv4-compressed-kv"
 CHECK_LEVELS = ("off", "boundary", "step")
-_INDEX_FORMAT_OF_ROWS = {"bf16": "bf16", "fp8_584": "fp8", "fp32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,14 @@ def read() -> Options:
         UnsupportedError: a variable names a format, or a level of checks, that does not exist.
     """
     from dsv4_kernels.layout import INDEX_FORMATS, ROW_FORMATS
+    from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS
 
     row_format = env.get(env.KV_FORMAT) or "bf16"
     if row_format not in ROW_FORMATS:
         raise UnsupportedError(
             f"--dsv4-kv-format ({env.KV_FORMAT}): expected one of {sorted(ROW_FORMATS)}, got {row_format!r}"
         )
-    index_format = env.get(env.INDEX_FORMAT) or _INDEX_FORMAT_OF_ROWS[row_format]
+    index_format = env.get(env.INDEX_FORMAT) or INDEX_FORMAT_OF_ROWS[row_format]
     if index_format not in INDEX_FORMATS:
         raise UnsupportedError(
             f"--dsv4-index-format ({env.INDEX_FORMAT}): expected one of {sorted(INDEX_FORMATS)}, got {index_format!r}"

@@ -11,12 +11,11 @@ import torch
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 
 from sglang_dsv4.cache import CompressedKVCache, ExternalPages, StepPlan, WindowInput
+from sglang_dsv4.cache.sizing import GIB
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
 from sglang_dsv4.plugin.budget import PoolShape, shape_of
 from sglang_dsv4.plugin.refusals import check_window_pool
 from sglang_dsv4.spec import CacheSpec
-
-_GIB = 1 << 30
 
 
 class VacantPool:
@@ -56,7 +55,7 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
         )
         self.plan: StepPlan | None = None
         self._stored: torch.Tensor | None = None
-        self.mem_usage = self.get_kv_size_bytes() / _GIB
+        self.mem_usage = self.get_kv_size_bytes() / GIB
 
     def get_kv_size_bytes(self) -> int:
         """Bytes of everything the cache allocated; SGLang reports it as its KV cache."""

@@ -275,7 +275,7 @@ def query_heads(model_path: str, tp_size: int) -> int:
     return handed_heads(config["num_attention_heads"], tp_size)
 
 
-def check_attention(name: str | None, spec: CacheSpec, device: str, num_heads: int) -> None:
+def check_attention(name: str | None, spec: CacheSpec, device: str, num_heads: int) -> str:
     """Refuse an attention that is not possible, before the model is loaded.
 
     Args:
@@ -284,15 +284,21 @@ def check_attention(name: str | None, spec: CacheSpec, device: str, num_heads: i
         device (str): where it will be.
         num_heads (int): of `handed_heads`.
 
+    Returns:
+        str: the attention that will be used.
+
     Raises:
         UnsupportedError: names the attention and why.
     """
     from sglang_dsv4.attention import choose_attention, find_capabilities
 
     try:
-        choose_attention(name, find_capabilities(torch.device(device), spec.row_format, num_heads))
+        chosen, _ = choose_attention(
+            name, find_capabilities(torch.device(device), spec.row_format, num_heads)
+        )
     except ValueError as error:
         raise UnsupportedError(f"--dsv4-attention: {error}") from error
+    return chosen.name
 
 
 def check_checkpoint(model_path: str, options: dict[str, Any]) -> CacheSpec:
@@ -327,15 +333,21 @@ def check_checkpoint(model_path: str, options: dict[str, Any]) -> CacheSpec:
     return CacheSpec.from_hf(config, page_tokens=PAGE_TOKENS, **options)
 
 
-def check_dtype(dtype: torch.dtype, attention: str) -> None:
-    """Refuse activations that the chosen attention does not take: all but the eager one compute in bf16.
+def check_dtype(dtype: str, attention: str) -> None:
+    """Refuse activations that the chosen attention does not take: the eager one computes in fp32, too, all others in bf16.
+
+    Args:
+        dtype (str): as ``--dtype`` names it; ``auto`` passes, and is checked again when SGLang has resolved it.
+        attention (str): of `check_attention`.
 
     Raises:
         UnsupportedError: names both.
     """
-    if attention != "eager" and dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        raise UnsupportedError(f"--dtype {name}: expected bfloat16 with attention {attention}")
+    allowed = ("bfloat16", "float32") if attention == "eager" else ("bfloat16",)
+    if {"float": "float32"}.get(dtype, dtype) not in ("auto", *allowed):
+        raise UnsupportedError(
+            f"--dtype {dtype}: expected {' or '.join(allowed)} with attention {attention}"
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_dsv4.spec import CSA_RATIO, HCA_RATIO
 from sglang_dsv4.tiny.scales import SCALES
 from sglang_dsv4.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 WINDOW_ONLY_RATIO = 0
-CSA_RATIO = 4
-HCA_RATIO = 128
 
 
 @dataclass(frozen=True)

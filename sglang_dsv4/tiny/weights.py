@@ -20,8 +20,9 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang_dsv4.spec import CSA_RATIO
 from sglang_dsv4.tiny.scales import SCALES
-from sglang_dsv4.tiny.spec import CSA_RATIO, WINDOW_ONLY_RATIO, TinySpec
+from sglang_dsv4.tiny.spec import WINDOW_ONLY_RATIO, TinySpec
 from sglang_dsv4.tiny.tokenizer import byte_id
 
 EMBED_STD = 1.0

@@ -1,9 +1,7 @@
 """Servers of the tests, requests to them, and their answers."""
 
 import os
-import random
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,23 +80,6 @@ def wait_for_log(server: Server, text: str, times: int = 1, patience_s: float = 
     while sum(text in line for line in server.log_lines()) < times:
         assert time.monotonic() < deadline, server.log_lines()[-20:]
         time.sleep(0.05)
-
-
-def quiet_port() -> int:
-    """A free port that the kernel gives to nobody who asks for any: it stays free while a server is started again.
-
-    From the range of such ports, the connection of some client may take it meanwhile, even one to the port itself.
-    """
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.SystemRandom().sample(range(10000, first), 100):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError(f"no free port among 100 of 10000 to {first}")
 
 
 def is_running(process: int) -> bool:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_dsv4 import env
 from tests.plugin.test_commands import FLAG, LAUNCH, check_refused
-from tests.plugin.warm import Program
+from tests.plugin.warm import COPIES, Program
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -171,6 +171,30 @@ def test_sglang_serve_does_not_take_its_diffusion_server(warm, tmp_path, kind):
         status, output = warm.run_one(program)
         sentence = "--model-type diffusion: not" if kind else "expected a folder with a config.json"
         check_refused(status, output, sentence)
+
+
+# On a CPU attention is eager and takes any dtype; here it goes by another's name.
+CALLED_FLASHMLA = """
+from sglang_dsv4 import attention
+make = attention.make_attention
+def called_otherwise(*args, **options):
+    made, reason = make(*args, **options)
+    made.name = "flashmla"
+    return made, reason
+attention.make_attention = called_otherwise
+from sglang_dsv4.plugin import backend
+def serve(*_):
+    raise SystemExit("SERVES")
+backend.CompressedKVBackend = serve
+"""
+
+
+def test_a_dtype_that_the_attention_does_not_take_ends_the_launch(warm, tiny):
+    model = ("--model-path", str(tiny), "--max-total-tokens", "16384", "--dtype", "float32")
+    program = Program([*LAUNCH, *model], before=COPIES + CALLED_FLASHMLA)
+    status, output = warm.run_one(program)
+    assert status != 0 and "SERVES" not in output
+    assert "--dtype float32: expected bfloat16 with attention flashmla" in output, output[-3000:]
 
 
 def test_a_scheduler_with_another_cache_does_not_become_ready():

@@ -49,6 +49,7 @@ def outcomes(warm, tiny, tmp_path_factory):
             "small window pool": Program([*LAUNCH, *model, "--max-total-tokens", "8192"]),
             "attention": Program([*LAUNCH, *model, "--dsv4-attention", "flashinfer"]),
             "attention's name": Program([*LAUNCH, *model, "--dsv4-attention", "flash"]),
+            "dtype": Program([*LAUNCH, *model, "--dtype", "float16"]),
             "version": Program(
                 [*LAUNCH, *model], path=[fake_distribution(folder / "fake", "sglang", "0.5.16")]
             ),
@@ -65,6 +66,7 @@ SENTENCES = {
     "small window pool": "window pool: expected 1024 tokens or more, got 768; raise --max-total-tokens",
     "attention": "attention flashinfer: expected the package flashinfer-python",
     "attention's name": "--dsv4-attention: attention: expected one of ('eager', 'flashinfer', 'flashmla'), got 'flash'",
+    "dtype": "--dtype float16: expected bfloat16 or float32 with attention eager",
     "version": "sglang: expected version 0.5.17, got 0.5.16",
     "missing dependency": "No module named 'a_module_that_is_not_installed'",
 }

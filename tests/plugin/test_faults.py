@@ -16,6 +16,7 @@ import pytest
 from rich.progress import Progress
 
 from sglang_dsv4.cli import main
+from sglang_dsv4.demo.server import free_port
 from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
 from sglang_dsv4.stress.drive import Load
 from sglang_dsv4.stress.session import stress_server
@@ -23,7 +24,6 @@ from tests.plugin.serving import (
     generate,
     post,
     prompt,
-    quiet_port,
     request_body,
     running_in,
     serving,
@@ -136,7 +136,7 @@ VICTIMS = ("all", "launched", "scheduler")
 
 @pytest.mark.soak
 def test_killed_ten_times_in_a_row_in_a_burst_and_started_again_on_its_port(warm, tiny):
-    port, bound = quiet_port(), None
+    port, bound = free_port(), None
     for number in range(10):
         victim = VICTIMS[number % len(VICTIMS)]
         with serving(warm, tiny, SERVER, port=port) as server, ThreadPoolExecutor(24) as pool:

@@ -5,7 +5,6 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
@@ -128,16 +127,22 @@ def test_another_device_than_the_plug_in_was_loaded_for_is_refused(monkeypatch):
     assert activation.found_device("cuda:1") == "cuda:1"
 
 
-def test_attention_on_tensor_cores_takes_bf16_alone():
-    for attention in ("flashinfer", "flashmla"):
-        refusals.check_dtype(torch.bfloat16, attention)
-        for dtype, name in ((torch.float32, "float32"), (torch.float16, "float16")):
-            with pytest.raises(
-                UnsupportedError,
-                match=f"^--dtype {name}: expected bfloat16 with attention {attention}$",
-            ):
-                refusals.check_dtype(dtype, attention)
-    refusals.check_dtype(torch.float32, "eager")
+@pytest.mark.parametrize(
+    ("attention", "taken", "expected"),
+    [
+        ("eager", ("auto", "bfloat16", "float32", "float"), "bfloat16 or float32"),
+        ("flashinfer", ("auto", "bfloat16"), "bfloat16"),
+        ("flashmla", ("auto", "bfloat16"), "bfloat16"),
+    ],
+)
+def test_dtypes_that_an_attention_does_not_take_are_refused(attention, taken, expected):
+    for dtype in ("auto", "half", "float16", "bfloat16", "float", "float32"):
+        if dtype in taken:
+            refusals.check_dtype(dtype, attention)
+            continue
+        message = f"^--dtype {dtype}: expected {expected} with attention {attention}$"
+        with pytest.raises(UnsupportedError, match=message):
+            refusals.check_dtype(dtype, attention)
 
 
 def test_graphs_that_sglang_resolved_to_are_checked():
