@@ -7,7 +7,6 @@ import pytest
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin import options
-from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +94,3 @@ def test_an_unknown_level_of_checks_is_refused():
         UnsupportedError, match=r"expected one of \['off', 'boundary', 'step'\], got 'always'"
     ):
         options.read()
-
-
-def test_index_formats_are_those_of_the_library():
-    """Written down twice: with the flag off nothing heavy may be imported."""
-    assert options._INDEX_FORMAT_OF_ROWS == INDEX_FORMAT_OF_ROWS
