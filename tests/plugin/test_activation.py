@@ -189,6 +189,7 @@ backend.CompressedKVBackend = serve
 """
 
 
+@pytest.mark.long
 def test_a_dtype_that_the_attention_does_not_take_ends_the_launch(warm, tiny):
     model = ("--model-path", str(tiny), "--max-total-tokens", "16384", "--dtype", "float32")
     program = Program([*LAUNCH, *model], before=COPIES + CALLED_FLASHMLA)
