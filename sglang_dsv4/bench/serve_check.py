@@ -7,9 +7,10 @@ from sglang_dsv4.compare.ask import Scorer, make_questions
 from sglang_dsv4.compare.client import ServeClient
 from sglang_dsv4.compare.exact import exact_differences
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, spread_of
+from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.runs import Passes, write_answers
-from sglang_dsv4.compare.session import bound_of
 from sglang_dsv4.compare.side import OURS, THEIRS
+from sglang_dsv4.compare.verdicts import bound_of
 
 ROUNDED = "ours-rounded"
 CONCURRENCY = 8
@@ -17,7 +18,12 @@ NUM_EXACT = 8  # answers that transformers computes: on a CPU a second or two ea
 
 
 async def check(
-    urls: dict[str, str], count: int, longest: int, checkpoint: Path | None, answers: Path
+    urls: dict[str, str],
+    count: int,
+    longest: int,
+    checkpoint: Path | None,
+    answers: Path,
+    device: str,
 ) -> dict[str, Any]:
     """Compare answers of ours, cold and at hits, with the reference's.
 
@@ -30,6 +36,7 @@ async def check(
         checkpoint (Path | None): what is served, where transformers can compute it in fp32: SGLang's own cache may be as far
             from ours as twice its distance from that.
         answers (Path): where the answers are kept.
+        device (str): where transformers computes.
 
     Returns:
         dict[str, Any]: the bound, and what was found.
@@ -40,7 +47,8 @@ async def check(
     clients = {name: ServeClient(url) for name, url in urls.items()}
     passes = Passes(make_questions(count, longest, 1), CONCURRENCY)
     found = {name: await passes.run(client, name) for name, client in clients.items()}
-    write_answers(answers, passes.questions, [run for runs in found.values() for run in runs])
+    every = [run for runs in found.values() for run in runs]
+    write_answers(answers, passes.questions, every, environment(device))
     reference = THEIRS if THEIRS in clients else OURS
     scorer = Scorer(clients[reference], CONCURRENCY)
 
@@ -51,7 +59,10 @@ async def check(
     }
     exact = Spread()
     if checkpoint is not None and reference == THEIRS:
-        exact = spread_of(exact_differences(checkpoint, passes.questions, cold.answers, NUM_EXACT))
+        differences = exact_differences(
+            checkpoint, passes.questions, cold.answers, NUM_EXACT, device
+        )
+        exact = spread_of(differences)
     bound = bound_of(found[reference], judged, found.get(ROUNDED), scored, exact)
     verdict = Verdict()
     for run in judged:

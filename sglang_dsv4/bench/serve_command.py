@@ -124,7 +124,9 @@ def run(args: argparse.Namespace) -> int:
                 # A checkpoint of one's own may be too large for the CPU.
                 written = None if args.model else checkpoint
                 answers = folder / "answers.json"
-                report["check"] = asyncio.run(check(urls, *CHECKED[device], written, answers))
+                report["check"] = asyncio.run(
+                    check(urls, *CHECKED[device], written, answers, device)
+                )
             console.print(f"Checked: {report['check']}")
             asyncio.run(_measure(args, device, servers, report, console))
     except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:

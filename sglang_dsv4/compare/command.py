@@ -1,6 +1,7 @@
 """``python -m sglang_dsv4 compare``."""
 
 import argparse
+import asyncio
 import json
 import shlex
 from dataclasses import asdict
@@ -17,8 +18,9 @@ from sglang_dsv4.compare.checkpoint import ready_checkpoint
 from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.options import add_server_options, begin
 from sglang_dsv4.compare.runs import Passes, Way, read_way
-from sglang_dsv4.compare.session import Plan, Result, run_session
+from sglang_dsv4.compare.session import Plan, run_session
 from sglang_dsv4.compare.side import NATIVE_ROWS, OURS, THEIRS, Side
+from sglang_dsv4.compare.verdicts import Result, judge_kept
 from sglang_dsv4.demo.server import ServerDiedError
 
 # Three ways show both modes and all chunk sizes; each is two servers.
@@ -74,6 +76,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--rows", help="--dsv4-kv-format of ours (default: SGLang's own on a GPU, fp32 on a CPU)"
     )
     parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="judge what servers answered before, kept in BUILD_DIR/compare/answers.json, and start none; what follows a token at "
+        "which two answers part is then not compared, and no fault is planted",
+    )
+    parser.add_argument(
         "--at-once",
         type=int,
         help="servers that start at the same time (default: all on a GPU, 1 on a CPU)",
@@ -92,6 +101,12 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = args.model or ready_checkpoint(
             args.build_dir, "heads64" if device == "cuda" else "tiny", console.print
         )
+        if args.answers is not None:
+            count = NUM_EXACT if args.exact is None else args.exact
+            result, where = asyncio.run(
+                judge_kept(args.answers, checkpoint, count, device, console.print)
+            )
+            return finish(console, args.json, result, {"environment": where})
         plan = None if args.only == "bytes" else make_plan(args, device)
         bytes_side = None if args.only == "tokens" else make_bytes_side(args, device)
         result, facts = run_session(
@@ -100,9 +115,15 @@ def run(args: argparse.Namespace) -> int:
     except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
         return 1
-    if args.json:
-        report = {"environment": environment(device), "servers": facts, **asdict(result)}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return finish(
+        console, args.json, result, {"environment": environment(device), "servers": facts}
+    )
+
+
+def finish(console: Console, file: Path | None, result: Result, about: dict[str, Any]) -> int:
+    """Write and print what was found; the exit status."""
+    if file is not None:
+        file.write_text(json.dumps({**about, **asdict(result)}, indent=1) + "\n", encoding="utf-8")
     show(console, result)
     return 1 if result.faults else 0
 
@@ -158,7 +179,7 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
     num_exact = args.exact
     if num_exact is None:
         num_exact = 0 if device == "cpu" or args.model else NUM_EXACT
-    return Plan(reference, judged, rounded, passes, at_once, num_exact)
+    return Plan(reference, judged, rounded, passes, at_once, num_exact, device)
 
 
 def make_bytes_side(args: argparse.Namespace, device: str) -> Side:
@@ -178,6 +199,10 @@ def show(console: Console, result: Result) -> None:
     for name, spread in result.from_exact.items():
         console.print(
             f"From exact arithmetic, {name}: largest {spread['largest']:.3g}, as a rule {spread['typical']:.3g}"
+        )
+    for name, reason in result.lost.items():
+        console.print(
+            Text(f"Not compared with {name}, which crashed: {reason}", style="bold yellow")
         )
     for name, own in result.own.items():
         hit, again = own["hit"], own["again"]
@@ -204,7 +229,7 @@ def show(console: Console, result: Result) -> None:
 def _sentence(verdict: dict[str, Any]) -> str:
     return (
         f"{verdict['answers']} answers, {verdict['identical']} identical, {verdict['partings']} parted at a close call; "
-        f"{verdict['tokens']} tokens, {verdict['certain']} certain, largest difference {verdict['largest']:.3g}, "
+        f"{verdict['tokens']} tokens, {verdict['certain']} certain, {verdict['uncompared']} not compared behind a parting, largest difference {verdict['largest']:.3g}, "
         f"as a rule {verdict['typical']:.3g}, "
         f"{verdict['num_faults']} faults"
     )

@@ -11,7 +11,11 @@ LONGEST = 1024
 
 
 def exact_differences(
-    checkpoint: Path, questions: Sequence[Question], answers: Sequence[Answer], count: int
+    checkpoint: Path,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    count: int,
+    device: str = "cpu",
 ) -> list[float]:
     """By how much log-probabilities of a run differ from exact ones, along the run's own tokens.
 
@@ -23,6 +27,7 @@ def exact_differences(
         questions (Sequence[Question]): what it was asked.
         answers (Sequence[Answer]): what it answered.
         count (int): how many answers are computed exactly, spread over all.
+        device (str): where. On a CPU that servers keep busy, one answer takes several seconds.
 
     Raises:
         ValueError: every question is too long.
@@ -30,7 +35,7 @@ def exact_differences(
     # Not before: kernels are timed on machines without transformers, too.
     from sglang_dsv4.runtime.oracle import Oracle
 
-    oracle = Oracle(checkpoint)
+    oracle = Oracle(checkpoint, device)
     longest = min(LONGEST, CSA_RATIO * oracle.index_topk)
     short = [
         number

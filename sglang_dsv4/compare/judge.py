@@ -19,6 +19,7 @@ class Verdict:
         tokens (int): compared, those behind a parting included, which are scored on the reference's side.
         certain (int): tokens at which the reference's two best were further apart than the margin; there it must be the same.
         partings (int): answers that took another token at a close call.
+        uncompared (int): log-probabilities at and behind partings that nobody scored.
         largest (float): largest difference of a log-probability.
         squares (float): sum of the squared differences.
         faults (list[str]): everything that may not be.
@@ -29,6 +30,7 @@ class Verdict:
     tokens: int = 0
     certain: int = 0
     partings: int = 0
+    uncompared: int = 0
     largest: float = 0.0
     squares: float = 0.0
     faults: list[str] = field(default_factory=list)
@@ -41,7 +43,7 @@ class Verdict:
     def to_dict(self) -> dict[str, object]:
         """Plain values; of the faults the first ten."""
         return {
-            **{name: getattr(self, name) for name in ("answers", "identical", "tokens", "certain", "partings", "largest")},
+            **{name: getattr(self, name) for name in ("answers", "identical", "tokens", "certain", "partings", "uncompared", "largest")},
             "typical": self.typical,
             "num_faults": len(self.faults),
             "faults": self.faults[:10],
@@ -118,7 +120,7 @@ async def judge(
     reference: Answer,
     answer: Answer,
     bound: float,
-    score: Score,
+    score: Score | None,
 ) -> None:
     """Compare one answer with the reference's; what is found goes to ``verdict``.
 
@@ -130,7 +132,8 @@ async def judge(
         answer (Answer): what is judged.
         bound (float): two right log-probabilities of one token differ by no more. Two tokens may change places where they
             are closer than twice that.
-        score (Score): scores a continuation on the reference's side; used where the two part.
+        score (Score | None): scores a continuation on the reference's side; used where the two part. None: what follows a
+            parting is not compared.
     """
     verdict.answers += 1
     if len(answer.tokens) != question.new_tokens:
@@ -143,17 +146,24 @@ async def judge(
         verdict.identical += 1
     else:
         verdict.partings += 1
-        rest = await score(question.prompt_ids, answer.token_ids)
-        expected = _followed(reference.tokens, rest, answer.token_ids)
-    for index, (wanted, got) in enumerate(zip(expected, answer.tokens, strict=True)):
-        verdict.tokens += 1
-        difference = abs(wanted.logprob - got.logprob)
-        verdict.largest = max(verdict.largest, difference)
-        verdict.squares += difference**2
-        if difference > bound:
-            verdict.faults.append(
-                f"{name}: token {index}: log-probability {got.logprob:.4f}, expected {wanted.logprob:.4f}, bound {bound:.3g}"
-            )
+        if score is None:
+            parting = _parting(expected, answer.token_ids)
+            expected = expected[: parting + 1]
+            verdict.uncompared += len(answer.tokens) - parting
+        else:
+            rest = await score(question.prompt_ids, answer.token_ids)
+            expected = _followed(expected, rest, answer.token_ids)
+    for index, (wanted, got) in enumerate(zip(expected, answer.tokens, strict=False)):
+        # Of a token that the reference did not take only a score knows the log-probability.
+        if wanted.token_id == got.token_id:
+            verdict.tokens += 1
+            difference = abs(wanted.logprob - got.logprob)
+            verdict.largest = max(verdict.largest, difference)
+            verdict.squares += difference**2
+            if difference > bound:
+                verdict.faults.append(
+                    f"{name}: token {index}: log-probability {got.logprob:.4f}, expected {wanted.logprob:.4f}, bound {bound:.3g}"
+                )
         if wanted.margin > 2 * bound:
             verdict.certain += 1
             if got.token_id != wanted.best_id:
@@ -169,11 +179,16 @@ def _followed(
 
     Where they part, its choice and margin are those of its generation; of the other token only the score knows.
     """
-    parting = next(
+    parting = _parting(reference, token_ids)
+    own, other = reference[parting], scored[parting]
+    there = Token(other.token_id, other.logprob, own.best_id, own.margin)
+    return (*reference[:parting], there, *scored[parting + 1 :])
+
+
+def _parting(reference: Sequence[Token], token_ids: Sequence[int]) -> int:
+    """Where an answer takes another token."""
+    return next(
         index
         for index, (token, other) in enumerate(zip(reference, token_ids, strict=True))
         if token.token_id != other
     )
-    own, other = reference[parting], scored[parting]
-    there = Token(other.token_id, other.logprob, own.best_id, own.margin)
-    return (*reference[:parting], there, *scored[parting + 1 :])

@@ -11,6 +11,8 @@ from sglang_dsv4.compare.ask import Answer, Question, Token, ask_all
 from sglang_dsv4.compare.client import ServeClient
 from sglang_dsv4.compare.side import Side, SideServer, facts_of, wait_until_ready
 
+ANSWERS = "answers.json"
+
 
 @dataclass(frozen=True)
 class Way:
@@ -60,9 +62,12 @@ class Run:
         return sum(answer.cached_tokens for answer in self.answers)
 
 
-def write_answers(path: Path, questions: Sequence[Question], runs: Iterable[Run]) -> None:
-    """Keep what servers answered: to judge it again takes no server."""
+def write_answers(
+    path: Path, questions: Sequence[Question], runs: Iterable[Run], where: dict[str, Any]
+) -> None:
+    """Keep what servers answered, and their environment: to judge it again takes no server."""
     report = {
+        "environment": where,
         "questions": [[list(question.prompt_ids), question.new_tokens] for question in questions],
         "runs": {
             run.name: [
@@ -74,8 +79,8 @@ def write_answers(path: Path, questions: Sequence[Question], runs: Iterable[Run]
     path.write_text(json.dumps(report) + "\n", encoding="utf-8")
 
 
-def read_answers(path: Path) -> tuple[list[Question], dict[str, Run]]:
-    """What `write_answers` wrote: the questions, and every run by its name."""
+def read_answers(path: Path) -> tuple[list[Question], dict[str, Run], dict[str, Any] | None]:
+    """What `write_answers` wrote: the questions, every run by its name, and the environment if it was kept."""
     report = json.loads(path.read_text(encoding="utf-8"))
     questions = [Question(tuple(ids), new_tokens) for ids, new_tokens in report["questions"]]
     runs = {
@@ -84,7 +89,7 @@ def read_answers(path: Path) -> tuple[list[Question], dict[str, Run]]:
         )
         for name, answers in report["runs"].items()
     }
-    return questions, runs
+    return questions, runs, report.get("environment")
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,22 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import Question, Scorer, Token, ask_all
 from sglang_dsv4.compare.client import ServeClient
-from sglang_dsv4.compare.exact import exact_differences
-from sglang_dsv4.compare.judge import Spread, Verdict, judge, own_rounding, run_spread, spread_of
+from sglang_dsv4.compare.judge import Spread, Verdict, judge
+from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.prompts import random_ids
-from sglang_dsv4.compare.runs import Fleet, Passes, Run, write_answers
+from sglang_dsv4.compare.runs import ANSWERS, Fleet, Passes, Run, write_answers
 from sglang_dsv4.compare.side import Side, SideServer
+from sglang_dsv4.compare.verdicts import Result, Runs, find_exact, judge_runs
+from sglang_dsv4.demo.server import ServerDiedError
 
 NUM_SCORED = 24
 NUM_PLANTED = 4
@@ -37,6 +41,7 @@ class Plan:
         passes (Passes): the questions.
         at_once (int): servers that start at the same time.
         num_exact (int): answers that are computed exactly, too, to know how far the reference is from that; 0 for none.
+        device (str): where that is computed.
     """
 
     reference: list[Side]
@@ -45,6 +50,7 @@ class Plan:
     passes: Passes
     at_once: int
     num_exact: int
+    device: str = "cpu"
 
     @property
     def sides(self) -> list[Side]:
@@ -52,18 +58,58 @@ class Plan:
         return [*self.reference, *self.judged, *([self.rounded] if self.rounded else [])]
 
 
-@dataclass
-class Result:
-    """What came out; ``faults`` empty means that all is right."""
+@dataclass(frozen=True)
+class Asked:
+    """What servers answered, by side, and the two that still run.
 
-    bound: dict[str, float] = field(default_factory=dict)
-    from_exact: dict[str, dict[str, float]] = field(default_factory=dict)
-    own: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    verdicts: dict[str, dict[str, object]] = field(default_factory=dict)
-    planted: list[dict[str, Any]] = field(default_factory=list)
-    bytes: dict[str, Any] | None = None
-    faults: list[str] = field(default_factory=list)
+    Attributes:
+        found (dict[str, list[Run]]): the passes of every side that answered.
+        anchor (SideServer): of the reference; it is asked for scores.
+        last (SideServer): of what is judged; it is asked with planted faults.
+    """
+
+    found: dict[str, list[Run]]
+    anchor: SideServer
+    last: SideServer
+
+
+async def ask_servers(fleet: Fleet, plan: Plan, result: Result, say: Say) -> Asked:
+    """Ask every side everything; of the reference some may crash, which goes to ``result.lost``.
+
+    Raises:
+        ServerDiedError: a judged server crashed, or all of the reference.
+    """
+    questions = plan.passes.questions
+    found: dict[str, list[Run]] = {}
+    anchor: SideServer | None = None
+    last: SideServer | None = None
+
+    async def ask(server: SideServer) -> None:
+        try:
+            found[server.side.name] = await _ask(server, plan.passes)
+        except ServerDiedError:
+            if server.side not in plan.reference:
+                raise
+            result.lost[server.side.name] = server.last_error()
+            say(f"{server.side.name}: CRASHED, {server.last_error()}")
+            return
+        answered = [run for runs in found.values() for run in runs]
+        write_answers(fleet.folder / ANSWERS, questions, answered, environment(plan.device))
+        say(f"{server.side.name}: {len(questions)} questions, cold, hit and again")
+
+    for begin in range(0, len(plan.sides), plan.at_once):
+        servers = fleet.start(plan.sides[begin : begin + plan.at_once])
+        # At the same time: the first steps of every server compile, and nothing is timed.
+        await asyncio.gather(*map(ask, servers))
+        for server in servers:
+            if anchor is None and server.side in plan.reference and server.side.name in found:
+                anchor = server
+            if server.side == plan.judged[-1]:
+                last = server
+        fleet.end([server for server in servers if server not in (anchor, last)])
+    if anchor is None or last is None:
+        raise ServerDiedError(f"reference: expected one server that answers, got {result.lost}")
+    return Asked(found, anchor, last)
 
 
 async def compare_tokens(
@@ -71,67 +117,22 @@ async def compare_tokens(
 ) -> None:
     """Compare greedy tokens and their log-probabilities; findings go to ``result``."""
     questions = plan.passes.questions
-    found: dict[str, list[Run]] = {}
-    # The reference stays to be asked for scores, and one judged server to be asked with planted faults.
-    kept: dict[Side, SideServer] = {}
-
-    async def ask(server: SideServer) -> None:
-        found[server.side.name] = await _ask(server, plan.passes)
-        answered = [run for runs in found.values() for run in runs]
-        write_answers(fleet.folder / "answers.json", questions, answered)
-        say(f"{server.side.name}: {len(questions)} questions, cold, hit and again")
-
-    for begin in range(0, len(plan.sides), plan.at_once):
-        servers = fleet.start(plan.sides[begin : begin + plan.at_once])
-        # At the same time: the first steps of every server compile, and nothing is timed.
-        await asyncio.gather(*map(ask, servers))
-        ends = (plan.reference[0], plan.judged[-1])
-        kept |= {server.side: server for server in servers if server.side in ends}
-        fleet.end([server for server in servers if server.side not in kept])
-    anchor, last = kept[plan.reference[0]], kept[plan.judged[-1]]
+    asked = await ask_servers(fleet, plan, result, say)
+    found, anchor, last = asked.found, asked.anchor, asked.last
     client = ServeClient(anchor.url)
     scorer = Scorer(client, plan.passes.concurrency)
-    reference = [run for side in plan.reference for run in found[side.name]]
-    judged = [run for side in plan.judged for run in found[side.name]]
-    scored = await _scores(questions, reference[0], scorer)
+    runs = Runs(
+        questions,
+        [run for side in plan.reference for run in found.get(side.name, ())],
+        [run for side in plan.judged for run in found[side.name]],
+        found.get(plan.rounded.name) if plan.rounded else None,
+    )
+    scored = await _scores(questions, runs.right, scorer)
     exact = Spread()
     if plan.num_exact:
-        say(f"{plan.num_exact} answers of either backend in exact arithmetic")
-        for name, run in (("reference", reference[0]), ("judged", judged[0])):
-            differences = exact_differences(checkpoint, questions, run.answers, plan.num_exact)
-            result.from_exact[name] = asdict(spread_of(differences))
-        exact = Spread(**result.from_exact["reference"])
-    bound = bound_of(
-        reference, judged, found.get(plan.rounded.name) if plan.rounded else None, scored, exact
-    )
-    result.bound = bound
-    for side in plan.sides:
-        cold, hit, again = (run.answers for run in found[side.name])
-        result.own[side.name] = {
-            "hit": asdict(run_spread(cold, hit)),
-            "again": asdict(run_spread(cold, again)),
-        }
-    for run in (*reference, *judged):
-        result.runs.append({"name": run.name, "cached_tokens": run.cached_tokens})
-        if run.name.endswith(" hit") and not run.cached_tokens:
-            result.faults.append(f"{run.name}: expected prefix hits, got none")
-    for run in judged:
-        verdict = Verdict()
-        await scorer.prepare(questions, reference[0].answers, run.answers)
-        for number, answer in enumerate(run.answers):
-            await judge(
-                verdict, f"{run.name}: question {number}", questions[number],
-                reference[0].answers[number], answer, bound["bound"], scorer,
-            )  # fmt: skip
-        if verdict.typical > bound["typical_bound"]:
-            verdict.faults.insert(
-                0,
-                f"{run.name}: log-probabilities are {verdict.typical:.3g} away as a rule, expected at most "
-                f"{bound['typical_bound']:.3g}",
-            )
-        result.verdicts[run.name] = verdict.to_dict()
-        result.faults += verdict.faults[:3]
-    await _plant(last, questions, reference[0], bound["bound"], scorer, result)
+        exact = find_exact(result, runs, checkpoint, plan.num_exact, plan.device, say)
+    await judge_runs(result, runs, scored, exact, scorer)
+    await _plant(last, questions, runs.right, result.bound["bound"], scorer, result)
     await client.close()
     fleet.end([anchor, last])
 
@@ -147,9 +148,13 @@ async def compare_bytes(fleet: Fleet, side: Side, lengths: tuple[int, ...], resu
 
 async def _ask(server: SideServer, passes: Passes) -> list[Run]:
     client = ServeClient(server.url)
-    runs = await passes.run(client, server.side.name)
-    await client.close()
-    return runs
+    try:
+        return await passes.run(client, server.side.name)
+    except httpx.HTTPError:
+        await asyncio.to_thread(server.expect_alive)
+        raise
+    finally:
+        await client.close()
 
 
 async def _scores(questions: Sequence[Question], run: Run, scorer: Any) -> dict[int, list[Token]]:
@@ -158,35 +163,6 @@ async def _scores(questions: Sequence[Question], run: Run, scorer: Any) -> dict[
     return {
         number: await scorer(questions[number].prompt_ids, run.answers[number].token_ids)
         for number in range(0, len(questions), step)
-    }
-
-
-def bound_of(
-    reference: Sequence[Run],
-    judged: Sequence[Run],
-    rounded: Sequence[Run] | None,
-    scored: dict[int, list[Token]],
-    exact: Spread,
-) -> dict[str, float]:
-    """Differences that are allowed, of one token and of all as a rule (the root of their mean square), and whence they come.
-
-    Two backends round in other places, so each may be as far from exact arithmetic as the reference is, and the two twice
-    that apart. The reference's own ways round in the same places, and are closer to each other than to exact arithmetic;
-    where nothing exact is known, they have to do. Another row format adds what it does to the judged backend, twice for the
-    same reason.
-    """
-    own = own_rounding([run.answers for run in reference], scored)
-    rows = Spread() if rounded is None else run_spread(judged[0].answers, rounded[0].answers)
-    least = own.or_more(exact)
-    return {
-        "own_rounding": own.largest,
-        "from_exact": exact.largest,
-        "row_rounding": rows.largest,
-        "bound": 2 * least.largest + 2 * rows.largest,
-        "typical_own_rounding": own.typical,
-        "typical_from_exact": exact.typical,
-        "typical_row_rounding": rows.typical,
-        "typical_bound": 2 * least.typical + 2 * rows.typical,
     }
 
 

@@ -15,10 +15,13 @@ from sglang_dsv4.plugin.refusals import is_unquantised
 
 # SGLang compiles kernels at its first start on a machine, for about 300 s where nothing else runs.
 START_S = 900.0
+# A server that crashed on a GPU lets it settle for 5 s before it ends.
+CRASH_S = 30.0
 OURS, THEIRS = "ours", "sglang"
 NATIVE_ROWS = "fp8_584"  # of SGLang's own cache
 FLAG = "--enable-dsv4-compressed-kv"
 # What a server logs when it sizes its pools: bytes of a token, and GiB that are there; SGLang's own line, and ours on a GPU.
+_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): .+")
 _SIZING = (
     re.compile(r"bytes_per_full_token=(?P<token>[\d.]+), available_bytes=(?P<all>[\d.]+) GB"),
     re.compile(r"tokens fit into (?P<all>[\d.]+) GiB \((?P<token>[\d.]+) bytes a token"),
@@ -85,6 +88,22 @@ class SideServer(Server):
         except httpx.TransportError:
             return False
         return reply.status_code == httpx.codes.OK
+
+    def expect_alive(self, limit_s: float = CRASH_S) -> None:
+        """Whoever loses a connection asks whether the server crashed; it takes a while to end.
+
+        Raises:
+            ServerDiedError: it ended.
+        """
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            self.check_alive()
+            time.sleep(0.25)
+
+    def last_error(self) -> str:
+        """The last line of its log that names an error."""
+        lines = [line for line in self.log_lines() if _ERROR.match(line)]
+        return lines[-1] if lines else "no error in its log"
 
 
 def wait_until_ready(servers: Iterable[SideServer], limit_s: float = START_S) -> None:

@@ -34,13 +34,15 @@ class Oracle:
 
     Args:
         checkpoint (Path): a directory that transformers loads; held in fp32, and in fp64 and bf16 where asked for.
+        device (str): where the forwards run; what they give is on the CPU.
 
     Raises:
         ValueError: a tensor of the checkpoint is missing, unknown or of another shape.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
         self._checkpoint = checkpoint
+        self._device = device
         self._models: dict[torch.dtype, nn.Module] = {}
         self._answers: dict[tuple[Any, ...], torch.Tensor] = {}
         config = self._model(torch.float32).config
@@ -90,8 +92,9 @@ class Oracle:
         for layer in model.model.layers:
             layer.self_attn.row_rounding = rounding
         with torch.inference_mode(), nullcontext() if fault is None else fault.planted(model):
-            logits = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
-        return logits.double().log_softmax(dim=-1).float()
+            ids = torch.tensor([list(token_ids)], device=self._device)
+            logits = model(ids, use_cache=False).logits[0]
+        return logits.double().log_softmax(dim=-1).float().cpu()
 
     def rounding_error(
         self, token_ids: Sequence[int], dtype: torch.dtype, row_format: str
@@ -126,7 +129,7 @@ class Oracle:
 
     def _model(self, dtype: torch.dtype) -> nn.Module:
         if dtype not in self._models:
-            self._models[dtype] = _load(self._checkpoint, dtype)
+            self._models[dtype] = _load(self._checkpoint, dtype).to(self._device)
         return self._models[dtype]
 
 

@@ -9,7 +9,8 @@ from sglang_dsv4.compare import ask
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
 from sglang_dsv4.compare.runs import Passes, Run, read_answers, write_answers
-from sglang_dsv4.compare.session import PLANTED, bound_of, wrong_question
+from sglang_dsv4.compare.session import PLANTED, wrong_question
+from sglang_dsv4.compare.verdicts import bound_of, judge_kept
 
 BOUND = 0.1
 PROMPT = (9, 10, 11)
@@ -70,6 +71,26 @@ def test_another_token_where_the_reference_is_certain_is_a_fault():
 
 def test_a_short_answer_is_a_fault():
     assert judged(answer((1, -0.5, 1, 0.9))).faults == ["x: expected 3 tokens, got 1"]
+
+
+def unscored(got):
+    """The verdict on one answer where no server can be asked for scores."""
+    verdict = Verdict()
+    asyncio.run(judge(verdict, "x", Question(PROMPT, 3), RIGHT, got, BOUND, None))
+    return verdict
+
+
+def test_without_scores_answers_are_compared_up_to_where_they_part():
+    verdict = unscored(answer((1, -0.55, 1, 0.9), (7, -1.02, 7, 0.02), (8, -9.0, 8, 1.0)))
+    assert not verdict.faults and verdict.partings == 1
+    assert (verdict.tokens, verdict.uncompared) == (1, 2)
+    assert verdict.largest == pytest.approx(0.05)
+
+
+def test_without_scores_another_token_than_a_certain_one_is_a_fault():
+    verdict = unscored(answer((5, -0.5, 5, 0.9), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0)))
+    assert [fault[:25] for fault in verdict.faults] == ["x: token 0: expected 1, w"]
+    assert (verdict.tokens, verdict.uncompared) == (0, 3)
 
 
 def test_own_rounding_is_the_largest_difference_of_any_way_up_to_where_ways_part():
@@ -188,8 +209,10 @@ def test_questions_are_mixed_repeatable_and_share_prefixes():
 def test_answers_can_be_judged_again_from_the_file(tmp_path):
     questions = make_questions(3, 400, 0)
     runs = [Run("a cold", [RIGHT, answer(), RIGHT]), Run("a hit", [Answer(RIGHT.tokens, 256)] * 3)]
-    write_answers(tmp_path / "answers.json", questions, runs)
-    assert read_answers(tmp_path / "answers.json") == (questions, {run.name: run for run in runs})
+    where = {"device": "cpu"}
+    write_answers(tmp_path / "answers.json", questions, runs, where)
+    kept = read_answers(tmp_path / "answers.json")
+    assert kept == (questions, {run.name: run for run in runs}, where)
 
 
 def test_an_answer_without_all_its_log_probabilities_is_refused():
@@ -202,3 +225,33 @@ def test_an_answer_without_all_its_log_probabilities_is_refused():
     assert found.tokens[0].margin == pytest.approx(0.5) and found.tokens[0].best_id == 5
     with pytest.raises(ValueError, match="expected 3 log-probabilities, got 2 and 2"):
         read_answer({"meta_info": {**meta, "completion_tokens": 3}})
+
+
+def kept_answers(path, ours, backends=("sglang", "ours")):
+    """A file as a comparison keeps it, in which ours answered a question like this."""
+    given = {"sglang": [RIGHT] * 3, "ours": [RIGHT, ours, RIGHT]}
+    runs = []
+    for backend in backends:
+        for kind, one in zip(("cold", "hit", "again"), given[backend], strict=True):
+            cached = 2 if kind == "hit" else 0
+            runs.append(Run(f"{backend}-graph-256 {kind}", [Answer(one.tokens, cached)]))
+    write_answers(path, [Question(PROMPT, 3)], runs, {"gpu": "a GPU"})
+    return path
+
+
+def test_kept_answers_are_judged_again_without_servers(tmp_path):
+    file = kept_answers(tmp_path / "answers.json", RIGHT)
+    result, where = asyncio.run(judge_kept(file, tmp_path, 0, "cpu", print))
+    assert where == {"gpu": "a GPU"} and not result.faults
+    assert set(result.verdicts) == {f"ours-graph-256 {kind}" for kind in ("cold", "hit", "again")}
+    # The twin: nothing is known to round, so the smallest difference is a fault.
+    moved_hit = answer((1, -0.51, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0))
+    result, _ = asyncio.run(judge_kept(kept_answers(file, moved_hit), tmp_path, 0, "cpu", print))
+    assert result.faults and all("ours-graph-256 hit" in fault for fault in result.faults)
+
+
+@pytest.mark.parametrize("backend", ["sglang", "ours"])
+def test_kept_answers_of_one_backend_alone_cannot_be_judged(tmp_path, backend):
+    file = kept_answers(tmp_path / "answers.json", RIGHT, (backend,))
+    with pytest.raises(ValueError, match="expected answers of"):
+        asyncio.run(judge_kept(file, tmp_path, 0, "cpu", print))

@@ -29,8 +29,8 @@ def test_compare_passes_notices_planted_faults_and_finds_the_bytes_of_hits_equal
     assert set(report["own"]) == {"ours-eager-512", "ours-eager-256"}
     for own in report["own"].values():
         assert all(own[kind]["largest"] < 1e-3 for kind in ("hit", "again"))
-    questions, runs = read_answers(tmp_path / "compare" / "answers.json")
-    assert len(questions) == 6
+    questions, runs, where = read_answers(tmp_path / "compare" / "answers.json")
+    assert len(questions) == 6 and where == report["environment"]
     assert set(runs) == {f"ours-eager-{n} {kind}" for n in (512, 256) for kind in kinds}
     for verdict in report["verdicts"].values():
         assert verdict["answers"] == 6 and verdict["certain"] > 0.9 * verdict["tokens"] > 20
