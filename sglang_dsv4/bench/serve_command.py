@@ -26,6 +26,7 @@ from sglang_dsv4.compare.side import (
     Side,
     SideServer,
     facts_of,
+    naming_the_dead,
     start_at_once,
     start_in_turn,
     wait_until_ready,
@@ -124,11 +125,13 @@ def run(args: argparse.Namespace) -> int:
                 # A checkpoint of one's own may be too large for the CPU.
                 written = None if args.model else checkpoint
                 answers = folder / "answers.json"
-                report["check"] = asyncio.run(
-                    check(urls, *CHECKED[device], written, answers, device)
-                )
+                with naming_the_dead([*servers, *([third] if third else [])]):
+                    report["check"] = asyncio.run(
+                        check(urls, *CHECKED[device], written, answers, device)
+                    )
             console.print(f"Checked: {report['check']}")
-            asyncio.run(_measure(args, device, servers, report, console))
+            with naming_the_dead(servers):
+                asyncio.run(_measure(args, device, servers, report, console))
     except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
         return 1

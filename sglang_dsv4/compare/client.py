@@ -15,6 +15,10 @@ _DATA = b"data: {"
 _PIECE_BYTES = 1 << 16
 
 
+class StreamError(ValueError):
+    """A stream is not what was asked for."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """One answer, and when its tokens came.
@@ -65,12 +69,12 @@ class Stream:
         """Raise unless the server took the request.
 
         Raises:
-            ValueError: with the beginning of what it said instead.
+            StreamError: with the beginning of what it said instead.
         """
         head = b"".join(piece for _, piece in self._pieces[:4])
         status = head.split(b"\r\n", 1)[0]
         if status.split(b" ")[1:2] != [b"200"]:
-            raise ValueError(
+            raise StreamError(
                 f"stream: expected status 200, got {head[:500].decode(errors='replace')!r}"
             )
 
@@ -86,7 +90,7 @@ class Stream:
         """Read it all.
 
         Raises:
-            ValueError: the server reports an error, or sent no token.
+            StreamError: the server reports an error, or sent no token.
         """
         arrivals: list[tuple[float, int]] = []
         rest, last = b"", None
@@ -99,7 +103,7 @@ class Stream:
                     if count > (arrivals[-1][1] if arrivals else 0):
                         arrivals.append((now_s, count))
         if last is None or not arrivals:
-            raise ValueError("stream: expected at least one token, got none")
+            raise StreamError("stream: expected at least one token, got none")
         meta = last["meta_info"]
         return Reply(
             token_ids=tuple(last["output_ids"]),
@@ -113,7 +117,7 @@ class Stream:
 def _event(line: bytes) -> dict[str, Any]:
     event = json.loads(line[len(b"data: ") :])
     if "error" in event:
-        raise ValueError(f"stream: expected tokens, got {event['error']}")
+        raise StreamError(f"stream: expected tokens, got {event['error']}")
     return dict(event)
 
 
@@ -157,7 +161,7 @@ class ServeClient:
 
         Raises:
             OSError: the server did not answer.
-            ValueError: it refused.
+            StreamError: it refused, or its answer broke off.
         """
         body = {
             "input_ids": list(prompt_ids),

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import Question, Scorer, Token, ask_all
 from sglang_dsv4.compare.client import ServeClient
@@ -17,7 +15,7 @@ from sglang_dsv4.compare.judge import Spread, Verdict, judge
 from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.prompts import random_ids
 from sglang_dsv4.compare.runs import ANSWERS, Fleet, Passes, Run, write_answers
-from sglang_dsv4.compare.side import Side, SideServer
+from sglang_dsv4.compare.side import Side, SideServer, naming_the_dead
 from sglang_dsv4.compare.verdicts import Result, Runs, find_exact, judge_runs
 from sglang_dsv4.demo.server import ServerDiedError
 
@@ -127,12 +125,13 @@ async def compare_tokens(
         [run for side in plan.judged for run in found[side.name]],
         found.get(plan.rounded.name) if plan.rounded else None,
     )
-    scored = await _scores(questions, runs.right, scorer)
-    exact = Spread()
-    if plan.num_exact:
-        exact = find_exact(result, runs, checkpoint, plan.num_exact, plan.device, say)
-    await judge_runs(result, runs, scored, exact, scorer)
-    await _plant(last, questions, runs.right, result.bound["bound"], scorer, result)
+    with naming_the_dead([anchor, last]):
+        scored = await _scores(questions, runs.right, scorer)
+        exact = Spread()
+        if plan.num_exact:
+            exact = find_exact(result, runs, checkpoint, plan.num_exact, plan.device, say)
+        await judge_runs(result, runs, scored, exact, scorer)
+        await _plant(last, questions, runs.right, result.bound["bound"], scorer, result)
     await client.close()
     fleet.end([anchor, last])
 
@@ -149,10 +148,8 @@ async def compare_bytes(fleet: Fleet, side: Side, lengths: tuple[int, ...], resu
 async def _ask(server: SideServer, passes: Passes) -> list[Run]:
     client = ServeClient(server.url)
     try:
-        return await passes.run(client, server.side.name)
-    except httpx.HTTPError:
-        await asyncio.to_thread(server.expect_alive)
-        raise
+        with naming_the_dead([server]):
+            return await passes.run(client, server.side.name)
     finally:
         await client.close()
 

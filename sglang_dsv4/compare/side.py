@@ -2,7 +2,8 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import torch
 
+from sglang_dsv4.compare.client import StreamError
 from sglang_dsv4.demo.server import Server
 from sglang_dsv4.plugin.refusals import is_unquantised
 
@@ -89,17 +91,6 @@ class SideServer(Server):
             return False
         return reply.status_code == httpx.codes.OK
 
-    def expect_alive(self, limit_s: float = CRASH_S) -> None:
-        """Whoever loses a connection asks whether the server crashed; it takes a while to end.
-
-        Raises:
-            ServerDiedError: it ended.
-        """
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline:
-            self.check_alive()
-            time.sleep(0.25)
-
     def last_error(self) -> str:
         """The last line of its log that names an error."""
         lines = [line for line in self.log_lines() if _ERROR.match(line)]
@@ -121,6 +112,24 @@ def wait_until_ready(servers: Iterable[SideServer], limit_s: float = START_S) ->
                 f"server {waiting[0].side.name}: expected ready within {limit_s:.0f} s; its log is {waiting[0].log}"
             )
         time.sleep(0.25)
+
+
+@contextmanager
+def naming_the_dead(servers: Sequence[SideServer], limit_s: float = CRASH_S) -> Iterator[None]:
+    """Where a connection is lost because a server crashed, say which, and how; it takes a while to end.
+
+    Raises:
+        ServerDiedError: one of the servers ended.
+    """
+    try:
+        yield
+    except (httpx.HTTPError, OSError, StreamError):
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            for server in servers:
+                server.check_alive()
+            time.sleep(0.25)
+        raise
 
 
 def facts_of(server: SideServer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from sglang_dsv4.bench import serve_command, serve_report
 from sglang_dsv4.bench.serve_work import agents, all_work, chats
 from sglang_dsv4.compare import side as side_module
-from sglang_dsv4.compare.client import Reply, ServeClient, Stream
+from sglang_dsv4.compare.client import Reply, ServeClient, Stream, StreamError
 from sglang_dsv4.compare.side import OURS, THEIRS, Side, SideServer, same_share
 
 
@@ -47,9 +47,9 @@ def test_the_last_tokens_are_found_in_whatever_pieces_they_came():
 
 def test_an_error_in_a_stream_is_raised():
     found = stream((1.5, event(5)), (1.6, b'data: {"error": {"message": "full"}}\n\n'))
-    with pytest.raises(ValueError, match="expected tokens, got .*full"):
+    with pytest.raises(StreamError, match="expected tokens, got .*full"):
         found.reply()
-    with pytest.raises(ValueError, match="expected at least one token"):
+    with pytest.raises(StreamError, match="expected at least one token"):
         stream((1.5, b"data: [DONE]\n\n")).reply()
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from sglang_dsv4.compare import runs, session
 from sglang_dsv4.compare.ask import Answer, Question, Token
+from sglang_dsv4.compare.client import StreamError
 from sglang_dsv4.compare.runs import Passes, Run
-from sglang_dsv4.compare.side import Side, SideServer
+from sglang_dsv4.compare.side import Side, SideServer, naming_the_dead
 from sglang_dsv4.demo.server import ServerDiedError
 
 REFERENCE = [Side("theirs-1", False, ()), Side("theirs-2", False, ())]
@@ -96,3 +97,34 @@ def test_a_reference_that_crashed_as_a_whole_compares_nothing(compare):
 def test_a_judged_server_that_crashed_ends_the_comparison_and_is_named(compare):
     with pytest.raises(ServerDiedError, match="status 3; the end of .*ours.log"):
         compare("ours")
+
+
+def process(program, folder):
+    server = CrashingServer(JUDGED, folder, folder, "cpu")
+    server._command = [sys.executable, "-c", program]
+    return server
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError("gone"), OSError("gone"), StreamError("gone")])
+def test_a_lost_connection_is_the_end_of_the_server_or_what_it_was(tmp_path, error):
+    """The second half is the twin: a server that lives is not to blame."""
+    slowly = "import sys, time; time.sleep(0.5); sys.exit(7)"
+    with (
+        process(slowly, tmp_path) as server,
+        pytest.raises(ServerDiedError, match="status 7"),
+        naming_the_dead([server]),
+    ):
+        raise error
+    with (
+        process("import time; time.sleep(60)", tmp_path) as server,
+        pytest.raises(type(error), match="gone"),
+        naming_the_dead([server], limit_s=0.6),
+    ):
+        raise error
+
+
+def test_other_errors_do_not_wait_for_a_server_to_end(tmp_path):
+    with process("import sys; sys.exit(7)", tmp_path) as server:
+        server._process.wait()
+        with pytest.raises(ValueError, match="ours"), naming_the_dead([server]):
+            raise ValueError("ours")
