@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.model is not None and not (args.model / "config.json").is_file():
             raise ValueError(f"--model {args.model}: expected a folder with config.json, got none")
+        if args.answers is not None and not args.answers.is_file():
+            raise ValueError(f"--answers {args.answers}: expected a file, got none")
         checkpoint = args.model or ready_checkpoint(
             args.build_dir, "heads64" if device == "cuda" else "tiny", console.print
         )

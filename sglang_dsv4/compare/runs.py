@@ -80,8 +80,14 @@ def write_answers(
 
 
 def read_answers(path: Path) -> tuple[list[Question], dict[str, Run], dict[str, Any] | None]:
-    """What `write_answers` wrote: the questions, every run by its name, and the environment if it was kept."""
+    """What `write_answers` wrote: the questions, every run by its name, and the environment if it was kept.
+
+    Raises:
+        ValueError: it is another file.
+    """
     report = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not {"questions", "runs"} <= report.keys():
+        raise ValueError(f"{path}: expected answers that `compare` kept, got another file")
     questions = [Question(tuple(ids), new_tokens) for ids, new_tokens in report["questions"]]
     runs = {
         name: Run(

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from sglang_dsv4.cli import main
 from sglang_dsv4.compare import ask
 from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, read_answer
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
@@ -255,3 +256,17 @@ def test_kept_answers_of_one_backend_alone_cannot_be_judged(tmp_path, backend):
     file = kept_answers(tmp_path / "answers.json", RIGHT, (backend,))
     with pytest.raises(ValueError, match="expected answers of"):
         asyncio.run(judge_kept(file, tmp_path, 0, "cpu", print))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"questions": []}', "no JSON"])
+def test_another_file_than_kept_answers_is_refused_before_anything_is_judged(
+    tmp_path, content, capsys
+):
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["compare", "--device", "cpu", "--model", str(tmp_path), "--answers"]
+    assert main([*arguments, str(file)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "nowhere")]) == 1
+    assert "expected a file, got none" in " ".join(capsys.readouterr().out.split())
