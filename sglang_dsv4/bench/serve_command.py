@@ -29,6 +29,7 @@ from sglang_dsv4.compare.side import (
     naming_the_dead,
     start_at_once,
     start_in_turn,
+    starting,
     wait_until_ready,
 )
 from sglang_dsv4.demo.server import ServerDiedError
@@ -104,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         }
         with ExitStack() as stack:
             folder = args.build_dir / "bench-serve"
+            console.print(starting(len(sides) + bool(rounded), folder, device))
 
             def enter(side: Side, owner: ExitStack = stack) -> SideServer:
                 return owner.enter_context(SideServer(side, checkpoint, folder, device))

@@ -15,7 +15,7 @@ from sglang_dsv4.compare.judge import Spread, Verdict, judge
 from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.prompts import random_ids
 from sglang_dsv4.compare.runs import ANSWERS, Fleet, Passes, Run, write_answers
-from sglang_dsv4.compare.side import Side, SideServer, naming_the_dead
+from sglang_dsv4.compare.side import Side, SideServer, naming_the_dead, starting
 from sglang_dsv4.compare.verdicts import Result, Runs, find_exact, judge_runs
 from sglang_dsv4.demo.server import ServerDiedError
 
@@ -95,6 +95,7 @@ async def ask_servers(fleet: Fleet, plan: Plan, result: Result, say: Say) -> Ask
         write_answers(fleet.folder / ANSWERS, questions, answered, environment(plan.device))
         say(f"{server.side.name}: {len(questions)} questions, cold, hit and again")
 
+    say(starting(len(plan.sides), fleet.folder, plan.device))
     for begin in range(0, len(plan.sides), plan.at_once):
         servers = fleet.start(plan.sides[begin : begin + plan.at_once])
         # At the same time: the first steps of every server compile, and nothing is timed.

@@ -97,6 +97,16 @@ class SideServer(Server):
         return lines[-1] if lines else "no error in its log"
 
 
+def starting(count: int, folder: Path, device: str) -> str:
+    """What to say before servers start: the wait may be long."""
+    patience = ""
+    if device == "cuda":
+        patience = (
+            "; SGLang compiles for minutes at a first start, most of all for V4-Flash's width"
+        )
+    return f"Starting {count} servers, logs in {folder}{patience}"
+
+
 def wait_until_ready(servers: Iterable[SideServer], limit_s: float = START_S) -> None:
     """Wait for servers that are starting.
 
