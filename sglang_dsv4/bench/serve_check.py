@@ -5,14 +5,13 @@ from typing import Any
 
 from sglang_dsv4.compare.ask import Scorer, make_questions
 from sglang_dsv4.compare.client import ServeClient
-from sglang_dsv4.compare.exact import exact_differences
+from sglang_dsv4.compare.exact import exact_differences, expect_of_checkpoint
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, spread_of
 from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.runs import Passes, write_answers
-from sglang_dsv4.compare.side import OURS, THEIRS
+from sglang_dsv4.compare.side import OURS, ROUNDED, THEIRS
 from sglang_dsv4.compare.verdicts import bound_of
 
-ROUNDED = "ours-rounded"
 CONCURRENCY = 8
 NUM_EXACT = 8  # answers that transformers computes: on a CPU a second or two each
 
@@ -63,6 +62,7 @@ async def check(
             checkpoint, passes.questions, cold.answers, NUM_EXACT, device
         )
         exact = spread_of(differences)
+        expect_of_checkpoint(exact, cold.answers, checkpoint)
     bound = bound_of(found[reference], judged, found.get(ROUNDED), scored, exact)
     verdict = Verdict()
     for run in judged:

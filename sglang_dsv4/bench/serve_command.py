@@ -12,7 +12,7 @@ import httpx
 from rich.console import Console
 from rich.text import Text
 
-from sglang_dsv4.bench.serve_check import ROUNDED, check
+from sglang_dsv4.bench.serve_check import check
 from sglang_dsv4.bench.serve_report import rows, summarize, table
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
 from sglang_dsv4.compare.checkpoint import ready_checkpoint
@@ -22,6 +22,7 @@ from sglang_dsv4.compare.options import add_server_options, begin
 from sglang_dsv4.compare.side import (
     NATIVE_ROWS,
     OURS,
+    ROUNDED,
     THEIRS,
     Side,
     SideServer,

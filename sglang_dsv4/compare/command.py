@@ -19,7 +19,7 @@ from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.options import add_server_options, begin
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, run_session
-from sglang_dsv4.compare.side import NATIVE_ROWS, OURS, THEIRS, Side
+from sglang_dsv4.compare.side import NATIVE_ROWS, OURS, ROUNDED, THEIRS, Side
 from sglang_dsv4.compare.verdicts import Result, judge_kept
 from sglang_dsv4.demo.server import ServerDiedError
 
@@ -100,11 +100,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--model {args.model}: expected a folder with config.json, got none")
         if args.answers is not None and not args.answers.is_file():
             raise ValueError(f"--answers {args.answers}: expected a file, got none")
-        checkpoint = args.model or ready_checkpoint(
-            args.build_dir, "heads64" if device == "cuda" else "tiny", console.print
-        )
+        # Only on a GPU have both backends answered, whatever the device on which they are judged.
+        shape = "heads64" if device == "cuda" or args.answers is not None else "tiny"
+        checkpoint = args.model or ready_checkpoint(args.build_dir, shape, console.print)
         if args.answers is not None:
-            count = NUM_EXACT if args.exact is None else args.exact
+            count = args.exact
+            if count is None:
+                count = 0 if args.model else NUM_EXACT
             result, where = asyncio.run(
                 judge_kept(args.answers, checkpoint, count, device, console.print)
             )
@@ -173,7 +175,7 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         reference = [make_side(args, device, THEIRS, way) for way in ways]
         judged = [make_side(args, device, OURS, way) for way in ways]
         if (args.rows or NATIVE_ROWS) != NATIVE_ROWS:
-            rounded = make_side(args, device, f"{OURS}-{NATIVE_ROWS}", ways[0], NATIVE_ROWS)
+            rounded = make_side(args, device, ROUNDED, ways[0], NATIVE_ROWS)
     questions = make_questions(args.requests, args.longest, args.seed)
     passes = Passes(questions, args.concurrency)
     # The rounded side and the one whose bytes are compared are at most two more.
@@ -231,7 +233,7 @@ def show(console: Console, result: Result) -> None:
 def _sentence(verdict: dict[str, Any]) -> str:
     return (
         f"{verdict['answers']} answers, {verdict['identical']} identical, {verdict['partings']} parted at a close call; "
-        f"{verdict['tokens']} tokens, {verdict['certain']} certain, {verdict['uncompared']} not compared behind a parting, largest difference {verdict['largest']:.3g}, "
-        f"as a rule {verdict['typical']:.3g}, "
+        f"{verdict['tokens']} tokens, {verdict['certain']} certain, {verdict['uncompared']} not compared behind a parting, "
+        f"largest difference {verdict['largest']:.3g}, as a rule {verdict['typical']:.3g}, "
         f"{verdict['num_faults']} faults"
     )

@@ -1,9 +1,11 @@
 """How far a backend is from exact arithmetic: transformers' full forward in fp32, on the same weights."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_dsv4.compare.ask import Answer, Question
+from sglang_dsv4.compare.judge import Spread
 from sglang_dsv4.spec import CSA_RATIO
 
 # A forward costs as much as the square of its length, and a GPU waits for it.
@@ -55,3 +57,25 @@ def exact_differences(
             for token, exact in zip(answer.tokens, logprobs, strict=True)
         ]
     return found
+
+
+def expect_of_checkpoint(exact: Spread, answers: Sequence[Answer], checkpoint: Path) -> None:
+    """Refuse a reference that does not compute this checkpoint: a bound from its distance would let everything pass.
+
+    Log-probabilities of another model are independent of the exact ones, and so further from them, as a rule, than they are
+    from their own mean; rounding must stay below half of that to be called rounding.
+
+    Args:
+        exact (Spread): of `exact_differences`.
+        answers (Sequence[Answer]): the reference's.
+        checkpoint (Path): for the message.
+
+    Raises:
+        ValueError: they are not answers of the checkpoint.
+    """
+    own = statistics.pstdev(token.logprob for answer in answers for token in answer.tokens)
+    if exact.typical > own / 2:
+        raise ValueError(
+            f"{checkpoint}: expected the model that answered; log-probabilities are {exact.typical:.3g} from exact ones as a "
+            f"rule, and {own:.3g} from their own mean"
+        )

@@ -153,7 +153,8 @@ async def judge(
         else:
             rest = await score(question.prompt_ids, answer.token_ids)
             expected = _followed(expected, rest, answer.token_ids)
-    for index, (wanted, got) in enumerate(zip(expected, answer.tokens, strict=False)):
+    compared = answer.tokens[: len(expected)]
+    for index, (wanted, got) in enumerate(zip(expected, compared, strict=True)):
         # Of a token that the reference did not take only a score knows the log-probability.
         if wanted.token_id == got.token_id:
             verdict.tokens += 1

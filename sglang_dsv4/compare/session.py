@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from sglang_dsv4.compare.machine import environment
 from sglang_dsv4.compare.prompts import random_ids
 from sglang_dsv4.compare.runs import ANSWERS, Fleet, Passes, Run, write_answers
 from sglang_dsv4.compare.side import Side, SideServer, naming_the_dead, starting
-from sglang_dsv4.compare.verdicts import Result, Runs, find_exact, judge_runs
+from sglang_dsv4.compare.verdicts import Result, Runs, Say, find_exact, judge_runs
 from sglang_dsv4.demo.server import ServerDiedError
 
 NUM_SCORED = 24
@@ -25,7 +25,6 @@ NUM_PLANTED = 4
 PLANTED = {"the first page": 1.0, "most of the window": 1.0, "a token of the window": 0.5}
 # One token moves an answer by about 1, as bf16 and fp8 rows may; it is planted only where rounding is much less.
 SHARP_BOUND = 0.1
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ class Asked:
 
 
 async def ask_servers(fleet: Fleet, plan: Plan, result: Result, say: Say) -> Asked:
-    """Ask every side everything; of the reference some may crash, which goes to ``result.lost``.
+    """Ask every side everything; servers of SGLang's own cache may crash, but one, which goes to ``result.lost``.
 
     Raises:
-        ServerDiedError: a judged server crashed, or all of the reference.
+        ServerDiedError: a server of ours crashed, wherever it stands, or all of the reference.
     """
     questions = plan.passes.questions
     found: dict[str, list[Run]] = {}
@@ -86,7 +85,7 @@ async def ask_servers(fleet: Fleet, plan: Plan, result: Result, say: Say) -> Ask
         try:
             found[server.side.name] = await _ask(server, plan.passes)
         except ServerDiedError:
-            if server.side not in plan.reference:
+            if server.side.is_ours:
                 raise
             result.lost[server.side.name] = server.last_error()
             say(f"{server.side.name}: CRASHED, {server.last_error()}")

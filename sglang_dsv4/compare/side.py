@@ -21,9 +21,10 @@ START_S = 900.0
 CRASH_S = 30.0
 OURS, THEIRS = "ours", "sglang"
 NATIVE_ROWS = "fp8_584"  # of SGLang's own cache
+ROUNDED = f"{OURS}-{NATIVE_ROWS}"  # ours with these rows, where it is measured with others
 FLAG = "--enable-dsv4-compressed-kv"
-# What a server logs when it sizes its pools: bytes of a token, and GiB that are there; SGLang's own line, and ours on a GPU.
 _ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): .+")
+# What a server logs when it sizes its pools: bytes of a token, and GiB that are there; SGLang's own line, and ours on a GPU.
 _SIZING = (
     re.compile(r"bytes_per_full_token=(?P<token>[\d.]+), available_bytes=(?P<all>[\d.]+) GB"),
     re.compile(r"tokens fit into (?P<all>[\d.]+) GiB \((?P<token>[\d.]+) bytes a token"),

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_dsv4.compare.ask import Question, Scorer, Token
-from sglang_dsv4.compare.exact import exact_differences
+from sglang_dsv4.compare.exact import exact_differences, expect_of_checkpoint
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, own_rounding, run_spread, spread_of
 from sglang_dsv4.compare.runs import Run, read_answers
-from sglang_dsv4.compare.side import OURS, THEIRS
+from sglang_dsv4.compare.side import OURS, ROUNDED, THEIRS
 
 Say = Callable[[str], None]
 
@@ -57,12 +57,18 @@ class Result:
 def find_exact(
     result: Result, runs: Runs, checkpoint: Path, count: int, device: str, say: Say
 ) -> Spread:
-    """How far the reference is from exact arithmetic, from so many answers; and the judged backend, for comparison."""
+    """How far the reference is from exact arithmetic, from so many answers; and the judged backend, for comparison.
+
+    Raises:
+        ValueError: the reference's answers are not those of the checkpoint.
+    """
     say(f"{count} answers of either backend in exact arithmetic")
     for name, run in (("reference", runs.right), ("judged", runs.judged[0])):
         differences = exact_differences(checkpoint, runs.questions, run.answers, count, device)
         result.from_exact[name] = asdict(spread_of(differences))
-    return Spread(**result.from_exact["reference"])
+    exact = Spread(**result.from_exact["reference"])
+    expect_of_checkpoint(exact, runs.right.answers, checkpoint)
+    return exact
 
 
 async def judge_runs(
@@ -92,7 +98,10 @@ async def judge_runs(
             "again": asdict(run_spread(cold.answers, again.answers)),
         }
     for run in (*runs.reference, *runs.judged):
-        result.runs.append({"name": run.name, "cached_tokens": run.cached_tokens})
+        pairs = zip(runs.right.answers, run.answers, strict=True)
+        identical = sum(right.token_ids == answer.token_ids for right, answer in pairs)
+        facts = {"cached_tokens": run.cached_tokens, "identical": identical}
+        result.runs.append({"name": run.name, **facts})
         if run.name.endswith(" hit") and not run.cached_tokens:
             result.faults.append(f"{run.name}: expected prefix hits, got none")
     for run in runs.judged:
@@ -120,14 +129,16 @@ async def judge_kept(
         ValueError: one of the two backends has no answers there.
     """
     questions, found, where = read_answers(file)
-    by_backend = {
-        name: [run for run in found.values() if run.name.startswith(f"{name}-")]
-        for name in (THEIRS, OURS)
-    }
-    for name, its_runs in by_backend.items():
-        if not its_runs:
+    sides: dict[str, list[Run]] = {THEIRS: [], ROUNDED: [], OURS: []}
+    for run in found.values():
+        name = next((name for name in sides if run.name.startswith(f"{name}-")), None)
+        if name is not None:
+            sides[name].append(run)
+    for name in (THEIRS, OURS):
+        if not sides[name]:
             raise ValueError(f"{file}: expected answers of {name}, got those of {sorted(found)}")
-    runs, result = Runs(questions, by_backend[THEIRS], by_backend[OURS]), Result()
+    runs = Runs(questions, sides[THEIRS], sides[OURS], sides[ROUNDED] or None)
+    result = Result()
     exact = Spread()
     if count:
         exact = find_exact(result, runs, checkpoint, count, device, say)

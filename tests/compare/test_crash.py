@@ -94,6 +94,14 @@ def test_a_reference_that_crashed_as_a_whole_compares_nothing(compare):
         compare("theirs-1", "theirs-2")
 
 
+def test_a_server_of_ours_may_not_crash_as_the_reference_either(compare, monkeypatch):
+    """On a CPU ours is both."""
+    ours_first = [dataclasses.replace(REFERENCE[0], is_ours=True), REFERENCE[1]]
+    monkeypatch.setattr(sys.modules[__name__], "REFERENCE", ours_first)
+    with pytest.raises(ServerDiedError, match="the end of .*theirs-1.log"):
+        compare("theirs-1")
+
+
 def test_a_judged_server_that_crashed_ends_the_comparison_and_is_named(compare):
     with pytest.raises(ServerDiedError, match="status 3; the end of .*ours.log"):
         compare("ours")

@@ -8,7 +8,7 @@ import torch
 
 from sglang_dsv4.compare.ask import Answer, Token, make_questions
 from sglang_dsv4.compare.checkpoint import ready_checkpoint
-from sglang_dsv4.compare.exact import exact_differences
+from sglang_dsv4.compare.exact import exact_differences, expect_of_checkpoint
 from sglang_dsv4.compare.judge import spread_of
 from sglang_dsv4.runtime.oracle import Oracle
 
@@ -43,6 +43,28 @@ def test_exact_answers_are_exact_rounded_ones_are_not_and_wrong_ones_are_far_awa
     rounded, wrong = spread(torch.bfloat16), spread(torch.float32, shift=1)
     assert 1e-3 < rounded.typical < rounded.largest
     assert wrong.typical > 5 * rounded.typical
+
+
+def test_answers_of_another_model_give_no_bound(checkpoint, tmp_path):
+    oracle, questions = Oracle(checkpoint), make_questions(4, 40, 0)
+    answers = answers_of(oracle, questions, torch.bfloat16)
+    other = ready_checkpoint(tmp_path, "tiny", print, (0, 128))
+    expect_of_checkpoint(
+        spread_of(exact_differences(checkpoint, questions, answers, 4)), answers, checkpoint
+    )
+    with pytest.raises(ValueError, match="expected the model that answered"):
+        expect_of_checkpoint(
+            spread_of(exact_differences(other, questions, answers, 4)), answers, other
+        )
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same(checkpoint):
+    """fp32 without TF32: sums in another order, some ulps of logits below 16."""
+    questions = make_questions(4, 40, 0)
+    answers = answers_of(Oracle(checkpoint), questions, torch.float32)
+    differences = exact_differences(checkpoint, questions, answers, 4, "cuda")
+    assert spread_of(differences).largest < 1e-4
 
 
 def test_only_some_answers_are_computed(checkpoint):

@@ -251,6 +251,23 @@ def test_kept_answers_are_judged_again_without_servers(tmp_path):
     assert result.faults and all("ours-graph-256 hit" in fault for fault in result.faults)
 
 
+def test_kept_answers_with_other_rows_allow_what_those_rows_do(tmp_path):
+    """Ours with SGLang's rows is no judged run; without it the same difference is a fault."""
+    moved = answer((1, -0.51, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0))
+    for sides, num_faults in ((("sglang", "ours-fp8_584", "ours"), 0), (("sglang", "ours"), 3)):
+        runs = [
+            Run(
+                f"{side}-graph-256 {kind}", [Answer((moved if side == "ours" else RIGHT).tokens, 2)]
+            )
+            for side in sides
+            for kind in ("cold", "hit", "again")
+        ]
+        write_answers(tmp_path / "answers.json", [Question(PROMPT, 3)], runs, {})
+        result, _ = asyncio.run(judge_kept(tmp_path / "answers.json", tmp_path, 0, "cpu", print))
+        assert set(result.verdicts) == {f"ours-graph-256 {k}" for k in ("cold", "hit", "again")}
+        assert sum(verdict["num_faults"] > 0 for verdict in result.verdicts.values()) == num_faults
+
+
 @pytest.mark.parametrize("backend", ["sglang", "ours"])
 def test_kept_answers_of_one_backend_alone_cannot_be_judged(tmp_path, backend):
     file = kept_answers(tmp_path / "answers.json", RIGHT, (backend,))
