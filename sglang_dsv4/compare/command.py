@@ -20,7 +20,7 @@ from sglang_dsv4.compare.options import add_server_options, begin
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, run_session
 from sglang_dsv4.compare.side import NATIVE_ROWS, OURS, ROUNDED, THEIRS, Side
-from sglang_dsv4.compare.verdicts import Result, judge_kept
+from sglang_dsv4.compare.verdicts import Result, judge_kept, kept_runs
 from sglang_dsv4.demo.server import ServerDiedError
 
 # Three ways show both modes and all chunk sizes; each is two servers.
@@ -100,16 +100,16 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--model {args.model}: expected a folder with config.json, got none")
         if args.answers is not None and not args.answers.is_file():
             raise ValueError(f"--answers {args.answers}: expected a file, got none")
+        kept = kept_runs(args.answers) if args.answers is not None else None
         # Only on a GPU have both backends answered, whatever the device on which they are judged.
-        shape = "heads64" if device == "cuda" or args.answers is not None else "tiny"
+        shape = "heads64" if device == "cuda" or kept is not None else "tiny"
         checkpoint = args.model or ready_checkpoint(args.build_dir, shape, console.print)
-        if args.answers is not None:
+        if kept is not None:
+            runs, where = kept
             count = args.exact
             if count is None:
                 count = 0 if args.model else NUM_EXACT
-            result, where = asyncio.run(
-                judge_kept(args.answers, checkpoint, count, device, console.print)
-            )
+            result = asyncio.run(judge_kept(runs, checkpoint, count, device, console.print))
             return finish(console, args.json, result, {"environment": where})
         plan = None if args.only == "bytes" else make_plan(args, device)
         bytes_side = None if args.only == "tokens" else make_bytes_side(args, device)

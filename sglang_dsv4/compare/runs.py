@@ -85,7 +85,10 @@ def read_answers(path: Path) -> tuple[list[Question], dict[str, Run], dict[str, 
     Raises:
         ValueError: it is another file.
     """
-    report = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected answers that `compare` kept, got {error}") from error
     if not isinstance(report, dict) or not {"questions", "runs"} <= report.keys():
         raise ValueError(f"{path}: expected answers that `compare` kept, got another file")
     questions = [Question(tuple(ids), new_tokens) for ids, new_tokens in report["questions"]]

@@ -110,23 +110,17 @@ async def judge_runs(
         result.faults += verdict.faults[:3]
 
 
-async def judge_kept(
-    file: Path, checkpoint: Path, count: int, device: str, say: Say
-) -> tuple[Result, dict[str, Any] | None]:
-    """Judge answers that an earlier comparison of our cache with SGLang's own kept; no server is needed.
+def kept_runs(file: Path) -> tuple[Runs, dict[str, Any] | None]:
+    """What an earlier comparison of our cache with SGLang's own kept.
 
     Args:
         file (Path): what `write_answers` wrote.
-        checkpoint (Path): what was served.
-        count (int): answers that are computed exactly; 0 for none.
-        device (str): where.
-        say (Say): told before a long wait.
 
     Returns:
-        tuple[Result, dict[str, Any] | None]: what was found, and the environment of the servers if it was kept.
+        tuple[Runs, dict[str, Any] | None]: the answers, and the environment of the servers if it was kept.
 
     Raises:
-        ValueError: one of the two backends has no answers there.
+        ValueError: it is another file, or one of the two backends has no answers there.
     """
     questions, found, where = read_answers(file)
     sides: dict[str, list[Run]] = {THEIRS: [], ROUNDED: [], OURS: []}
@@ -137,13 +131,27 @@ async def judge_kept(
     for name in (THEIRS, OURS):
         if not sides[name]:
             raise ValueError(f"{file}: expected answers of {name}, got those of {sorted(found)}")
-    runs = Runs(questions, sides[THEIRS], sides[OURS], sides[ROUNDED] or None)
-    result = Result()
-    exact = Spread()
+    return Runs(questions, sides[THEIRS], sides[OURS], sides[ROUNDED] or None), where
+
+
+async def judge_kept(runs: Runs, checkpoint: Path, count: int, device: str, say: Say) -> Result:
+    """Judge answers without servers: nothing is compared behind a parting.
+
+    Args:
+        runs (Runs): of `kept_runs`.
+        checkpoint (Path): what was served.
+        count (int): answers that are computed exactly; 0 for none.
+        device (str): where.
+        say (Say): told before a long wait.
+
+    Raises:
+        ValueError: another model answered.
+    """
+    result, exact = Result(), Spread()
     if count:
         exact = find_exact(result, runs, checkpoint, count, device, say)
     await judge_runs(result, runs, {}, exact, None)
-    return result, where
+    return result
 
 
 async def _judge_run(

@@ -11,7 +11,7 @@ from sglang_dsv4.compare.ask import Answer, Question, Token, make_questions, rea
 from sglang_dsv4.compare.judge import Spread, Verdict, judge, moved, own_rounding, spread_of
 from sglang_dsv4.compare.runs import Passes, Run, read_answers, write_answers
 from sglang_dsv4.compare.session import PLANTED, wrong_question
-from sglang_dsv4.compare.verdicts import bound_of, judge_kept
+from sglang_dsv4.compare.verdicts import bound_of, judge_kept, kept_runs
 
 BOUND = 0.1
 PROMPT = (9, 10, 11)
@@ -242,12 +242,14 @@ def kept_answers(path, ours, backends=("sglang", "ours")):
 
 def test_kept_answers_are_judged_again_without_servers(tmp_path):
     file = kept_answers(tmp_path / "answers.json", RIGHT)
-    result, where = asyncio.run(judge_kept(file, tmp_path, 0, "cpu", print))
+    runs, where = kept_runs(file)
+    result = asyncio.run(judge_kept(runs, tmp_path, 0, "cpu", print))
     assert where == {"gpu": "a GPU"} and not result.faults
     assert set(result.verdicts) == {f"ours-graph-256 {kind}" for kind in ("cold", "hit", "again")}
     # The twin: nothing is known to round, so the smallest difference is a fault.
     moved_hit = answer((1, -0.51, 1, 0.9), (2, -1.0, 2, 0.05), (3, -0.2, 3, 2.0))
-    result, _ = asyncio.run(judge_kept(kept_answers(file, moved_hit), tmp_path, 0, "cpu", print))
+    runs, _ = kept_runs(kept_answers(file, moved_hit))
+    result = asyncio.run(judge_kept(runs, tmp_path, 0, "cpu", print))
     assert result.faults and all("ours-graph-256 hit" in fault for fault in result.faults)
 
 
@@ -263,7 +265,8 @@ def test_kept_answers_with_other_rows_allow_what_those_rows_do(tmp_path):
             for kind in ("cold", "hit", "again")
         ]
         write_answers(tmp_path / "answers.json", [Question(PROMPT, 3)], runs, {})
-        result, _ = asyncio.run(judge_kept(tmp_path / "answers.json", tmp_path, 0, "cpu", print))
+        kept, _ = kept_runs(tmp_path / "answers.json")
+        result = asyncio.run(judge_kept(kept, tmp_path, 0, "cpu", print))
         assert set(result.verdicts) == {f"ours-graph-256 {k}" for k in ("cold", "hit", "again")}
         assert sum(verdict["num_faults"] > 0 for verdict in result.verdicts.values()) == num_faults
 
@@ -272,7 +275,7 @@ def test_kept_answers_with_other_rows_allow_what_those_rows_do(tmp_path):
 def test_kept_answers_of_one_backend_alone_cannot_be_judged(tmp_path, backend):
     file = kept_answers(tmp_path / "answers.json", RIGHT, (backend,))
     with pytest.raises(ValueError, match="expected answers of"):
-        asyncio.run(judge_kept(file, tmp_path, 0, "cpu", print))
+        kept_runs(file)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"questions": []}', "no JSON"])
@@ -284,6 +287,6 @@ def test_another_file_than_kept_answers_is_refused_before_anything_is_judged(
     (tmp_path / "config.json").write_text("{}")
     arguments = ["compare", "--device", "cpu", "--model", str(tmp_path), "--answers"]
     assert main([*arguments, str(file)]) == 1
-    assert "FAILED" in capsys.readouterr().out
+    assert f"{file.name}: expected answers that" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, str(tmp_path / "nowhere")]) == 1
     assert "expected a file, got none" in " ".join(capsys.readouterr().out.split())
