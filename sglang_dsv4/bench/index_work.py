@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsv4_kernels.index_score import naive_index_scores, naive_select_entries, naive_topk_entries
+from dsv4_kernels.index_score import naive_select_entries, naive_topk_entries
+from dsv4_kernels.index_score.bound import score_bound
 from dsv4_kernels.index_score.fused import score_entries, select_entries
 from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, index_workspace
 from dsv4_kernels.index_topk import topk_entries
-from dsv4_kernels.layout import INDEX_DIM, RowFormat
+from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, RowFormat
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.step import StepTensors
 from sglang_dsv4.bench.cases import PAGE_TOKENS
@@ -19,6 +20,8 @@ _SCORES = 1 << 26
 # Dot products that the reference holds at once.
 _DOTS = 1 << 27
 _KEYS_AT_ONCE = 1 << 20
+# Keys of a token whose scores are checked.
+_CHECKED_KEYS = 1024
 
 
 @dataclass
@@ -48,7 +51,7 @@ class IndexWork:
     @property
     def piece(self) -> tuple[int, int]:
         """First token and number of tokens of the last piece: what the workspace holds after `fused`."""
-        most = len(held_scores(self.step, CSA_RATIO, self.workspace))
+        most = len(held_scores(self.step, CSA_RATIO, self.workspace).scores)
         first = (len(self.q) - 1) // most * most
         return first, len(self.q) - first
 
@@ -61,13 +64,15 @@ class IndexWork:
 
     def scores(self) -> torch.Tensor:
         """Scores of the last piece."""
-        return held_scores(self.step, CSA_RATIO, self.workspace)[: self.piece[1]]
+        return held_scores(self.step, CSA_RATIO, self.workspace).scores[: self.piece[1]]
 
     def choose(self) -> None:
         """The choice of the last piece."""
+        first, count = self.piece
+        scores, maxima = held_scores(self.step, CSA_RATIO, self.workspace)
         topk_entries(
-            self.step, self.scores(), self.piece[0], CSA_RATIO, self.out, self.workspace.topk
-        )
+            self.step, scores[:count], maxima[:count], first, CSA_RATIO, self.out, self.workspace.groups
+        )  # fmt: skip
 
     def choose_torch(self) -> torch.Tensor:
         """The choice by torch.topk, without a rule for ties, in no order: what is compared in time."""
@@ -114,7 +119,7 @@ class IndexWork:
     def check(self) -> None:
         """Raise unless the choice is the reference's for the kernel's own scores, and those are right to rounding.
 
-        A score is a sum of 128 products per head and of the heads; the bound is that of the kernel's tests.
+        Queries are rounded as the kernel rounds them, which its tests check.
         """
         self.out.fill_(7)
         self.fused()
@@ -135,15 +140,14 @@ class IndexWork:
                 self._check_scores(first + token, int(visible[token]), token)
 
     def _check_scores(self, token: int, visible: int, row: int) -> None:
-        entries = torch.arange(visible, device=self.q.device)
+        entries = torch.arange(0, visible, max(1, visible // _CHECKED_KEYS), device=self.q.device)
         slots = self.step.index_slots(self.step.token_rows[token], entries, CSA_RATIO)
-        keys = naive_load_rows(self.pool, slots, self.key_format)
+        keys = naive_load_rows(self.pool, slots, self.key_format).double()
         heads = self.q.shape[1]
-        q, w = self.workspace.query[row, :heads].float(), self.weights[token].float()
-        expected = naive_index_scores(q.unsqueeze(0), w.unsqueeze(0), keys)[0]
-        size = naive_index_scores(q.abs().unsqueeze(0), w.abs().unsqueeze(0), keys.abs())[0]
-        error = (self.scores()[row, :visible] - expected).abs()
-        if (error > (INDEX_DIM + heads) * 2.0**-22 * size).any():
+        q, w = self.workspace.query[row, :heads].double(), self.workspace.weights[row, :heads]
+        exact = w.double() @ (q @ keys.T).clamp_min(0)
+        error = (self.scores()[row, entries] - exact).abs()
+        if (error > score_bound(q, w, keys, e4m3=self.key_format is FP8_INDEX)).any():
             raise AssertionError(
                 f"token {token}: a score is off by {error.max()}, more than rounding"
             )

@@ -188,7 +188,7 @@ async def _measure(
     report: dict[str, Any],
     console: Console,
 ) -> None:
-    """Let the sides take turns; the report is written after every round."""
+    """Let the sides take turns, the others paused; the report is written after every round."""
     clients = {server.side.name: ServeClient(server.url) for server in servers}
     quick = args.quick or device == "cpu"
     for work in [work for work in all_work(quick, device) if args.only in work.name]:
@@ -197,7 +197,11 @@ async def _measure(
         for number in range(args.rounds or (1 if quick else 3)):
             # Who is first takes turns, too.
             for name, client in list(clients.items())[:: (-1) ** number]:
-                numbers = await _round(client, work)
+                with ExitStack() as others:
+                    for server in servers:
+                        if server.side.name != name:
+                            others.enter_context(server.paused())
+                    numbers = await _round(client, work)
                 entry = {"work": work.name, "about": work.about, "side": name, "round": number}
                 report["rounds"].append({**entry, "numbers": numbers})
                 console.print(

@@ -6,7 +6,6 @@ import torch
 
 from dsv4_kernels.flush import CompressorParams, CsaFlush, naive_flush_csa, naive_flush_hca
 from dsv4_kernels.index_score import naive_index_query, naive_index_scores, naive_topk_entries
-from dsv4_kernels.index_score import query_dtype as index_query_dtype
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.window_store import naive_window_store
@@ -206,7 +205,7 @@ class TorchOps:
         chunk = max(1, _MAX_SCORED_DOTS // max(1, index_q.shape[1] * len(entries)))
         for part in torch.split(tokens, chunk):
             rows = cos_sin[step.positions[part]]
-            q = naive_index_query(index_q[part], rows, index_query_dtype(keys_format))
+            q = naive_index_query(index_q[part], rows, keys_format)
             scores = naive_index_scores(q, index_weights[part], keys)
             best = naive_topk_entries(scores, visible[part], self._spec.index_topk)
             chosen[part, : best.shape[1]] = best

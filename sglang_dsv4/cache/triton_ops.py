@@ -46,8 +46,7 @@ class TritonOps:
     def nbytes(self) -> int:
         held = list(self._hca)
         if self._index is not None:
-            held += [self._index.query, self._index.scores, self._index.first_tiles]
-            held += list(self._index.topk)
+            held += list(self._index)
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def store_window(

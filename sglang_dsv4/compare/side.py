@@ -1,6 +1,8 @@
 """The two sides of a comparison: the same SGLang, checkpoint and options, with our cache and with SGLang's own."""
 
+import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +93,15 @@ class SideServer(Server):
         except httpx.TransportError:
             return False
         return reply.status_code == httpx.codes.OK
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """All its processes stand still: a server that waits for requests keeps cores busy with that."""
+        os.killpg(self.group, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.group, signal.SIGCONT)
 
     def last_error(self) -> str:
         """The last line of its log that names an error."""

@@ -1,7 +1,8 @@
 """A step's plan from SGLang's own tables, and the steps that CUDA graphs replay."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
 
 # Rows of numbers that kernels read begin at multiples of this many int32: a launch is compiled once for all of them.
 _ALIGNED = 4
+# Launches that a graph keeps; each holds the tensors that it reads, so that their addresses stay theirs.
+_MOST_LAUNCHES = 256
 
 # Makes the attention of one shape; the second argument lends its buffers, and takes turns with it.
 MakeAttention = Callable[[FixedShape, Attention | None], Attention]
@@ -35,6 +38,12 @@ class StepPlanner:
     def __init__(self, pool: CompressedTokenToKVPool, req_to_token: torch.Tensor) -> None:
         self._pool = pool
         self._req_to_token = req_to_token
+
+    @property
+    def window_slots(self) -> torch.Tensor:
+        """The window slot of every token slot, SGLang's table."""
+        table: torch.Tensor = self._pool.full_to_swa_index_mapping
+        return table
 
     def pages(self, num_tokens: int) -> int:
         """Pages that so many tokens take.
@@ -75,32 +84,32 @@ class StepPlanner:
         pages = self.pages(int(batch.seq_lens_cpu.max()))
         out = self.buffers(len(seq_lens), len(batch.positions), pages)
         first_tokens = empty((len(seq_lens),), torch.int64, seq_lens.device)
-        self.fill(out, first_tokens, seq_lens, extend_lens, batch.req_pool_indices)
+        self.launch(out, first_tokens, seq_lens, extend_lens, batch.req_pool_indices)()
         return self._pool.cache.plan_step(out)
 
-    def fill(
+    def launch(
         self,
         out: StepTensors,
         first_tokens: torch.Tensor,
         seq_lens: torch.Tensor,
         extend_lens: torch.Tensor,
         request_rows: torch.Tensor,
-    ) -> None:
-        """Plan into ``out``; arguments as `dsv4_kernels.step_plan.naive_step_plan` has them."""
-        make: Callable[..., None] = naive_step_plan
+    ) -> Callable[[], None]:
+        """What plans into ``out`` when it is called, any number of times; arguments as
+        `dsv4_kernels.step_plan.naive_step_plan` has them."""
+        make: Callable[..., Callable[[], None]] = partial(partial, naive_step_plan)
         if out.positions.is_cuda:
-            from dsv4_kernels.step_plan.fused import step_plan
+            from dsv4_kernels.step_plan.fused import StepPlanLaunch
 
-            make = step_plan
-        window_slots = self._pool.full_to_swa_index_mapping
-        make(
+            make = StepPlanLaunch
+        return make(
             out,
             first_tokens,
             seq_lens,
             extend_lens,
             request_rows,
             self._req_to_token,
-            window_slots,
+            self.window_slots,
         )
 
 
@@ -119,10 +128,13 @@ class GraphStep:
     Attributes:
         step (StepTensors): the plan's tensors, filled again before every replay.
         attention (Attention): of this shape; its ``plan`` is part of the graph.
+        launches (dict[tuple[int, ...], Callable[[], None]]): what fills the plan, by the number of requests that are no padding
+            and by the addresses of its inputs, which SGLang keeps from step to step.
     """
 
     step: StepTensors
     attention: Attention
+    launches: dict[tuple[int, ...], Callable[[], None]] = field(default_factory=dict)
 
 
 class DecodeGraphs:
@@ -180,13 +192,21 @@ class DecodeGraphs:
         graph = self._steps.get(count) or self._new(count)
         if batch.seq_lens_cpu is not None:
             self._planner.pages(int(batch.seq_lens_cpu.max()))
-        self._planner.fill(
-            graph.step,
-            self._first_tokens[:count],
-            batch.seq_lens[:count],
-            self._extend_lens[num_real, :count],
-            batch.req_pool_indices[:count],
-        )
+        seq_lens, request_rows = batch.seq_lens, batch.req_pool_indices
+        tables = (seq_lens, request_rows, self._planner.window_slots)
+        key = (num_real, *(table.data_ptr() for table in tables))
+        launch = graph.launches.get(key)
+        if launch is None:
+            if len(graph.launches) == _MOST_LAUNCHES:
+                graph.launches.clear()
+            launch = graph.launches[key] = self._planner.launch(
+                graph.step,
+                self._first_tokens[:count],
+                seq_lens[:count],
+                self._extend_lens[num_real, :count],
+                request_rows[:count],
+            )
+        launch()
         return graph
 
     def step(self, count: int) -> GraphStep:

@@ -2,8 +2,13 @@
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -140,10 +145,16 @@ def test_every_scenario_of_the_issue_is_there(device):
 
 
 def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
-    asked = []
+    asked, still = [], []
+
+    @contextlib.contextmanager
+    def paused(name):
+        still.append(name)
+        yield
+        still.remove(name)
 
     async def one_round(client, work):
-        asked.append((client, work.name))
+        asked.append((client, work.name, tuple(still)))
         return serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
 
     class Client(str):
@@ -152,15 +163,19 @@ def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
 
     monkeypatch.setattr(serve_command, "_round", one_round)
     monkeypatch.setattr(serve_command, "ServeClient", Client)
-    servers = [SimpleNamespace(side=Side(name, True, ()), url=name) for name in (OURS, THEIRS)]
+    servers = [
+        SimpleNamespace(side=Side(name, True, ()), url=name, paused=partial(paused, name))
+        for name in (OURS, THEIRS)
+    ]
     args = argparse.Namespace(quick=False, only="chat-8", rounds=None, json=None)
     report = {"rounds": []}
     console = Console(file=io.StringIO())
     asyncio.run(serve_command._measure(args, "cuda", servers, report, console))
-    assert {name for _, name in asked} == {"chat-8"}
-    warm_up = [OURS, THEIRS]
-    assert [client for client, _ in asked] == [*warm_up, OURS, THEIRS, THEIRS, OURS, OURS, THEIRS]
-    assert [entry["side"] for entry in report["rounds"]] == [client for client, _ in asked[2:]]
+    assert {name for _, name, _ in asked} == {"chat-8"}
+    clients = [client for client, _, _ in asked]
+    assert clients == [OURS, THEIRS, *(OURS, THEIRS, THEIRS, OURS, OURS, THEIRS)]
+    assert [entry["side"] for entry in report["rounds"]] == clients[2:]
+    assert {(client, *still) for client, _, still in asked[2:]} == {(OURS, THEIRS), (THEIRS, OURS)}
 
 
 def test_the_second_server_gets_as_many_bytes_as_the_first():
@@ -221,3 +236,34 @@ def test_a_server_on_a_gpu_is_not_told_that_it_is_on_a_cpu(tmp_path):
         assert "SGLANG_USE_CPU_ENGINE" not in variables
         assert variables.get("SGLANG_OPT_FP8_WO_A_GEMM") == wanted
     assert SideServer(side, tmp_path, tmp_path, "cpu").variables()["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_a_paused_server_stands_still_with_its_children(tmp_path):
+    """A server that waits for requests spins; while another is measured it must not."""
+    (tmp_path / "config.json").write_text("{}")
+    server = SideServer(Side(OURS, True, ()), tmp_path, tmp_path, "cuda")
+    child = "while True: pass"
+    program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
+    server._command = [sys.executable, "-c", program]
+
+    def states():
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                fields = path.read_text().rsplit(")", 1)[1].split()
+                if int(fields[2]) == server.group:
+                    found[path.parent.name] = fields[0]
+        return found
+
+    def wait_until(reached):
+        deadline = time.monotonic() + 10
+        while not reached(states()):
+            assert time.monotonic() < deadline, states()
+            time.sleep(0.02)
+
+    with server:
+        wait_until(lambda found: len(found) == 2)
+        with server.paused():
+            wait_until(lambda found: set(found.values()) == {"T"})
+        wait_until(lambda found: "R" in found.values() and "T" not in found.values())
+    assert not states()

@@ -10,6 +10,7 @@ import torch
 
 from dsv4_kernels.index_query import fused as index_query_fused
 from dsv4_kernels.index_score import fused as index_score_fused
+from dsv4_kernels.index_score.bound import score_bound
 from dsv4_kernels.index_score.fused import IndexTuning, select_entries
 from dsv4_kernels.index_score.naive import (
     naive_index_query,
@@ -17,8 +18,8 @@ from dsv4_kernels.index_score.naive import (
     naive_topk_entries,
 )
 from dsv4_kernels.index_score.workspace import held_scores, index_workspace
-from dsv4_kernels.index_topk.fused import topk_entries, topk_workspace
-from dsv4_kernels.layout import FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
+from dsv4_kernels.index_topk.fused import GROUP, topk_entries, topk_levels
+from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.step import StepTensors
@@ -30,6 +31,8 @@ NOWHERE = 1 << 40
 # (tokens before, new tokens): below and above k = 16 entries, on and off a block's end, an empty request, one fresh.
 REQUESTS = ((300, 1), (700, 5), (0, 3), (60, 9), (90, 0), (511, 1), (64, 20))
 K, HEADS = 16, 4
+# Rows of `hard_scores`, and scores of each.
+HARD, LENGTH = 12, 704
 
 
 @dataclass
@@ -55,7 +58,7 @@ class IndexWorld:
 
     def scores(self, workspace):
         """What a workspace holds, ``[T, entries]``."""
-        return held_scores(self.step, RATIO, workspace)
+        return held_scores(self.step, RATIO, workspace).scores
 
     def fused(self, workspace=None, tuning=None, k=K, **options):
         """The chosen rows, and the workspace."""
@@ -157,18 +160,25 @@ def exact_world(fmt, **options):
     return make_world(fmt, heads=1 if fmt is FP32_INDEX else HEADS, exact=True, **options)
 
 
-def query_faults(world, query, shift=0):
+def query_faults(world, workspace, shift=0):
     """Scored tokens whose rotated queries are off by more than rounding; ``shift`` moves their positions."""
-    tokens = torch.nonzero(world.visible > K).flatten()
+    tokens, heads = torch.nonzero(world.visible > K).flatten(), world.q.shape[1]
     positions = world.step.positions[tokens] + shift
     x = world.q[tokens].double()
     exact = naive_index_query(world.q[tokens], world.table[positions])
     # Two products and a sum, then seven sums and the scale, each to 2^-24 of its terms. The reference has as much.
     bound = 2 * 10 * 2.0**-24 * 2 * INDEX_DIM**-0.5 * x.abs().sum(-1, keepdim=True)
-    if query.dtype == torch.bfloat16:
+    found = workspace.query[tokens, :heads].double()
+    scale = workspace.weights[tokens, :heads].double() / world.weights[tokens].double()
+    assert (torch.frexp(scale).mantissa == 0.5).all(), "scales of queries: no power of two"
+    if world.fmt is FP8_INDEX:
+        # Four bits, the first included; below 2^-6 of a scale multiples of 2^-9 of it.
+        bound = bound + torch.maximum(2.0**-4 * exact.abs(), 2.0**-10 * scale.unsqueeze(-1))
+        largest = found.abs().amax(-1)
+        assert ((largest > 208) & (largest <= 448)).all(), "a scale wastes bits"
+    elif world.fmt is BF16_INDEX:
         bound = bound + 2.0**-8 * exact.abs()
-    found = query[tokens, : world.q.shape[1]].double()
-    return int((~((found - exact).abs() <= bound)).sum())
+    return int((~((found * scale.unsqueeze(-1) - exact).abs() <= bound)).sum())
 
 
 def score_faults(world, workspace, *, relu=True, shift=0):
@@ -177,15 +187,24 @@ def score_faults(world, workspace, *, relu=True, shift=0):
     for token in torch.nonzero(world.visible > K).flatten().tolist():
         keys = world.keys(token).roll(shift, 0)
         q = workspace.query[token, : world.q.shape[1]].double()
-        weights = world.weights[token].double()
+        weights = workspace.weights[token, : world.q.shape[1]].double()
         dots = q @ keys.T
         dots = dots.clamp_min(0) if relu else dots
-        exact = weights @ dots
-        # 128 sums per dot and one per head. A tensor core may cut off where IEEE rounds, and keeps two bits more than fp32.
-        steps = INDEX_DIM + world.q.shape[1]
-        bound = steps * 2.0**-22 * (weights.abs() @ (q.abs() @ keys.abs().T))
+        bound = score_bound(q, weights, keys, e4m3=world.fmt is FP8_INDEX)
         found = world.scores(workspace)[token, : len(keys)].double()
-        faults += int((~((found - exact).abs() <= bound)).sum())
+        faults += int((~((found - weights @ dots).abs() <= bound)).sum())
+    return faults
+
+
+def wrong_maxima(world, workspace):
+    """Groups of a scored token whose maximum is not that of its visible scores."""
+    held, faults = held_scores(world.step, RATIO, workspace), 0
+    for token in torch.nonzero(world.visible > K).flatten().tolist():
+        count = int(world.visible[token])
+        scores = held.scores[token].clone()
+        scores[count:] = float("-inf")
+        expected = scores.view(-1, GROUP).amax(1)[: -(-count // GROUP)]
+        faults += int((held.maxima[token, : len(expected)] != expected).sum())
     return faults
 
 
@@ -195,13 +214,12 @@ def check_values(device="cpu"):
         for dtype in (torch.float32, torch.bfloat16):
             world = make_world(fmt, device=device, dtype=dtype)
             out, workspace = world.fused()
-            assert query_faults(world, workspace.query) == 0, f"{fmt.name}: query"
-            assert query_faults(world, workspace.query, shift=1) > 0, (
-                f"{fmt.name}: a wrong position"
-            )
+            assert query_faults(world, workspace) == 0, f"{fmt.name}: query"
+            assert query_faults(world, workspace, shift=1) > 0, f"{fmt.name}: a wrong position"
             assert score_faults(world, workspace) == 0, f"{fmt.name}: score"
             assert score_faults(world, workspace, relu=False) > 0, f"{fmt.name}: no ReLU"
             assert score_faults(world, workspace, shift=1) > 0, f"{fmt.name}: another key"
+            assert wrong_maxima(world, workspace) == 0, f"{fmt.name}: maxima"
             chosen = naive_topk_entries(world.scores(workspace), world.visible, K)
             assert torch.equal(out, world.rows_of(chosen)), f"{fmt.name}: choice"
 
@@ -211,7 +229,7 @@ def check_exact(device="cpu"):
     for fmt in INDEX_FORMATS.values():
         world = exact_world(fmt, device=device)
         expected = world.naive()
-        for entries, unit, max_tokens in ((32, 1, 64), (32, 4, 7), (64, 16, 64), (32, 2, 64)):
+        for entries, unit, max_tokens in ((32, 1, 64), (32, 4, 7), (64, 8, 64), (16, 2, 64)):
             out, _ = world.fused(world.workspace(max_tokens), IndexTuning(entries, unit, 4, 1, 1))
             assert torch.equal(out, expected), (
                 f"{fmt.name}: {entries} entries, {unit} tokens, {max_tokens}"
@@ -226,7 +244,7 @@ def check_scores_do_not_depend_on_tiling(device="cpu"):
         make = exact_world if device == "cpu" else make_world
         world = make(fmt, device=device)
         whole = world.scores(world.fused(tuning=IndexTuning(64, 1, 4, 2, 4))[1])
-        for tuning in (IndexTuning(64, 4, 4, 1, 1), IndexTuning(128, 16, 4, 2, 2)):
+        for tuning in (IndexTuning(64, 4, 4, 1, 1), IndexTuning(128, 2, 4, 2, 2)):
             scores = world.scores(world.fused(tuning=tuning)[1])
             for token, count in enumerate(world.visible.tolist()):
                 if count > K:
@@ -237,7 +255,7 @@ def check_scores_do_not_depend_on_tiling(device="cpu"):
 def hard_scores(device):
     """Rows of scores with many ties, zeros of both signs, subnormals, infinities, and every bit of a float in play."""
     generator = torch.Generator().manual_seed(5)
-    length = 700
+    length = LENGTH
     rows = [
         torch.zeros(length),
         torch.where(torch.arange(length) % 3 == 0, 0.0, -0.0),
@@ -257,40 +275,48 @@ def hard_scores(device):
 
 
 def check_topk(device="cpu"):
-    """The choice alone, over hard scores, for one round and for two; nothing past the visible scores is read."""
+    """The choice alone, over hard scores, by one, two and three levels; nothing past the visible scores is read."""
     scores = hard_scores(device)
-    world = make_world(FP32_INDEX, ((2900, 1),), heads=1, device=device)
-    table = world.step.history_pages[:, : 2900 // 128 + 1].expand(len(scores), -1).contiguous()
-    visible = torch.tensor([700, 65, 17, 16, 333], device=device).repeat_interleave(12)
+    length = scores.shape[1]
+    world = make_world(FP32_INDEX, ((RATIO * length, 1),), heads=1, device=device)
+    table = world.step.history_pages[:, : RATIO * length // 128].expand(len(scores), -1)
+    visible = torch.tensor([length, 513, 65, 17, 333], device=device).repeat_interleave(HARD)
     tokens = torch.arange(len(scores), device=device)
     step = replace(
-        world.step, positions=visible * RATIO - 1, token_rows=tokens, history_pages=table
+        world.step,
+        positions=visible * RATIO - 1,
+        token_rows=tokens,
+        history_pages=table.contiguous(),
     )
-    hidden = torch.arange(700, device=device) >= visible.unsqueeze(1)
+    hidden = torch.arange(length, device=device) >= visible.unsqueeze(1)
     scores = scores.masked_fill(hidden, float("nan"))
-    expected = replace(world, step=step).rows_of(naive_topk_entries(scores, visible, K))
-    backwards = 699 - naive_topk_entries(scores[:12].flip(1), visible[:12], K).flip(1)
-    chosen = naive_topk_entries(scores[:12], visible[:12], K)
-    assert (backwards != chosen).any(1).sum() >= 6, "rows where the rule for ties matters"
-    for block in (256, 1024):
-        workspace = topk_workspace(scores.numel(), K, scores.device, block)
-        wide = torch.full((len(scores), K + 3), 7, dtype=torch.int32, device=device)
-        out = wide[:, :K]
-        for first in (0, 25):
-            count = 25 if first == 0 else len(scores) - 25
-            topk_entries(step, scores[first : first + count], first, RATIO, out, workspace, block)
-        assert (wide[:, K:] == 7).all(), f"block {block}: more than k were chosen"
-        assert torch.equal(out, expected), f"block {block}"
+    maxima = scores.masked_fill(hidden, float("-inf")).unflatten(1, (-1, GROUP)).amax(2)
+    maxima[hidden[:, ::GROUP]] = float("nan")
+    for k, levels in ((K, 2), (2, 3), (88, 1), (K - 3, 2)):
+        expected = replace(world, step=step).rows_of(naive_topk_entries(scores, visible, k))
+        chosen = naive_topk_entries(scores[:HARD], visible[:HARD], k)
+        backwards = (
+            length - 1 - naive_topk_entries(scores[:HARD].flip(1), visible[:HARD], k).flip(1)
+        )
+        assert (backwards != chosen).any(1).sum() >= 6, "rows where the rule for ties matters"
+        assert topk_levels(length, k)[2] == levels
+        wide = torch.full((len(scores), k + 3), 7, dtype=torch.int32, device=device)
+        groups = torch.full((len(scores), k), -1, dtype=torch.int32, device=device)
+        for first, count in ((0, 25), (25, len(scores) - 25)):
+            part = slice(first, first + count)
+            topk_entries(step, scores[part], maxima[part], first, RATIO, wide[:, :k], groups)
+        assert (wide[:, k:] == 7).all(), f"k {k}: more than k were chosen"
+        assert torch.equal(wide[:, :k], expected), f"k {k}"
 
 
-def check_two_rounds(device="cpu"):
-    """Rows longer than one program's, next to shorter ones."""
+def check_levels(device="cpu"):
+    """Rows of one, two and three levels next to shorter ones, from queries to rows."""
     for fmt in INDEX_FORMATS.values():
         world = exact_world(fmt, device=device)
-        workspace = world.workspace()
-        small = topk_workspace(len(world.q) * world.max_entries, K, world.q.device, 64)
-        out, _ = world.fused(workspace._replace(topk=small), block=64)
-        assert torch.equal(out, world.naive()), fmt.name
+        for k, levels in ((24, 1), (K, 2), (2, 3)):
+            assert topk_levels(world.max_entries, k)[2] == levels
+            out, _ = world.fused(k=k)
+            assert torch.equal(out, world.naive(k=k)), f"{fmt.name}: k {k}"
 
 
 def check_many_units(device="cpu"):
@@ -319,7 +345,7 @@ CHECKS = {
     "exact": check_exact,
     "tiling": check_scores_do_not_depend_on_tiling,
     "topk": check_topk,
-    "two rounds": check_two_rounds,
+    "levels": check_levels,
     "many units": check_many_units,
     "cells behind": check_cells_behind,
 }

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from dsv4_kernels.index_score.fused import select_entries
-from dsv4_kernels.index_score.naive import naive_index_query, naive_select_entries, query_dtype
+from dsv4_kernels.index_score.naive import (
+    naive_index_query,
+    naive_round_query,
+    naive_select_entries,
+)
 from dsv4_kernels.index_score.workspace import index_workspace
-from dsv4_kernels.index_topk import topk_entries, topk_workspace
-from dsv4_kernels.layout import BF16_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
+from dsv4_kernels.index_topk import GROUP, topk_entries
+from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
+from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from tests.kernels.index_score_checks import RATIO, K, make_world
 
 
@@ -36,8 +41,7 @@ def test_matches_fp64(fmt):
         pairs = torch.view_as_complex(q[:, 64:].reshape(-1, 32, 2).contiguous())
         turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(1)
         q = torch.cat([q[:, :64], turned], 1) @ matrix
-        if query_dtype(fmt) == torch.bfloat16:
-            q = q.bfloat16().double()
+        q = naive_round_query(q.float(), fmt).double()
         keys = world.keys(token)
         scores = world.weights[token].double() @ (q @ keys.T).clamp_min(0)
         rows = world.step.entry_slots(world.step.token_rows[token], torch.arange(count), RATIO)
@@ -46,23 +50,27 @@ def test_matches_fp64(fmt):
         chosen = torch.tensor([row in found for row in rows.tolist()])
         assert [row for row in rows.tolist() if row in found] == found, "not in the entries' order"
         if count > K:
-            # A query that rounds the other way moves a dot by 2^-8 of one product; so does a tie between scores.
-            slack = 2.0**-8 * (
+            # A query that rounds the other way moves a dot by the last bit of one product; so does a tie between scores.
+            last_bit = {FP8_INDEX: 2.0**-4, BF16_INDEX: 2.0**-8, FP32_INDEX: 2.0**-20}[fmt]
+            slack = last_bit * (
                 q.abs().amax() * keys.abs().amax() * world.weights[token].abs().sum()
             )
-            slack = slack if query_dtype(fmt) == torch.bfloat16 else 1e-5
             assert scores[chosen].min() >= scores[~chosen].max() - slack
             assert not scores.flip(0)[chosen].min() >= scores.flip(0)[~chosen].max() - slack
             num_chosen += 1
     assert num_chosen >= 5
 
 
-def test_queries_are_rounded_where_keys_are():
+def test_queries_are_rounded_as_keys_are():
     q, table = torch.randn(5, 3, INDEX_DIM), torch.randn(5, 64)
     plain = naive_index_query(q, table)
-    rounded = naive_index_query(q, table, query_dtype(BF16_INDEX))
-    assert torch.equal(naive_index_query(q, table, query_dtype(FP32_INDEX)), plain)
-    assert torch.equal(rounded, plain.bfloat16().float()) and not torch.equal(rounded, plain)
+    for fmt in INDEX_FORMATS.values():
+        rounded = naive_index_query(q, table, fmt)
+        pool = torch.zeros(fmt.pool_shape(15), dtype=fmt.storage_dtype)
+        naive_store_rows(pool, torch.arange(15), plain.view(15, -1), fmt)
+        stored = naive_load_rows(pool, torch.arange(15), fmt).float().view_as(rounded)
+        assert torch.equal(rounded, stored)
+        assert torch.equal(rounded, plain) == (fmt is FP32_INDEX)
 
 
 @pytest.mark.parametrize(
@@ -85,23 +93,23 @@ def test_a_workspace_that_does_not_fit_is_refused(change, message):
     assert (out == 7).all()
 
 
-def test_what_two_rounds_cannot_take_is_refused():
+@pytest.mark.parametrize(
+    ("k", "entries", "maxima", "groups", "message"),
+    [
+        (1024, 524296, 65537, 1, "at most 524288 entries for k = 1024, got 524296"),
+        (1024, 20000, 2499, 1, "maxima: expected one of each 8 of 20000 scores, got 2499"),
+        (1024, 20000, 2500, 0, r"groups: expected at least \(1, 1024\), got \(0, 1024\)"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused(k, entries, maxima, groups, message):
     world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
-    out = torch.full((1, 1024), 7, dtype=torch.int32)
-    scores = torch.zeros(1, 1).expand(1, 262145)
-    workspace = topk_workspace(262145, 1024, world.q.device)
-    with pytest.raises(ValueError, match="at most 262144 entries for k = 1024, got 262145"):
-        topk_entries(world.step, scores.contiguous(), 0, RATIO, out, workspace)
-    with pytest.raises(ValueError, match="workspace: expected at least 2048 candidates, got 0"):
+    out = torch.full((1, k), 7, dtype=torch.int32)
+    scores, best = torch.zeros(1, entries), torch.zeros(1, maxima)
+    with pytest.raises(ValueError, match=message):
         topk_entries(
-            world.step,
-            torch.zeros(1, 20000),
-            0,
-            RATIO,
-            out,
-            topk_workspace(1, 1024, world.q.device),
+            world.step, scores, best, 0, RATIO, out, torch.zeros(groups, k, dtype=torch.int32)
         )
-    assert (out == 7).all()
+    assert (out == 7).all() and GROUP == 8
 
 
 def test_no_tokens():

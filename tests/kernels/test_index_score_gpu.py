@@ -6,13 +6,13 @@ import torch
 from dsv4_kernels.index_score import fused, naive_topk_entries
 from dsv4_kernels.index_score.fused import IndexTuning
 from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, INDEX_FORMATS
-from tests.kernels.index_score_checks import CHECKS, K, make_world
+from tests.kernels.index_score_checks import CHECKS, make_world, score_faults
 
 pytestmark = pytest.mark.gpu
 
 DECODE = tuple((length, 1) for length in (0, 3, 2047, 2048, 5000, 40_000, 70_001, 9))
 MIXED = ((2100, 1), (5000, 4), (2048, 300), (0, 40), (66_000, 33))
-TUNINGS = (IndexTuning(64, 1, 4, 3, 4), IndexTuning(128, 16, 4, 2, 4), IndexTuning(128, 4, 4, 3, 2))
+TUNINGS = (IndexTuning(64, 1, 4, 4, 4), IndexTuning(64, 2, 4, 3, 2), IndexTuning(128, 2, 4, 3, 2))
 
 
 def same_scores(world, one, other, k):
@@ -47,12 +47,12 @@ def test_real_sizes(fmt, requests, heads, k):
     assert torch.equal(again, out), "a second run differs: a race"
 
 
-def test_hardware_casts_read_the_same_keys(monkeypatch):
+def test_without_e4m3_tensor_cores(monkeypatch):
+    """As SM80 computes it: keys and queries decoded by integer arithmetic, and multiplied in bf16."""
     world = make_world(FP8_INDEX, device="cuda", heads=64)
-    _, hardware = world.fused()
     monkeypatch.setattr(fused, "hardware_casts", lambda device: False)
     _, integer = world.fused()
-    assert same_scores(world, hardware, integer, K)
+    assert score_faults(world, integer) == 0
 
 
 def test_a_captured_call_follows_its_inputs():

@@ -1,12 +1,14 @@
 """Fused indexer: rotate queries, score the visible index keys, choose the best entries.
 
-Three launches for a decode step or for as many tokens of a prefill as the workspace has rows, and a fourth where a token
-may see more entries than one program can rank (`dsv4_kernels.index_topk`).
+Three launches for a decode step, or for as many tokens of a prefill as the workspace has rows.
 
 Scores are shared out as *tiles*: some entries times a *unit* of consecutive tokens, whose keys are loaded once for all
 tokens of one request. The first launch also counts the tiles of every unit, so that each program of the second takes an
 equal run of them whatever the lengths are, on a grid that depends on shapes alone. A score is one dot product per head over
 all 128 channels, and a sum over heads in which every addition has two operands: it does not depend on what is around it.
+
+Where keys are e4m3, so are queries, and tensor cores that multiply e4m3 do; the others get bf16, which holds every such
+number. Powers of two, the scales of keys and of queries, are applied to sums.
 """
 
 from functools import cache
@@ -15,13 +17,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 
-from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts
+from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts, is_interpreting
 from dsv4_kernels.index_query.fused import COUNTED_UNITS, index_query, scored_entries
 from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, padded_heads
-from dsv4_kernels.index_topk.fused import BLOCK, topk_entries
-from dsv4_kernels.layout import INDEX_DIM, RowFormat
+from dsv4_kernels.index_topk.fused import GROUP, topk_entries
+from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, RowFormat
 from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.step import StepTensors
 
@@ -40,38 +41,64 @@ def e4m3_values(b_byte, HARDWARE_CASTS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(p_pool, b_slot, m_s, FORMAT: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr):
-    """Keys ``[BS, D]`` without their scales, and the scales ``[BS]``.
+def load_keys(
+    p_pool, b_slot, m_s, slot, first,
+    ALIGNED: tl.constexpr, FORMAT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Channels ``first .. first+BK-1`` of keys as they are stored, ``[BS, BK]``, and the keys' scales ``[BS]``.
 
-    A scale is a power of two: scores take it as well as keys, to the bit.
+    Where a tile's rows lie together (``ALIGNED``: they begin at ``slot``) addresses are one number and an offset, and rows are
+    read without a mask: a page has all its rows, and scores of those that no token sees are not stored.
     """
-    o_d = tl.arange(0, D)[None, :]
+    o_d = first + tl.arange(0, BK)[None, :]
+    o_r = tl.arange(0, BS)
+    b_scale = tl.full([BS], 1.0, tl.float32)
     if FORMAT.kind == "plain":
-        b_key = tl.load(p_pool + b_slot[:, None] * D + o_d, mask=m_s[:, None], other=0.0)
-        b_scale = tl.where(m_s, 1.0, 0.0)
+        if ALIGNED:
+            b_key = tl.load(p_pool + slot * D + o_r[:, None] * D + o_d)
+        else:
+            b_key = tl.load(p_pool + b_slot[:, None] * D + o_d, mask=m_s[:, None], other=0.0)
+    elif ALIGNED:
+        p_group = p_pool + slot // FORMAT.group_rows * FORMAT.group_bytes
+        row = slot % FORMAT.group_rows
+        b_key = tl.load(p_group + row * FORMAT.data_bytes + o_r[:, None] * FORMAT.data_bytes + o_d)
+        p_scale = p_group + FORMAT.scale_offset + row * FORMAT.scale_bytes
+        b_scale = tl.load(p_scale.to(tl.pointer_type(tl.float32)) + o_r)
     else:
         b_row = b_slot % FORMAT.group_rows
         p_group = p_pool + b_slot // FORMAT.group_rows * FORMAT.group_bytes
         p_key = p_group + b_row * FORMAT.data_bytes
-        b_byte = tl.load(p_key[:, None] + o_d, mask=m_s[:, None], other=0)
-        b_key = e4m3_values(b_byte, CASTS)
+        b_key = tl.load(p_key[:, None] + o_d, mask=m_s[:, None], other=0)
         p_scale = p_group + FORMAT.scale_offset + b_row * FORMAT.scale_bytes
         b_scale = tl.load(p_scale.to(tl.pointer_type(tl.float32)), mask=m_s, other=0.0)
     return b_key, b_scale
 
 
 @triton.jit
-def sum_heads(b_x, BS: tl.constexpr, H: tl.constexpr):
-    """Sum ``[BS, H]`` to ``[BS]``; every addition has two operands, so no layout changes its result.
+def as_operand(b_x, OPERAND: tl.constexpr, CASTS: tl.constexpr):
+    """Stored keys or queries as a tensor core takes them; none of the casts rounds."""
+    if b_x.dtype == tl.uint8:
+        if tl.float8e4nv == OPERAND:
+            b_operand = b_x.to(tl.float8e4nv, bitcast=True)
+        else:
+            b_operand = e4m3_values(b_x, CASTS).to(OPERAND)
+    else:
+        b_operand = b_x.to(OPERAND)
+    return b_operand
+
+
+@triton.jit
+def sum_heads(b_x, BS: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr):
+    """Sum ``[BS, UNIT * H]`` to ``[BS, UNIT]``; every addition has two operands, so no layout changes its result.
 
     Neighbours, then groups of eight by halves, then the rest of a group: the order in which a tensor core's tile has them in
     one thread as long as possible.
     """
-    b_x = tl.sum(tl.reshape(b_x, [BS, H // 2, 2]), axis=2)
+    b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, H // 2, 2]), axis=3)
     for i in tl.static_range((H // 8).bit_length() - 1):
-        b_x = tl.sum(tl.reshape(b_x, [BS, 2, H >> (i + 2)]), axis=1)
-    b_x = tl.sum(tl.reshape(b_x, [BS, 2, 2]), axis=2)
-    return tl.sum(b_x, axis=1)
+        b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, 2, H >> (i + 2)]), axis=2)
+    b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, 2, 2]), axis=3)
+    return tl.sum(b_x, axis=2)
 
 
 @triton.jit
@@ -87,40 +114,25 @@ def unit_of(p_first_tiles, tile, num_units, BU: tl.constexpr):
 
 @triton.jit
 def load_query(
-    p_query, p_weights, o_h, HEADS: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr
-):
-    """One token's rotated queries ``[D, H]`` and its weights ``[H]``."""
-    b_q = tl.load(p_query + o_h[None, :] * D + tl.arange(0, D)[:, None]).to(OPERAND)
-    return b_q, tl.load(p_weights + o_h, mask=o_h < HEADS, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def score_keys(
-    b_key, b_scale, b_q, b_w, p_pool, b_slot, m_s, p_query, o_h,
-    BS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BK: tl.constexpr,
+    p_query, o_n, m_n, first, D: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr
 ):  # fmt: skip
-    """Scores ``[BS]`` of keys for one token. fp32 operands do not fit the registers: ``BK`` channels are loaded at a time."""
-    if BK == D:
-        b_dot = tl.dot(b_key, b_q, input_precision="ieee")
-    else:
-        b_dot = tl.zeros([BS, H], tl.float32)
-        for first in range(0, D, BK):
-            o_d = first + tl.arange(0, BK)
-            p_key = p_pool + b_slot[:, None] * D + o_d[None, :]
-            b_part = tl.load(p_key, mask=m_s[:, None], other=0.0)
-            b_q_part = tl.load(p_query + o_h[None, :] * D + o_d[:, None])
-            b_dot = tl.dot(b_part, b_q_part, b_dot, input_precision="ieee")
-    return sum_heads(tl.maximum(b_dot, 0.0) * b_w[None, :], BS, H) * b_scale
+    """Channels of a unit's queries, one head of one token each, ``[BK, UNIT * H]``."""
+    o_d = first + tl.arange(0, BK)
+    b_q = tl.load(p_query + o_n[None, :] * D + o_d[:, None], mask=m_n[None, :], other=0)
+    return as_operand(b_q, OPERAND, CASTS)
 
 
 @triton.jit(do_not_specialize=["first_token", "num_tokens", "page_stride"])
 def index_scores_kernel(
-    p_positions, p_token_rows, p_pages, page_stride, first_token, num_tokens, p_first_tiles, p_query, p_weights,
-    weight_stride, p_pool, p_scores, score_stride, HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    RATIO: tl.constexpr, PER_PAGE: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr,
-    BK: tl.constexpr, BU: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr,
+    p_positions, p_token_rows, p_pages, page_stride, first_token, num_tokens, p_first_tiles, p_query, p_weights, p_pool,
+    p_scores, score_stride, p_maxima, maxima_stride, H: tl.constexpr, D: tl.constexpr, RATIO: tl.constexpr,
+    PER_PAGE: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BU: tl.constexpr,
+    GROUP: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """An equal share of the tiles per program."""
+    ALIGNED: tl.constexpr = PER_PAGE % BS == 0 and (
+        FORMAT.group_rows == 1 or FORMAT.group_rows % BS == 0
+    )
     num_units = tl.cdiv(num_tokens, UNIT)
     num_tiles = tl.load(p_first_tiles + num_units).to(tl.int64)
     tile = (num_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
@@ -128,85 +140,58 @@ def index_scores_kernel(
     unit = num_tokens * 0
     if tile < last_tile:
         unit = unit_of(p_first_tiles, tile, num_units, BU)
-    o_h = tl.arange(0, H)
+    o_u = tl.arange(0, UNIT)
     while tile < last_tile:
         first_tile = tl.load(p_first_tiles + unit)
         stop = tl.minimum(tl.load(p_first_tiles + unit + 1), last_tile)
-        o_t = unit * UNIT + tl.arange(0, UNIT)
+        o_t = unit * UNIT + o_u
         b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
         b_row = tl.load(p_token_rows + first_token + o_t, mask=o_t < num_tokens, other=-1)
-        if UNIT == 1:
-            visible = tl.sum(b_visible, axis=0)
-            p_table = p_pages + tl.sum(b_row, axis=0) * page_stride
-            wide_t = unit.to(tl.int64)
-            p_q = p_query + wide_t * (H * D)
-            b_q, b_w = load_query(
-                p_q, p_weights + (first_token + wide_t) * weight_stride, o_h, HEADS, D, OPERAND
-            )
-            for number in range(tile - first_tile, stop - first_tile):
+        o_n = unit.to(tl.int64) * (UNIT * H) + tl.arange(0, UNIT * H)
+        m_n = o_n < num_tokens.to(tl.int64) * H
+        b_w = tl.load(p_weights + o_n, mask=m_n, other=0.0)
+        b_q = load_query(p_query, o_n, m_n, 0, D, BK, OPERAND, CASTS)
+        i_t = unit * UNIT
+        end = tl.minimum(i_t + UNIT, num_tokens)
+        while i_t < end:
+            # The tokens from here on that belong to the same request.
+            row = tl.sum(tl.where(o_t == i_t, b_row, 0), axis=0)
+            run_end = tl.min(tl.where((o_t > i_t) & (b_row != row), o_t, end), axis=0)
+            b_seen = tl.where((o_t >= i_t) & (o_t < run_end), b_visible, 0)
+            most = tl.max(b_seen, axis=0)
+            p_table = p_pages + row * page_stride
+            p_score = p_scores + o_t.to(tl.int64) * score_stride
+            p_maximum = p_maxima + o_t.to(tl.int64) * maxima_stride
+            run_stop = tl.minimum(stop - first_tile, tl.cdiv(most, BS))
+            for number in tl.range(tile - first_tile, run_stop, num_stages=STAGES):
                 o_s = number * BS + tl.arange(0, BS)
-                m_s = o_s < visible
-                b_page = tl.load(p_table + o_s // PER_PAGE, mask=m_s, other=0)
-                b_slot = b_page * PER_PAGE + o_s % PER_PAGE
-                b_key, b_scale = load_keys(p_pool, b_slot, m_s, FORMAT, D, CASTS)
-                b_score = score_keys(
-                    b_key.to(OPERAND),
-                    b_scale,
-                    b_q,
-                    b_w,
-                    p_pool,
-                    b_slot,
-                    m_s,
-                    p_q,
-                    o_h,
-                    BS,
-                    H,
-                    D,
-                    BK,
-                )
-                tl.store(p_scores + wide_t * score_stride + o_s, b_score, mask=m_s)
-        else:
-            for number in range(tile - first_tile, stop - first_tile):
-                o_s = number * BS + tl.arange(0, BS)
-                i_t = unit * UNIT
-                end = tl.minimum(i_t + UNIT, num_tokens)
-                while i_t < end:
-                    # The tokens from here on that belong to the same request.
-                    row = tl.sum(tl.where(o_t == i_t, b_row, 0), axis=0)
-                    run_end = tl.min(tl.where((o_t > i_t) & (b_row != row), o_t, end), axis=0)
-                    m_run = (o_t >= i_t) & (o_t < run_end)
-                    most = tl.max(tl.where(m_run, b_visible, 0), axis=0)
-                    m_s = o_s < most
-                    if number * BS < most:
-                        p_table = p_pages + row * page_stride
-                        b_page = tl.load(p_table + o_s // PER_PAGE, mask=m_s, other=0)
-                        b_slot = b_page * PER_PAGE + o_s % PER_PAGE
-                        b_key, b_scale = load_keys(p_pool, b_slot, m_s, FORMAT, D, CASTS)
-                        b_key = b_key.to(OPERAND)
-                        for t in range(i_t, run_end):
-                            visible = tl.sum(tl.where(o_t == t, b_visible, 0), axis=0)
-                            wide_t = t + row * 0
-                            p_q = p_query + wide_t * (H * D)
-                            p_w = p_weights + (first_token + wide_t) * weight_stride
-                            b_q, b_w = load_query(p_q, p_w, o_h, HEADS, D, OPERAND)
-                            b_score = score_keys(
-                                b_key,
-                                b_scale,
-                                b_q,
-                                b_w,
-                                p_pool,
-                                b_slot,
-                                m_s,
-                                p_q,
-                                o_h,
-                                BS,
-                                H,
-                                D,
-                                BK,
-                            )
-                            p_score = p_scores + wide_t * score_stride + o_s
-                            tl.store(p_score, b_score, mask=o_s < visible)
-                    i_t = run_end
+                m_s = o_s < most
+                b_slot, slot = o_s.to(tl.int64), most.to(tl.int64)
+                if ALIGNED:
+                    page = tl.load(p_table + number * BS // PER_PAGE)
+                    slot = page * PER_PAGE + number * BS % PER_PAGE
+                else:
+                    b_page = tl.load(p_table + o_s // PER_PAGE, mask=m_s, other=0)
+                    b_slot = b_page * PER_PAGE + o_s % PER_PAGE
+                b_key, b_scale = load_keys(p_pool, b_slot, m_s, slot, 0, ALIGNED, FORMAT, BS, BK, D)
+                b_dot = tl.dot(as_operand(b_key, OPERAND, CASTS), b_q, input_precision="ieee")
+                # fp32 operands do not fit the registers: BK channels at a time.
+                for first in tl.static_range(BK, D, BK):
+                    b_part, b_scale = load_keys(
+                        p_pool, b_slot, m_s, slot, first, ALIGNED, FORMAT, BS, BK, D
+                    )
+                    b_q_part = load_query(p_query, o_n, m_n, first, D, BK, OPERAND, CASTS)
+                    b_dot = tl.dot(b_part, b_q_part, b_dot, input_precision="ieee")
+                b_dot = tl.maximum(b_dot, 0.0) * b_w[None, :]
+                b_score = sum_heads(b_dot, BS, UNIT, H) * b_scale[:, None]
+                m_seen = o_s[:, None] < b_seen[None, :]
+                tl.store(p_score[None, :] + o_s[:, None], b_score, mask=m_seen)
+                b_best = tl.where(m_seen, b_score, float("-inf"))
+                b_best = tl.max(tl.reshape(b_best, [BS // GROUP, GROUP, UNIT]), axis=1)
+                o_g = number * (BS // GROUP) + tl.arange(0, BS // GROUP)
+                m_g = o_g[:, None] * GROUP < b_seen[None, :]
+                tl.store(p_maximum[None, :] + o_g[:, None], b_best, mask=m_g)
+            i_t = run_end
         tile = stop
         unit += 1
 
@@ -228,10 +213,17 @@ class IndexTuning(NamedTuple):
 def index_tuning(num_tokens: int, num_requests: int, exact: bool) -> IndexTuning:
     """Tile of the scores, by shape: a decode step shares no keys and waits for memory, a prefill for tensor cores."""
     if exact:
-        return IndexTuning(32, 1 if num_tokens <= num_requests else 16, 4, 1, 4)
+        return IndexTuning(32, 1, 4, 1, 4)
     if num_tokens <= num_requests:
-        return IndexTuning(64, 1, 4, 3, 4)
-    return IndexTuning(128, 4 if num_tokens <= 8 * num_requests else 16, 4, 2, 4)
+        return IndexTuning(64, 1, 4, 4, 4)
+    return IndexTuning(64, 2, 4, 4, 3)
+
+
+def operand(key_format: RowFormat, device: torch.device) -> tl.dtype:
+    """What tensor cores multiply: e4m3 where they can, fp32 where keys are exact, else bf16."""
+    if key_format.storage_dtype == torch.float32 or is_interpreting():
+        return tl.float32  # Triton's interpreter cannot multiply bf16.
+    return tl.float8e4nv if key_format is FP8_INDEX and hardware_casts(device) else tl.bfloat16
 
 
 @cache
@@ -257,7 +249,6 @@ def select_entries(
     out: torch.Tensor,
     workspace: IndexWorkspace,
     tuning: IndexTuning | None = None,
-    block: int = BLOCK,
     pad: bool = True,
 ) -> None:
     """`naive_select_entries`; arguments as there.
@@ -265,12 +256,11 @@ def select_entries(
     Args:
         workspace (IndexWorkspace): of `index_workspace`, for the same heads, k and format.
         tuning (IndexTuning | None): of `index_tuning` if None.
-        block (int): scores that one program ranks.
         pad (bool): write -1 behind the entries of a token that sees fewer than ``out`` has room for; else leave these cells.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
     """
-    num_tokens, scores = len(index_weights), held_scores(step, ratio, workspace)
+    num_tokens, (scores, maxima) = len(index_weights), held_scores(step, ratio, workspace)
     check_arguments(step, index_q, index_weights, index_pool, cos_sin, workspace)
     for first in range(0, num_tokens, len(scores)):
         count = min(len(scores), num_tokens - first)
@@ -280,7 +270,7 @@ def select_entries(
                 step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first,
                 count, tuning,
             )  # fmt: skip
-        topk_entries(step, scores[:count], first, ratio, out, workspace.topk, block, pad)
+        topk_entries(step, scores[:count], maxima[:count], first, ratio, out, workspace.groups, pad)
 
 
 def check_arguments(
@@ -318,16 +308,19 @@ def score_entries(
     key_format: RowFormat, cos_sin: torch.Tensor, ratio: int, k: int, workspace: IndexWorkspace, first_token: int,
     num_tokens: int, tuning: IndexTuning | None = None,
 ) -> None:  # fmt: skip
-    """The first two launches of `select_entries`: rotate the queries of some tokens, and score their entries."""
-    device, heads = index_q.device, index_q.shape[1]
+    """The first two launches of `select_entries`: round the queries of some tokens, and score their entries."""
+    device = index_q.device
     exact = key_format.storage_dtype == torch.float32
     if tuning is None:
         tuning = index_tuning(len(step.positions), len(step.seq_lens), exact)
+    query = workspace.query
+    if query.dtype == torch.float8_e4m3fn:
+        query = query.view(torch.uint8)
     index_query(
-        step, index_q, cos_sin, ratio, k, workspace.query, workspace.first_tiles, tuning.unit, tuning.entries, first_token,
-        num_tokens,
+        step, index_q, index_weights, cos_sin, ratio, k, query, workspace.weights, workspace.first_tiles, tuning.unit,
+        tuning.entries, first_token, num_tokens,
     )  # fmt: skip
-    scores = held_scores(step, ratio, workspace)
+    scores, maxima = held_scores(step, ratio, workspace)
     most = triton.cdiv(num_tokens, tuning.unit) * triton.cdiv(scores.shape[1], tuning.entries)
     index_scores_kernel[(min(most, _programs(device, tuning.occupancy)),)](
         p_positions=step.positions,
@@ -337,14 +330,14 @@ def score_entries(
         first_token=first_token,
         num_tokens=num_tokens,
         p_first_tiles=workspace.first_tiles,
-        p_query=workspace.query,
-        p_weights=index_weights,
-        weight_stride=index_weights.stride(0),
+        p_query=query,
+        p_weights=workspace.weights,
         p_pool=index_pool,
         p_scores=scores,
         score_stride=scores.stride(0),
-        HEADS=heads,
-        H=workspace.query.shape[1],
+        p_maxima=maxima,
+        maxima_stride=maxima.stride(0),
+        H=query.shape[1],
         D=INDEX_DIM,
         RATIO=ratio,
         PER_PAGE=step.page_tokens // ratio,
@@ -353,10 +346,11 @@ def score_entries(
         BS=tuning.entries,
         BK=32 if exact else INDEX_DIM,
         BU=COUNTED_UNITS,
+        GROUP=GROUP,
         FORMAT=store_format(key_format),
-        # Triton's interpreter cannot multiply bf16.
-        OPERAND=tl.float32 if exact or knobs.runtime.interpret else tl.bfloat16,
+        OPERAND=operand(key_format, device),
         CASTS=hardware_casts(device),
+        STAGES=tuning.stages,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
         **EXACT,

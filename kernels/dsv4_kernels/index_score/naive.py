@@ -3,33 +3,44 @@
 import torch
 
 from dsv4_kernels.hadamard.naive import naive_hadamard
-from dsv4_kernels.layout import FP32_INDEX, RowFormat
+from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, RowFormat
 from dsv4_kernels.norm_rope.naive import naive_rope
-from dsv4_kernels.row_codec.naive import naive_load_rows
+from dsv4_kernels.row_codec.naive import naive_load_rows, naive_quantize_e4m3
 from dsv4_kernels.step import StepTensors
 
 
-def query_dtype(key_format: RowFormat) -> torch.dtype:
-    """What rotated index queries are rounded to: bf16, unless the keys are exact."""
-    return torch.float32 if key_format is FP32_INDEX else torch.bfloat16
+def naive_round_query(q: torch.Tensor, key_format: RowFormat) -> torch.Tensor:
+    """Round rotated index queries as keys of this format are, one scale a head where keys have one.
+
+    Args:
+        q (torch.Tensor): ``[..., 128]``, fp32.
+        key_format (RowFormat): of the keys that they meet.
+
+    Returns:
+        torch.Tensor: the rounded values, fp32.
+    """
+    if key_format is FP8_INDEX:
+        values, exponent = naive_quantize_e4m3(q)
+        return torch.ldexp(values.float(), exponent.unsqueeze(-1))
+    return q.bfloat16().float() if key_format is BF16_INDEX else q
 
 
 def naive_index_query(
-    q: torch.Tensor, cos_sin: torch.Tensor, dtype: torch.dtype = torch.float32
+    q: torch.Tensor, cos_sin: torch.Tensor, key_format: RowFormat = FP32_INDEX
 ) -> torch.Tensor:
-    """Rotate index queries as the index keys were.
+    """Rotate index queries as the index keys were, and round them alike.
 
     Equation: q' = ROUND(HADAMARD(ROPE_t(q)))      [INDEX-Q]
 
     Args:
         q (torch.Tensor): ``[T, heads, 128]``, the projection.
         cos_sin (torch.Tensor): ``[T, 64]``, fp32, the table's rows at the tokens' positions.
-        dtype (torch.dtype): what the result is rounded to, see `query_dtype`.
+        key_format (RowFormat): of the keys, see `naive_round_query`.
 
     Returns:
         torch.Tensor: ``[T, heads, 128]``, fp32.
     """
-    return naive_hadamard(naive_rope(q, cos_sin)).to(dtype).float()
+    return naive_round_query(naive_hadamard(naive_rope(q, cos_sin)), key_format)
 
 
 def naive_index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -107,7 +118,7 @@ def naive_select_entries(
         slots = step.index_slots(torch.full_like(entries, row), entries, ratio)
         keys = naive_load_rows(index_pool, slots, key_format)
         cos_sin_rows = cos_sin[step.positions[tokens]]
-        q = naive_index_query(index_q[tokens], cos_sin_rows, query_dtype(key_format))
+        q = naive_index_query(index_q[tokens], cos_sin_rows, key_format)
         scores = naive_index_scores(q, index_weights[tokens], keys)
         chosen = naive_topk_entries(scores, visible[tokens], out.shape[1])
         rows = step.num_window_rows + slots[chosen.clamp_min(0)]

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from dsv4_kernels.index_score.naive import query_dtype
-from dsv4_kernels.index_topk.fused import TopkWorkspace, topk_workspace
-from dsv4_kernels.layout import INDEX_DIM, RowFormat
+from dsv4_kernels.index_topk.fused import GROUP
+from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, RowFormat
 from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
 
@@ -18,13 +17,24 @@ _MIN_HEADS = 16
 class IndexWorkspace(NamedTuple):
     """Scratch of `select_entries`, from `index_workspace`. One call at a time may use it; nothing in it needs clearing.
 
-    ``scores`` is flat: `held_scores` cuts it into rows as long as a step needs, so that short contexts take few pieces.
+    ``query`` and ``weights`` are a piece's rounded queries, in the keys' own storage type, and the heads' weights times the
+    queries' scales. ``scores`` and ``maxima`` are flat: `held_scores` cuts them into rows as long as a step needs, so that
+    short contexts take few pieces. ``groups`` is `topk_entries`' own.
     """
 
     query: torch.Tensor
+    weights: torch.Tensor
     scores: torch.Tensor
+    maxima: torch.Tensor
     first_tiles: torch.Tensor
-    topk: TopkWorkspace
+    groups: torch.Tensor
+
+
+class HeldScores(NamedTuple):
+    """The scores of a piece: ``scores`` ``[tokens, entries that the page tables can hold]``, and ``maxima`` of each 8."""
+
+    scores: torch.Tensor
+    maxima: torch.Tensor
 
 
 def padded_heads(heads: int) -> int:
@@ -39,22 +49,26 @@ def index_workspace(
 
     Args:
         max_tokens (int): tokens that are scored together, at most; a longer step is scored in pieces.
-        max_scores (int): scores held at once, 4 bytes each: this bounds the pieces too. At least those of one token.
+        max_scores (int): scores held at once, 4.5 bytes each: this bounds the pieces too. At least those of one token.
         heads (int): index heads.
         k (int): entries to choose.
         key_format (RowFormat): the keys' format.
         device (torch.device): where it lives.
     """
+    padded = padded_heads(heads)
+    query = torch.float8_e4m3fn if key_format is FP8_INDEX else key_format.storage_dtype
     return IndexWorkspace(
-        query=empty((max_tokens, padded_heads(heads), INDEX_DIM), query_dtype(key_format), device),
+        query=empty((max_tokens, padded, INDEX_DIM), query, device),
+        weights=empty((max_tokens, padded), torch.float32, device),
         scores=empty((max_scores,), torch.float32, device),
+        maxima=empty((max_scores // GROUP,), torch.float32, device),
         first_tiles=empty((max_tokens + 1,), torch.int32, device),
-        topk=topk_workspace(max_scores, k, device),
+        groups=empty((max_tokens, k), torch.int32, device),
     )
 
 
-def held_scores(step: StepTensors, ratio: int, workspace: IndexWorkspace) -> torch.Tensor:
-    """The workspace's scores as ``[tokens of a piece, entries that the page tables can hold]``.
+def held_scores(step: StepTensors, ratio: int, workspace: IndexWorkspace) -> HeldScores:
+    """A workspace's scores as rows for the tokens of a piece.
 
     Raises:
         ValueError: it cannot hold one token's.
@@ -65,4 +79,8 @@ def held_scores(step: StepTensors, ratio: int, workspace: IndexWorkspace) -> tor
         raise ValueError(
             f"workspace: expected room for {entries} scores, got {len(workspace.scores)}"
         )
-    return workspace.scores[: rows * entries].view(rows, entries)
+    count = rows * entries
+    return HeldScores(
+        workspace.scores[:count].view(rows, entries),
+        workspace.maxima[: count // GROUP].view(rows, entries // GROUP),
+    )

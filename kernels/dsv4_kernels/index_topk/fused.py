@@ -1,34 +1,25 @@
-"""Exact top-k of every token's scores, ties to the lowest entry, in at most two launches.
+"""Exact top-k of every token's scores, ties to the lowest entry, in one launch.
 
-A program holds up to ``BLOCK`` scores in registers and reads them once. It finds the k-th largest bit by bit, and stops as
-soon as exactly k scores reach the value found so far: after about 16 of 32 bits for distinct scores. One prefix sum then
-gives each chosen entry its place, so the result is in the entries' order and needs no sort.
+A program has one token and ranks up to ``8 k`` numbers at a time. A row of more entries is a tournament: of its groups of
+eight entries, ranked by their best scores, the best k hold the best k entries; and where there are more than ``8 k`` groups,
+so do the best k of their groups of eight. At each level ties go to the lowest group: k groups that come before another hold k
+entries that come before any of its own.
 
-A row of more than ``BLOCK`` entries goes through two launches: the best k of every ``BLOCK`` entries, which hold the best
-k of all, then the best k of those. Both break ties by the lowest entry, since candidates keep the entries' order.
+To rank, the k-th largest is found bit by bit, from the first bit in which largest and smallest differ; the search stops as
+soon as exactly k numbers reach the value found so far. One prefix sum then gives each chosen one its place, so the result is
+in the entries' order and needs no sort.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous, check_rows
-from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
 
-# Scores one program can hold: 32 per thread with 16 warps.
-BLOCK = 16384
-# Programs that share the chunks of all rows, at least; a row's chunks are never more programs than there are.
-_CHUNK_PROGRAMS = 512
-
-
-class TopkWorkspace(NamedTuple):
-    """Scratch of `topk_entries`, from `topk_workspace`: the best of every chunk. Empty where all rows fit one program."""
-
-    scores: torch.Tensor
-    entries: torch.Tensor
+# Entries of a group; a group's best score is its maximum.
+GROUP = 8
+_WARPS = 8
 
 
 @triton.jit
@@ -38,18 +29,25 @@ def visible_entries(p_positions, token, RATIO: tl.constexpr):
 
 
 @triton.jit
-def choose(p_scores, count, K: tl.constexpr, SIZE: tl.constexpr):
-    """The ``K`` best of ``count`` scores, or all of them: which, and their places in order."""
-    o_s = tl.arange(0, SIZE)
-    m_s = o_s < count
-    b_score = tl.load(p_scores + o_s, mask=m_s, other=0.0)
-    # Unsigned integers in the scores' order; both zeros are one score. 0 is below every number.
+def order_key(b_score, m_s):
+    """Unsigned integers in the scores' order; both zeros are one score. 0, below every number, where there is none."""
     b_bits = tl.where(b_score == 0.0, 0.0, b_score).to(tl.uint32, bitcast=True)
     b_key = tl.where((b_bits >> 31) > 0, b_bits ^ 0xFFFFFFFF, b_bits | 0x80000000)
-    b_key = tl.where(m_s, b_key, 0)
-    value = (count * 0).to(tl.uint32)
-    bit = value + 0x80000000
-    reached = count
+    return tl.where(m_s, b_key, 0)
+
+
+@triton.jit
+def choose(b_key, m_s, K: tl.constexpr):
+    """The ``K`` best of more than ``K`` keys: which, and their places in order."""
+    high = tl.max(b_key, axis=0)
+    low = tl.min(tl.where(m_s, b_key, 0xFFFFFFFF), axis=0)
+    # Bits above the first in which the two differ are every key's.
+    below = high ^ low
+    for i in tl.static_range(5):
+        below = below | (below >> (1 << i))
+    bit = below ^ (below >> 1)
+    value = high & (below ^ 0xFFFFFFFF)
+    reached = (high * 0).to(tl.int32) + (K + 1)
     while (bit > 0) & (reached > K):
         trial = value | bit
         above = tl.sum((b_key >= trial).to(tl.int32), axis=0)
@@ -67,44 +65,59 @@ def choose(p_scores, count, K: tl.constexpr, SIZE: tl.constexpr):
     return m_chosen, (b_before >> 16) + tl.minimum(b_equal_before, need)
 
 
-@triton.jit(do_not_specialize=["first_token"])
-def topk_chunks_kernel(
-    p_positions, first_token, p_scores, score_stride, p_chunk_scores, p_chunk_entries, candidate_stride,
-    RATIO: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """The best of each chunk of a row too long for one program; ``SPLITS`` programs share a row's chunks."""
-    i_t = (tl.program_id(0) // SPLITS).to(tl.int64)
-    visible = visible_entries(p_positions, first_token + i_t, RATIO)
-    if visible > SIZE:
-        for chunk in range(tl.program_id(0) % SPLITS, tl.cdiv(visible, SIZE), SPLITS):
-            p_row = p_scores + i_t * score_stride + chunk * SIZE
-            m_chosen, b_place = choose(p_row, tl.minimum(visible - chunk * SIZE, SIZE), K, SIZE)
-            o_s = tl.arange(0, SIZE)
-            o_c = i_t * candidate_stride + chunk * K + b_place
-            tl.store(p_chunk_scores + o_c, tl.load(p_row + o_s, mask=m_chosen), mask=m_chosen)
-            tl.store(p_chunk_entries + o_c, chunk * SIZE + o_s, mask=m_chosen)
+@triton.jit
+def largest_maxima(p_maxima, count, SIZE: tl.constexpr, GROUP: tl.constexpr):
+    """The maximum of each ``GROUP`` of ``count`` maxima, ``[SIZE]``."""
+    o_g = tl.arange(0, SIZE) * GROUP
+    b_max = tl.full([SIZE], float("-inf"), tl.float32)
+    for i in tl.static_range(GROUP):
+        b_max = tl.maximum(
+            b_max, tl.load(p_maxima + o_g + i, mask=o_g + i < count, other=float("-inf"))
+        )
+    return b_max
 
 
 @triton.jit
-def store_best(
-    p_scores, p_entries, count, p_pages, p_out, first_row,
-    INDIRECT: tl.constexpr, PER_PAGE: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Choose among ``count`` scores and store the rows of the chosen entries."""
-    m_chosen, b_place = choose(p_scores, count, K, SIZE)
-    b_entry = tl.arange(0, SIZE)
-    if INDIRECT:
-        b_entry = tl.load(p_entries + b_entry, mask=m_chosen, other=0)
+def store_groups(p_groups, b_group, m_chosen, b_place):
+    """Pass the chosen groups on to all threads, when these have read those of the level before."""
+    tl.debug_barrier()
+    tl.store(p_groups + b_place, b_group, mask=m_chosen)
+    tl.debug_barrier()
+
+
+@triton.jit
+def members(p_groups, K: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
+    """What the chosen groups consist of, in order, ``[SIZE]``; numbers beyond any row behind the last."""
+    o_c = tl.arange(0, SIZE)
+    b_group = tl.load(p_groups + o_c // GROUP, mask=o_c < K * GROUP, other=1 << 27)
+    return b_group * GROUP + o_c % GROUP
+
+
+@triton.jit
+def store_rows(p_pages, p_out, b_entry, m_chosen, b_place, num_window_rows, PER_PAGE: tl.constexpr):
+    """Store the pool's rows of the chosen entries."""
     b_page = tl.load(p_pages + b_entry // PER_PAGE, mask=m_chosen, other=0)
-    b_slot = first_row + b_page * PER_PAGE + b_entry % PER_PAGE
+    b_slot = num_window_rows + b_page * PER_PAGE + b_entry % PER_PAGE
     tl.store(p_out + b_place, b_slot.to(p_out.dtype.element_ty), mask=m_chosen)
+
+
+@triton.jit
+def choose_few(
+    p_scores, p_pages, p_out, visible, num_window_rows, PER_PAGE: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Choose among at most ``SIZE`` scores."""
+    b_entry = tl.arange(0, SIZE)
+    m_s = b_entry < visible
+    b_score = tl.load(p_scores + b_entry, mask=m_s, other=0.0)
+    m_chosen, b_place = choose(order_key(b_score, m_s), m_s, K)
+    store_rows(p_pages, p_out, b_entry, m_chosen, b_place, num_window_rows, PER_PAGE)
 
 
 @triton.jit(do_not_specialize=["first_token", "page_stride", "num_window_rows"])
 def topk_entries_kernel(
-    p_positions, p_token_rows, p_pages, page_stride, first_token, p_scores, score_stride, p_chunk_scores,
-    p_chunk_entries, candidate_stride, p_out, out_stride, num_window_rows, RATIO: tl.constexpr, PER_PAGE: tl.constexpr,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, SMALL: tl.constexpr, SIZE: tl.constexpr, CHUNKED: tl.constexpr,
+    p_positions, p_token_rows, p_pages, page_stride, first_token, p_scores, score_stride, p_maxima, maxima_stride,
+    p_groups, p_out, out_stride, num_window_rows, RATIO: tl.constexpr, PER_PAGE: tl.constexpr, K: tl.constexpr,
+    K_BLOCK: tl.constexpr, SMALL: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
     PAD: tl.constexpr,
 ):  # fmt: skip
     """One token per program: all it sees if that is at most ``K`` entries, or the best of its scores."""
@@ -113,7 +126,7 @@ def topk_entries_kernel(
     visible = visible_entries(p_positions, token, RATIO)
     p_out += token * out_stride
     p_table = p_pages + tl.load(p_token_rows + token) * page_stride
-    p_row = p_scores + i_t * score_stride
+    p_scores += i_t * score_stride
     if visible <= K:
         o_k = tl.arange(0, K_BLOCK)
         b_page = tl.load(p_table + o_k // PER_PAGE, mask=o_k < visible, other=0)
@@ -121,131 +134,132 @@ def topk_entries_kernel(
         b_slot = tl.where(o_k < visible, b_slot, -1).to(p_out.dtype.element_ty)
         tl.store(p_out + o_k, b_slot, mask=o_k < (K if PAD else visible))
     elif visible <= SMALL:
-        store_best(
-            p_row,
-            p_chunk_entries,
-            visible,
-            p_table,
-            p_out,
-            num_window_rows,
-            False,
-            PER_PAGE,
-            K,
-            SMALL,
-        )
+        choose_few(p_scores, p_table, p_out, visible, num_window_rows, PER_PAGE, K, SMALL)
     elif visible <= SIZE:
-        store_best(
-            p_row,
-            p_chunk_entries,
-            visible,
-            p_table,
-            p_out,
-            num_window_rows,
-            False,
-            PER_PAGE,
-            K,
-            SIZE,
+        choose_few(p_scores, p_table, p_out, visible, num_window_rows, PER_PAGE, K, SIZE)
+    elif LEVELS > 1:
+        p_maxima += i_t * maxima_stride
+        p_groups += i_t * K
+        o_s = tl.arange(0, SIZE)
+        num_groups = tl.cdiv(visible, GROUP)
+        if num_groups <= SIZE:
+            m_s = o_s < num_groups
+            b_best = tl.load(p_maxima + o_s, mask=m_s, other=0.0)
+            m_chosen, b_place = choose(order_key(b_best, m_s), m_s, K)
+            store_groups(p_groups, o_s, m_chosen, b_place)
+        elif LEVELS > 2:
+            b_best = largest_maxima(p_maxima, num_groups, SIZE, GROUP)
+            m_s = o_s < tl.cdiv(num_groups, GROUP)
+            m_chosen, b_place = choose(order_key(b_best, m_s), m_s, K)
+            store_groups(p_groups, o_s, m_chosen, b_place)
+            b_group = members(p_groups, K, SIZE, GROUP)
+            m_s = b_group < num_groups
+            b_best = tl.load(p_maxima + b_group, mask=m_s, other=0.0)
+            m_chosen, b_place = choose(order_key(b_best, m_s), m_s, K)
+            store_groups(p_groups, b_group, m_chosen, b_place)
+        b_entry = members(p_groups, K, SIZE, GROUP)
+        m_s = b_entry < visible
+        b_score = tl.load(p_scores + b_entry, mask=m_s, other=0.0)
+        m_chosen, b_place = choose(order_key(b_score, m_s), m_s, K)
+        store_rows(p_table, p_out, b_entry, m_chosen, b_place, num_window_rows, PER_PAGE)
+
+
+def topk_levels(max_entries: int, k: int) -> tuple[int, int, int]:
+    """Numbers that a program ranks at a time, those of a short row, and levels of the tournament.
+
+    Raises:
+        ValueError: ``max_entries`` are more than three levels take.
+    """
+    size = GROUP * triton.next_power_of_2(k)
+    small = size // 4
+    levels = 1
+    while size * GROUP ** (levels - 1) < max_entries:
+        levels += 1
+    if levels > 3:
+        raise ValueError(
+            f"scores: expected at most {size * GROUP**2} entries for k = {k}, got {max_entries}"
         )
-    elif CHUNKED:
-        # Every chunk but the last is full.
-        full = tl.cdiv(visible, SIZE) - 1
-        count = full * K + tl.minimum(visible - full * SIZE, K)
-        o_c = i_t * candidate_stride
-        store_best(
-            p_chunk_scores + o_c, p_chunk_entries + o_c, count, p_table, p_out, num_window_rows, True, PER_PAGE, K,
-            SIZE,
-        )  # fmt: skip
-
-
-def topk_workspace(
-    max_scores: int, k: int, device: torch.device, block: int = BLOCK
-) -> TopkWorkspace:
-    """Allocate the scratch of `topk_entries` for up to so many scores of all its tokens."""
-    # A row of more than ``block`` entries has less than twice as many chunks as blocks fit into it.
-    size = triton.cdiv(2 * max_scores, block) * k if max_scores > block else 0
-    return TopkWorkspace(empty((size,), torch.float32, device), empty((size,), torch.int32, device))
-
-
-def topk_tuning(max_entries: int, k: int, block: int = BLOCK) -> tuple[int, int, int]:
-    """Scores of a program, scores of a program whose row is short, and warps."""
-    size = min(block, triton.next_power_of_2(max(max_entries, 16)))
-    small = max(size // 4, triton.next_power_of_2(k))
-    return size, min(small, size), max(4, min(16, size // 1024))
+    return size, small, levels
 
 
 def topk_entries(
     step: StepTensors,
     scores: torch.Tensor,
+    maxima: torch.Tensor,
     first_token: int,
     ratio: int,
     out: torch.Tensor,
-    workspace: TopkWorkspace,
-    block: int = BLOCK,
+    groups: torch.Tensor,
     pad: bool = True,
 ) -> None:
-    """`naive_topk_entries` for some tokens of a step, in one launch or two, written as rows of the row pool.
+    """`naive_topk_entries` for some tokens of a step, in one launch, written as rows of the row pool.
 
     Args:
         step (StepTensors): the step; a token of position -1 is padding.
         scores (torch.Tensor): ``[N, S]`` fp32, of tokens ``first_token ..``. Nothing is read of tokens that see at most k
             entries, nor past the visible ones of any token.
+        maxima (torch.Tensor): ``[N, S / 8]`` fp32, the largest of each eight visible scores. Nothing is read of tokens that
+            see at most ``8 k`` entries.
         first_token (int): the first of these tokens.
         ratio (int): tokens per entry.
         out (torch.Tensor): ``[T, k]`` int32. Rows ``first_token .. first_token+N-1`` are written: rows of the row pool in
             the entries' order, then -1.
-        workspace (TopkWorkspace): of `topk_workspace`.
-        block (int): scores that one program takes, a power of two, as in `topk_workspace`.
+        groups (torch.Tensor): ``[N or more, k]`` int32, scratch.
         pad (bool): write -1 behind the chosen entries of a token that sees fewer than k; else these cells are left alone.
 
-    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
+    Raises:
+        ValueError: a tensor's shape or strides, or more entries than can be ranked.
+
+    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, groups.
     """
     num_tokens, max_entries = scores.shape
-    check_rows("scores", scores)
-    check_rows("out", out)
-    check_rows("history_pages", step.history_pages)
-    for name in ("positions", "token_rows"):
-        check_contiguous(name, getattr(step, name))
     k = out.shape[1]
-    size, small, warps = topk_tuning(max_entries, k, block)
-    chunks = triton.cdiv(max_entries, size)
-    if max_entries > block // k * block:
+    for name, tensor in (
+        ("scores", scores),
+        ("maxima", maxima),
+        ("out", out),
+        ("history_pages", step.history_pages),
+    ):
+        check_rows(name, tensor)
+    for name, tensor in (
+        ("positions", step.positions),
+        ("token_rows", step.token_rows),
+        ("groups", groups),
+    ):
+        check_contiguous(name, tensor)
+    size, small, levels = topk_levels(max_entries, k)
+    if len(groups) < num_tokens or groups.shape[1] != k:
         raise ValueError(
-            f"scores: expected at most {block // k * block} entries for k = {k}, got {max_entries}"
+            f"groups: expected at least ({num_tokens}, {k}), got {tuple(groups.shape)}"
         )
-    candidates = num_tokens * chunks * k if chunks > 1 else 0
-    if len(workspace.scores) < candidates:
+    if levels > 1 and maxima.shape[1] * GROUP < max_entries:
         raise ValueError(
-            f"workspace: expected at least {candidates} candidates, got {len(workspace.scores)}"
+            f"maxima: expected one of each {GROUP} of {max_entries} scores, got {maxima.shape[1]}"
         )
     if num_tokens == 0:
         return
-    common = {
-        "p_positions": step.positions,
-        "first_token": first_token,
-        "p_scores": scores,
-        "score_stride": scores.stride(0),
-        "p_chunk_scores": workspace.scores,
-        "p_chunk_entries": workspace.entries,
-        "candidate_stride": chunks * k,
-        "RATIO": ratio,
-        "K": k,
-        "SIZE": size,
-        "num_warps": warps,
-    }
-    if chunks > 1:
-        splits = min(chunks, triton.cdiv(_CHUNK_PROGRAMS, num_tokens))
-        topk_chunks_kernel[(num_tokens * splits,)](SPLITS=splits, **common)
     topk_entries_kernel[(num_tokens,)](
+        p_positions=step.positions,
         p_token_rows=step.token_rows,
         p_pages=step.history_pages,
         page_stride=step.history_pages.stride(0),
+        first_token=first_token,
+        p_scores=scores,
+        score_stride=scores.stride(0),
+        p_maxima=maxima,
+        maxima_stride=maxima.stride(0),
+        p_groups=groups,
         p_out=out,
         out_stride=out.stride(0),
         num_window_rows=step.num_window_rows,
+        RATIO=ratio,
         PER_PAGE=step.page_tokens // ratio,
+        K=k,
         K_BLOCK=triton.next_power_of_2(k),
         SMALL=small,
-        CHUNKED=chunks > 1,
+        SIZE=size,
+        GROUP=GROUP,
+        LEVELS=levels,
         PAD=pad,
-        **common,
+        num_warps=_WARPS,
     )

@@ -5,14 +5,14 @@ requests that end at or before it: each program of tokens adds up the lengths fo
 takes less time than a second launch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous, check_rows
-from dsv4_kernels.flush.fused import StepPointers, step_pointers
+from dsv4_kernels.flush.fused import step_pointers
 from dsv4_kernels.step import StepTensors
 
 # Tokens, requests at once, and pages of one program.
@@ -119,6 +119,60 @@ def step_plan_kernel(
         plan_pages(given, out, row, i_p % blocks, num_pages, slot_stride, page_stride, PAGE, BP)
 
 
+class StepPlanLaunch:
+    """`step_plan` of tensors that stay where they are.
+
+    Arguments are checked once, and once the kernel is compiled its launch needs a third of the host's time: in a decode step
+    that a graph replays, the plan is the only launch.
+
+    Args:
+        out, first_tokens, seq_lens, extend_lens, request_rows, token_slots, window_slots: as `step_plan` has them.
+
+    Raises:
+        ValueError: a tensor's length or strides.
+    """
+
+    def __init__(
+        self,
+        out: StepTensors,
+        first_tokens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_lens: torch.Tensor,
+        request_rows: torch.Tensor,
+        token_slots: torch.Tensor,
+        window_slots: torch.Tensor,
+    ) -> None:
+        num_requests, num_tokens = len(out.seq_lens), len(out.positions)
+        num_pages = out.history_pages.shape[1]
+        check_rows("token_slots", token_slots)
+        for name, tensor, length in (
+            ("seq_lens", seq_lens, num_requests),
+            ("extend_lens", extend_lens, num_requests),
+            ("request_rows", request_rows, num_requests),
+            ("first_tokens", first_tokens, num_requests),
+            ("window_slots", window_slots, len(window_slots)),
+        ):
+            check_contiguous(name, tensor)
+            if len(tensor) != length:
+                raise ValueError(f"{name}: expected {length} requests, got {len(tensor)}")
+        page_programs = num_requests * triton.cdiv(num_pages, _PAGES)
+        self._grid = (1 + triton.cdiv(num_tokens, _TOKENS) + page_programs, 1, 1)
+        # In the kernel's order.
+        self._arguments = (
+            PlanInputs(seq_lens, extend_lens, request_rows, token_slots, window_slots), step_pointers(out), first_tokens,
+            num_requests, num_tokens, num_pages, token_slots.stride(0), out.history_pages.stride(0), out.page_tokens,
+            _TOKENS, _REQUESTS, _PAGES,
+        )  # fmt: skip
+        self._compiled: Any = None
+
+    def __call__(self) -> None:
+        """Launch it."""
+        if self._compiled is None:
+            self._compiled = step_plan_kernel[self._grid](*self._arguments, num_warps=4)
+        else:
+            self._compiled[self._grid](*self._arguments)
+
+
 def step_plan(
     out: StepTensors,
     first_tokens: torch.Tensor,
@@ -135,34 +189,6 @@ def step_plan(
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, first_tokens.
     """
-    num_requests, num_tokens = len(out.seq_lens), len(out.positions)
-    num_pages = out.history_pages.shape[1]
-    inputs = PlanInputs(seq_lens, extend_lens, request_rows, token_slots, window_slots)
-    check_rows("token_slots", token_slots)
-    for name, tensor, length in (
-        ("seq_lens", seq_lens, num_requests),
-        ("extend_lens", extend_lens, num_requests),
-        ("request_rows", request_rows, num_requests),
-        ("first_tokens", first_tokens, num_requests),
-        ("window_slots", window_slots, len(window_slots)),
-    ):
-        check_contiguous(name, tensor)
-        if len(tensor) != length:
-            raise ValueError(f"{name}: expected {length} requests, got {len(tensor)}")
-    pointers: StepPointers = step_pointers(out)
-    programs = 1 + triton.cdiv(num_tokens, _TOKENS) + num_requests * triton.cdiv(num_pages, _PAGES)
-    step_plan_kernel[(programs,)](
-        given=inputs,
-        out=pointers,
-        p_first_tokens=first_tokens,
-        num_requests=num_requests,
-        num_tokens=num_tokens,
-        num_pages=num_pages,
-        slot_stride=token_slots.stride(0),
-        page_stride=out.history_pages.stride(0),
-        PAGE=out.page_tokens,
-        BT=_TOKENS,
-        BR=_REQUESTS,
-        BP=_PAGES,
-        num_warps=4,
-    )
+    StepPlanLaunch(
+        out, first_tokens, seq_lens, extend_lens, request_rows, token_slots, window_slots
+    )()
