@@ -23,10 +23,12 @@ class IndexRow(Row):
     """The whole selection (``index select``), or one half of its last piece (``index scores``, ``index topk``).
 
     Attributes:
+        sglang_v2_us (float | None): SGLang's second kernel for the choice, the one that it uses.
         flashinfer_us, flashinfer_exact_us (float | None): FlashInfer's choice, as it comes and with ties as we break them.
         torch_exact_us (float | None): torch's, with ties as we break them.
     """
 
+    sglang_v2_us: float | None = None
     flashinfer_us: float | None = None
     flashinfer_exact_us: float | None = None
     torch_exact_us: float | None = None
@@ -90,7 +92,7 @@ def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[IndexRow
     def row(op: str, times: dict, moved: int, torch_us: float | None) -> IndexRow:
         peers = {
             f"{name}_us": times[name].median_us if name in times else None
-            for name in ("sglang", "flashinfer", "flashinfer_exact", "torch_exact")
+            for name in ("sglang", "sglang_v2", "flashinfer", "flashinfer_exact", "torch_exact")
         }
         return IndexRow(
             op=op,

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ _FLASHINFER = "flashinfer.topk"
 _PER_PAGE = PAGE_TOKENS // CSA_RATIO
 
 
-def load(name: str) -> tuple[object | None, str]:
+def load(name: str) -> tuple[Any, str]:
     """A module, or None and why not."""
     try:
         return importlib.import_module(name), ""
@@ -37,15 +38,20 @@ def _lengths(work: IndexWork) -> torch.Tensor:
 def topk_peers(work: IndexWork, scores: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Calls that choose the best of ``scores``, by name; each is one that a CUDA graph can capture."""
     found: dict[str, Callable[[], object]] = {}
-    lengths, k = _lengths(work), work.out.shape[1]
+    first, _ = work.piece
+    lengths, k = _lengths(work)[first:], work.out.shape[1]
     sglang, _ = load(_SGLANG)
     if sglang is not None:
-        pages = work.step.history_pages[work.step.token_rows].to(torch.int32)
-        out = torch.empty_like(work.out)
+        pages = work.step.history_pages[work.step.token_rows[first:]].to(torch.int32)
+        out = torch.empty_like(work.out[first:])
         found["sglang"] = lambda: sglang.topk_transform_512(scores, lengths, pages, out, _PER_PAGE)
+        plan = sglang.plan_topk_v2(lengths)
+        found["sglang_v2"] = lambda: sglang.topk_transform_512_v2(
+            scores, lengths, pages, out, _PER_PAGE, plan
+        )
     flashinfer, _ = load(_FLASHINFER)
     if flashinfer is not None:
-        rows = work.step.token_rows.to(torch.int32)
+        rows = work.step.token_rows[first:].to(torch.int32)
         entries = torch.arange(scores.shape[1], device=scores.device)
         requests = torch.arange(len(work.step.seq_lens), device=scores.device).unsqueeze(1)
         table = work.step.entry_slots(requests, entries, CSA_RATIO).to(torch.int32)
@@ -62,23 +68,55 @@ def topk_peers(work: IndexWork, scores: torch.Tensor) -> dict[str, Callable[[], 
 
 
 def scores_peer(work: IndexWork) -> Callable[[], object] | None:
-    """DeepGEMM's paged scores, which SGLang uses: fp8 queries too, one token per request, pages of 64 keys."""
+    """DeepGEMM's scores of the last piece, as SGLang asks for them.
+
+    One token per request reads pages of 64 keys. Many tokens of one request read its keys from where they lie in a row; to
+    gather them there, once a step and layer, is not timed.
+    """
     module, _ = load(_DEEP_GEMM)
-    is_decode = len(work.step.positions) == len(work.step.seq_lens)
-    if module is None or work.key_format is not FP8_INDEX or not is_decode:
+    if module is None or work.key_format is not FP8_INDEX:
         return None
-    num_tokens, heads = work.weights.shape
-    queries = work.q.to(torch.float8_e4m3fn).view(num_tokens, 1, heads, -1)
+    first, count = work.piece
+    heads = work.q.shape[1]
+    queries = work.workspace.query[:count, :heads].contiguous()
+    weights = work.workspace.weights[:count, :heads].contiguous()
+    lengths = _lengths(work)[first:]
+    if len(work.step.seq_lens) == 1 < count:
+        return _gathered(work, module, queries, weights, lengths)
+    if len(work.step.positions) != len(work.step.seq_lens):
+        return None
     keys = work.pool.view(-1, _PER_PAGE, 1, FP8_INDEX.row_bytes)
-    weights, lengths = work.weights.float(), _lengths(work).unsqueeze(1)
     pages = work.step.history_pages.to(torch.int32)
     sms = torch.cuda.get_device_properties(work.q.device).multi_processor_count
-    schedule = module.get_paged_mqa_logits_metadata(lengths, _PER_PAGE, sms)
+    schedule = module.get_paged_mqa_logits_metadata(lengths.unsqueeze(1), _PER_PAGE, sms)
     longest = work.scores().shape[1]
 
     def run() -> object:
         return module.fp8_paged_mqa_logits(
-            queries, keys, weights, lengths, pages, schedule, longest, False
-        )
+            queries.unsqueeze(1), keys, weights, lengths.unsqueeze(1), pages, schedule, longest, False
+        )  # fmt: skip
+
+    return run
+
+
+def _gathered(
+    work: IndexWork,
+    module: Any,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    lengths: torch.Tensor,
+) -> Callable[[], object]:
+    entries = torch.arange(int(work.visible[-1]), device=work.q.device)
+    slots = work.step.index_slots(torch.zeros_like(entries), entries, CSA_RATIO)
+    data, scale = FP8_INDEX.scale_offset, FP8_INDEX.group_bytes
+    keys = work.pool[:, :data].reshape(-1, FP8_INDEX.dim)[slots].view(torch.float8_e4m3fn)
+    scales = work.pool[:, data:scale].contiguous().view(torch.float32).flatten()[slots]
+    begins = torch.zeros_like(lengths)
+    longest = -(-len(entries) // _PER_PAGE) * _PER_PAGE
+
+    def run() -> object:
+        return module.fp8_mqa_logits(
+            queries, (keys, scales), weights, begins, lengths, clean_logits=False, max_seqlen_k=longest
+        )  # fmt: skip
 
     return run
