@@ -83,7 +83,8 @@ class FlashMLAAttention(Attention):
         self._meta: dict[str, object] = {}
 
     def buffers(self) -> dict[int, int]:
-        return {lists.data_ptr(): lists.nbytes for lists in self._lists.values()}
+        held = (*self._lists.values(), *self._lengths.values())
+        return {tensor.data_ptr(): tensor.nbytes for tensor in held}
 
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
@@ -92,10 +93,8 @@ class FlashMLAAttention(Attention):
             )
         self._plan = plan
         for kind in kinds_of(self.cache.spec):
-            lists = self._buffer(kind, plan)
-            row_lists(plan.step, kind, lists, pad=True)
-            # A length of 0 would be a list without a tile, which the kernel does not expect; -1 is skipped.
-            self._lengths[kind.name] = kind.lengths(plan.step.positions).int().clamp_min(1)
+            lists, listed = self._buffers(kind, plan)
+            row_lists(plan.step, kind, lists, pad=True, lengths=listed)
             self._meta[kind.name] = flash_mla.get_mla_metadata()[0]
 
     def run(
@@ -126,7 +125,7 @@ class FlashMLAAttention(Attention):
         )
         out, lse = flash_mla.flash_mla_with_kvcache(
             q.unsqueeze(1), pages, None, None, self.cache.spec.head_dim, self._meta[kind.name], None, self.sm_scale, False,
-            True, lists.unsqueeze(1), sink.float(), topk_length=self._lengths[kind.name], use_legacy=True, kv_format="V4",
+            True, lists.unsqueeze(1), sink.float(), topk_length=self._lengths[kind.name][: len(q)], use_legacy=True, kv_format="V4",
         )  # fmt: skip
         attended: torch.Tensor = out.squeeze(1)
         if undo_rope:
@@ -142,11 +141,13 @@ class FlashMLAAttention(Attention):
         most = kind.width(longest(self._plan, self.fixed)) - kind.window
         return self._lists[kind.name][: self._plan.num_tokens, :most]
 
-    def _buffer(self, kind: ListKind, plan: StepPlan) -> torch.Tensor:
+    def _buffers(self, kind: ListKind, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the step's lists of a kind are written, and their lengths; a fixed shape's stay where they are."""
         width = kind.width(longest(plan, self.fixed))
         width = -(-width // _LIST_MULTIPLE) * _LIST_MULTIPLE
         found = self._lists.get(kind.name)
         if found is None or found.shape[1] != width or len(found) < plan.num_tokens:
             found = empty((plan.num_tokens, width), torch.int32, self.cache.device)
             self._lists[kind.name] = found
-        return found[: plan.num_tokens]
+            self._lengths[kind.name] = empty((len(found),), torch.int32, found.device)
+        return found[: plan.num_tokens], self._lengths[kind.name][: plan.num_tokens]

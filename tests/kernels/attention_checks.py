@@ -47,16 +47,28 @@ def check_row_lists(device="cpu"):
                     if kind is CSA
                     else None
                 )
-                for options in ({}, {"pad": True}, {"window": False}):
+                for options in (
+                    {},
+                    {"pad": True},
+                    {"window": False},
+                    {"pad": True, "lengths": True},
+                ):
                     found = torch.full(
                         (len(POSITIONS), width + 5), -9, dtype=torch.int32, device=device
                     )
                     expected = found.clone()
-                    row_lists(step, kind, found[:, :width], selected, **options)
-                    naive_row_lists(step, kind, expected[:, :width], selected, **options)
-                    assert torch.equal(found, expected), (
-                        f"{kind.name} {page_tokens} {dtype} {options}"
+                    lengths = [None, None]
+                    if options.pop("lengths", False):
+                        filled = torch.full_like(found[0, :1], -9).repeat(2, len(found) + 1)
+                        lengths = [filled[0, :-1], filled[1, :-1]]
+                    row_lists(step, kind, found[:, :width], selected, lengths=lengths[0], **options)
+                    naive_row_lists(
+                        step, kind, expected[:, :width], selected, lengths=lengths[1], **options
                     )
+                    case = f"{kind.name} {page_tokens} {dtype} {options}"
+                    assert torch.equal(found, expected), case
+                    if lengths[0] is not None:
+                        assert torch.equal(filled[0], filled[1]) and filled[0, -1] == -9, case
             row_lists(step, kind, found[:0, :width], selected)
 
 

@@ -18,7 +18,7 @@ def test_row_lists(architecture):
     arguments = {
         "p_positions": "*i64", "p_token_rows": "*i64", "p_window_pages": "*i64", "p_history_pages": "*i64",
         "page_stride": "i32", "p_selected": "*i32", "selected_stride": "i32", "p_lists": "*i32", "list_stride": "i32",
-        "width": "i32", "num_window_rows": "i32",
+        "p_lengths": "*i32", "width": "i32", "num_window_rows": "i32",
     }  # fmt: skip
     for entries in (0, 1, 2):
         constants = KIND | {
@@ -26,6 +26,7 @@ def test_row_lists(architecture):
             "WRITE_WINDOW": True,
             "ENTRIES": entries,
             "PAD": True,
+            "WRITE_LENGTHS": entries != 1,
             "BC": 1024,
         }
         assert machine_code(row_lists_kernel, arguments, constants, architecture, 4)
