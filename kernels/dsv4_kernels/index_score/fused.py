@@ -259,6 +259,7 @@ def select_entries(
     tuning: IndexTuning | None = None,
     block: int = BLOCK,
     pad: bool = True,
+    numbering: StepTensors | None = None,
 ) -> None:
     """`naive_select_entries`; arguments as there.
 
@@ -280,7 +281,8 @@ def select_entries(
                 step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first,
                 count, tuning,
             )  # fmt: skip
-        topk_entries(step, scores[:count], first, ratio, out, workspace.topk, block, pad)
+        listing = step if numbering is None else numbering
+        topk_entries(listing, scores[:count], first, ratio, out, workspace.topk, block, pad)
 
 
 def check_arguments(
