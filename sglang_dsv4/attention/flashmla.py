@@ -220,7 +220,8 @@ class FlashMLAAttention(Attention):
     def _buffers(self, kind: ListKind, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the step's lists of a kind are written, and their lengths; a fixed shape's stay where they are."""
         width = kind.width(longest(plan, self.fixed))
-        multiple = _LIST_MULTIPLE if self._decoded is None else _PREFILL_MULTIPLE
+        # Without a fixed shape either kernel may be next: lists that fit both are not made anew at every turn.
+        multiple = _PREFILL_MULTIPLE if self.fixed is None else _LIST_MULTIPLE
         width = -(-width // multiple) * multiple
         found = self._lists.get(kind.name)
         if found is None or found.shape[1] != width or len(found) < plan.num_tokens:
