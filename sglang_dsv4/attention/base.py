@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4_kernels.step import StepTensors
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 
 
@@ -48,6 +49,14 @@ class Attention(ABC):
         """Whether ``plan`` needs the step's lengths on the host."""
         return False
 
+    @property
+    def numbering(self) -> StepTensors | None:
+        """The planned step over the tables that number the rows which ``run`` attends to; None where they are the pool's.
+
+        Selected rows must be of this numbering: `CompressedKVCache.select` takes it.
+        """
+        return None
+
     def buffers(self) -> dict[int, int]:
         """Bytes of the buffers that it keeps from step to step, by address; others may share them."""
         return {}
@@ -82,7 +91,8 @@ class Attention(ABC):
             layer_id (int): the layer, whose parts of this step are appended.
             q (torch.Tensor): ``[T, H, 512]``, normed and rotated.
             sink (torch.Tensor): ``[H]``, sink logits.
-            selected (torch.Tensor | None): rows from `CompressedKVCache.select`, int32 or int64; CSA layers only.
+            selected (torch.Tensor | None): rows from `CompressedKVCache.select` by `numbering`, int32 or int64; CSA layers
+                only.
             undo_rope (bool): rotate the last 64 channels of the result back, by each query's position.
 
         Returns:

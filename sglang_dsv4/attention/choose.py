@@ -144,7 +144,10 @@ def why_not_flashmla(device: Device, row_format: str, num_heads: int) -> str:
 
 
 def why_not_flashmla_prefill(device: Device, row_format: str, num_heads: int) -> str:
-    """Why FlashMLA's prefill kernel cannot attend here; empty where it can."""
+    """Why FlashInfer's attention cannot leave prefills to FlashMLA's kernel, over the pool as it is; empty where it can.
+
+    Packed rows are FlashMLA's own attention's: it decodes them first (`sglang_dsv4.attention.decoded`).
+    """
     if device.capability != (9, 0):
         return f"expected a CUDA device of SM90, got {device}"
     if row_format != "bf16":
@@ -159,7 +162,8 @@ def why_not_flashmla_prefill(device: Device, row_format: str, num_heads: int) ->
 def load_prefill(
     name: str, found: Device, row_format: str, num_heads: int
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """FlashMLA's prefill kernel where ``name`` asks for it or leaves it open and it is possible; else None.
+    """FlashMLA's prefill kernel for FlashInfer's attention, where ``name`` asks for it or leaves it open and it is possible;
+    else None.
 
     Raises:
         UnsupportedError: an unknown name, or it was asked for and is not possible.

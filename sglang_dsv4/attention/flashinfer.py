@@ -353,16 +353,17 @@ class FlashInferAttention(Attention):
             -1, width
         )
         self._lists[kind.name] = lists
-        row_lists(self._plan.step, kind, lists, pad=sparse)
+        counts = None
+        if sparse:
+            counts = self.workspace.buffer(f"lengths {kind.name}", num_tokens, torch.int32)
+        row_lists(self._plan.step, kind, lists, pad=sparse, lengths=counts)
         row_bytes = 2 * self.cache.spec.head_dim if self._packed else 0
         for number, part in enumerate(chunks(num_tokens, width, decoded_row_bytes=row_bytes)):
             mine = lists[part]
             # A decoded row lies where its list names it: list cell ``i`` is row ``i``.
             flat = self.workspace.counting(mine.numel()) if self._packed else mine.view(-1)
-            if sparse:
-                # Padding has a list of one -1, not an empty one, as in `FlashMLAAttention`.
-                counts = kind.lengths(self._plan.step.positions[part]).int().clamp_min(1)
-                self.chunks[kind.name].append(Chunk(part, mine, flat, counts))
+            if counts is not None:
+                self.chunks[kind.name].append(Chunk(part, mine, flat, counts[part]))
                 continue
             if self._packed:  # what `run` will ask for
                 self.workspace.buffer("decoded", mine.numel() * 512, _DTYPE)

@@ -1,24 +1,37 @@
-"""Attention by FlashMLA's Hopper kernels, over packed rows as they lie in the pool.
+"""Attention by FlashMLA's Hopper kernels: over packed rows as they lie in the pool, or in long steps over rows decoded once.
 
-A group of 64 rows is a page of FlashMLA's, byte for byte. The package is `sgl-flash-mla`, whose frozen kernels still know
-DeepSeek-V4's format; they have the sink, so that only the rotation is left to do.
+A group of 64 rows is a page of FlashMLA's decode kernel, byte for byte; its prefill kernel reads bf16 rows, so a layer's pages
+are decoded before it runs. The package is `sgl-flash-mla`, whose frozen kernels still know DeepSeek-V4's format; both have the
+sink, so that only the rotation is left to do.
 """
 
 import flash_mla
 import torch
 
 from dsv4_kernels.memory import empty
+from dsv4_kernels.page_decode.fused import page_decode
 from dsv4_kernels.row_lists import ListKind
 from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope.fused import sink_rope
+from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.attention.choose import why_not_flashmla
+from sglang_dsv4.attention.decoded import DecodedStep, choose_decoded, decoded_step
 from sglang_dsv4.attention.device import device_of
-from sglang_dsv4.attention.lists import FixedShape, is_in_place, kind_of, kinds_of, longest
+from sglang_dsv4.attention.lists import (
+    FixedShape,
+    host_lengths,
+    is_in_place,
+    kind_of,
+    kinds_of,
+    longest,
+)
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
-_LIST_MULTIPLE = 64
+# Decoded rows are made room for so many at a time: each chunk of a long prompt has a few more than the one before.
+_MORE_ROWS = 16384
+_LIST_MULTIPLE, _PREFILL_MULTIPLE = 64, 128  # of columns, in the lists of the two kernels
 
 
 def sparse_prefill(
@@ -58,6 +71,9 @@ def sparse_prefill(
 class FlashMLAAttention(Attention):
     """Plans on the device: every schedule is made by the first layer of its kind in a step.
 
+    Without a fixed shape, the host's lengths say whether a step's rows are decoded once (`choose_decoded`). Buffers belong to
+    this object and are used by one stream: all layers share that of decoded rows.
+
     Args:
         cache (CompressedKVCache): on a CUDA device of SM90, with fp8_584 rows.
         num_heads (int): query heads, 64 or 128.
@@ -81,22 +97,34 @@ class FlashMLAAttention(Attention):
         self._lists: dict[str, torch.Tensor] = {}
         self._lengths: dict[str, torch.Tensor] = {}
         self._meta: dict[str, object] = {}
+        self._decoded: DecodedStep | None = None
+        self._rows = empty((0, cache.spec.head_dim), torch.bfloat16, cache.device)
+
+    @property
+    def plans_on_host(self) -> bool:
+        return self.fixed is None
+
+    @property
+    def numbering(self) -> StepTensors | None:
+        return None if self._decoded is None else self._decoded.step
 
     def buffers(self) -> dict[int, int]:
-        return {lists.data_ptr(): lists.nbytes for lists in self._lists.values()}
+        held = (*self._lists.values(), *self._lengths.values(), self._rows)
+        return {tensor.data_ptr(): tensor.nbytes for tensor in held if tensor.nbytes}
 
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
             raise ValueError(
                 f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}"
             )
-        self._plan = plan
+        decoded = self._plan_decoded(plan, lengths)
+        self._plan, self._decoded = plan, decoded
         for kind in kinds_of(self.cache.spec):
-            lists = self._buffer(kind, plan)
-            row_lists(plan.step, kind, lists, pad=True)
-            # A length of 0 would be a list without a tile, which the kernel does not expect; -1 is skipped.
-            self._lengths[kind.name] = kind.lengths(plan.step.positions).int().clamp_min(1)
-            self._meta[kind.name] = flash_mla.get_mla_metadata()[0]
+            lists, listed = self._buffers(kind, plan)
+            step = plan.step if decoded is None else decoded.step
+            row_lists(step, kind, lists, pad=True, lengths=listed)
+            if decoded is None:
+                self._meta[kind.name] = flash_mla.get_mla_metadata()[0]
 
     def run(
         self,
@@ -119,6 +147,28 @@ class FlashMLAAttention(Attention):
         lists, step = self._lists[kind.name][: len(q)], self._plan.step
         if selected is not None and not is_in_place(selected, lists):
             row_lists(step, kind, lists, selected, window=False)
+        lengths = self._lengths[kind.name][: len(q)]
+        if self._decoded is None:
+            out, lse = self._attend_packed(layer_id, q, sink, lists, lengths, kind)
+        else:
+            rows = self._decode(layer_id, self._decoded)
+            out, lse = sparse_prefill(
+                q.contiguous(), rows, lists, lengths, sink.float(), self.sm_scale
+            )
+        if undo_rope:
+            sink_rope(out, lse, None, step.positions, self.rope_table(layer_id))
+        return out
+
+    def _attend_packed(
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        sink: torch.Tensor,
+        lists: torch.Tensor,
+        lengths: torch.Tensor,
+        kind: ListKind,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """FlashMLA's decode kernel over the pool; results as of `sparse_prefill`."""
         fmt, pool = self.cache.spec.rows, self.cache.layers[layer_id].storage.pool
         pages = pool.as_strided(
             (len(pool), fmt.group_rows, 1, fmt.row_bytes),
@@ -126,13 +176,25 @@ class FlashMLAAttention(Attention):
         )
         out, lse = flash_mla.flash_mla_with_kvcache(
             q.unsqueeze(1), pages, None, None, self.cache.spec.head_dim, self._meta[kind.name], None, self.sm_scale, False,
-            True, lists.unsqueeze(1), sink.float(), topk_length=self._lengths[kind.name], use_legacy=True, kv_format="V4",
+            True, lists.unsqueeze(1), sink.float(), topk_length=lengths, use_legacy=True, kv_format="V4",
         )  # fmt: skip
-        attended: torch.Tensor = out.squeeze(1)
-        if undo_rope:
-            table = self.rope_table(layer_id)
-            sink_rope(attended, lse.view(attended.shape[:2]), None, step.positions, table)
-        return attended
+        return out.squeeze(1), lse.view(q.shape[:2])
+
+    def _decode(self, layer_id: int, decoded: DecodedStep) -> torch.Tensor:
+        """A layer's rows of this step, bf16."""
+        ratio = self.cache.spec.layers[layer_id].ratio
+        rows = self._rows[: decoded.num_rows(ratio)]
+        page_decode(
+            self.cache.layers[layer_id].storage.pool,
+            self.cache.spec.rows,
+            decoded.window_pages,
+            decoded.history_pages,
+            decoded.step.page_tokens,
+            ratio,
+            self._plan.step.num_window_rows,
+            rows,
+        )
+        return rows
 
     def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
         layer = self.cache.spec.layers[layer_id]
@@ -142,11 +204,31 @@ class FlashMLAAttention(Attention):
         most = kind.width(longest(self._plan, self.fixed)) - kind.window
         return self._lists[kind.name][: self._plan.num_tokens, :most]
 
-    def _buffer(self, kind: ListKind, plan: StepPlan) -> torch.Tensor:
+    def _plan_decoded(self, plan: StepPlan, lengths: HostLengths | None) -> DecodedStep | None:
+        """The step over decoded rows, with room for them; None where packed rows are read."""
+        if self.fixed is not None or plan.num_tokens == 0:
+            return None
+        spec = self.cache.spec
+        counts = choose_decoded(host_lengths(plan, lengths), spec)
+        if counts is None:
+            return None
+        decoded = decoded_step(plan.step, counts, spec.window)
+        most = max(decoded.num_rows(layer.ratio) for layer in spec.layers)
+        if len(self._rows) < most:
+            most = -(-most // _MORE_ROWS) * _MORE_ROWS
+            self._rows = self._rows.new_zeros((0, spec.head_dim))  # give the old one back first
+            self._rows = empty((most, spec.head_dim), torch.bfloat16, self.cache.device)
+        return decoded
+
+    def _buffers(self, kind: ListKind, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the step's lists of a kind are written, and their lengths; a fixed shape's stay where they are."""
         width = kind.width(longest(plan, self.fixed))
-        width = -(-width // _LIST_MULTIPLE) * _LIST_MULTIPLE
+        # Without a fixed shape either kernel may be next: lists that fit both are not made anew at every turn.
+        multiple = _PREFILL_MULTIPLE if self.fixed is None else _LIST_MULTIPLE
+        width = -(-width // multiple) * multiple
         found = self._lists.get(kind.name)
         if found is None or found.shape[1] != width or len(found) < plan.num_tokens:
             found = empty((plan.num_tokens, width), torch.int32, self.cache.device)
             self._lists[kind.name] = found
-        return found[: plan.num_tokens]
+            self._lengths[kind.name] = empty((len(found),), torch.int32, found.device)
+        return found[: plan.num_tokens], self._lengths[kind.name][: plan.num_tokens]

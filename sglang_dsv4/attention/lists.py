@@ -70,22 +70,31 @@ def is_in_place(selected: torch.Tensor, lists: torch.Tensor) -> bool:
     return same and selected.dtype == lists.dtype and selected.stride(1) == 1
 
 
+def host_lengths(plan: StepPlan, lengths: HostLengths | None) -> HostLengths:
+    """A step's lengths: those that were given, or what a plan of a cache that owns its pages knows.
+
+    Raises:
+        ValueError: the plan is of pages that somebody else owns, and no lengths were given.
+    """
+    if lengths is not None:
+        return lengths
+    if not plan.items:
+        raise ValueError(
+            "plan: expected the lengths of a step over external pages, got none; a schedule on the host needs them"
+        )
+    return HostLengths(
+        [item.request.seq_len + item.num_new_tokens for item in plan.items],
+        [item.num_new_tokens for item in plan.items],
+    )
+
+
 def host_positions(plan: StepPlan, lengths: HostLengths | None) -> torch.Tensor:
     """Position of each query on the CPU, padded with -1 to the plan's tokens.
 
     Raises:
-        ValueError: the plan is of pages that somebody else owns, and no lengths were given; or they do not fit the plan.
+        ValueError: there are no lengths, as in `host_lengths`; or they do not fit the plan.
     """
-    if lengths is None:
-        if not plan.items:
-            raise ValueError(
-                "plan: expected the lengths of a step over external pages, got none; a schedule on the host needs them"
-            )
-        lengths = HostLengths(
-            [item.request.seq_len + item.num_new_tokens for item in plan.items],
-            [item.num_new_tokens for item in plan.items],
-        )
-    positions = lengths.positions()
+    positions = host_lengths(plan, lengths).positions()
     missing = plan.num_tokens - len(positions)
     if missing < 0:
         raise ValueError(

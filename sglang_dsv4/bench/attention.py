@@ -116,7 +116,8 @@ def variants(work: AttentionWork, missing: set[str]) -> tuple[Calls, dict[str, A
     chosen, _ = make_attention(None, work.cache, work.case.heads)
     if not isinstance(chosen, EagerAttention):
         chosen.plan(work.plan, work.lengths)
-        calls["chosen"] = _calls(chosen, work, work.selected)
+        selected = [work.selected_by(i, chosen.numbering) for i in range(len(work.q))]
+        calls["chosen"] = _calls(chosen, work, selected)
     tokens = work.case.num_tokens
     if work.case.kind == "hca" and len(work.case.starts) == 1 < tokens and planned:
         shared = importlib.import_module("sglang_dsv4.bench.attention_shared")

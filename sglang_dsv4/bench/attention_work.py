@@ -7,6 +7,7 @@ import torch
 from dsv4_kernels.layout import BF16_ROW, RowFormat
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.row_lists import ListKind
+from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention.base import HostLengths
 from sglang_dsv4.attention.lists import kind_of
 from sglang_dsv4.bench.cases import PAGE_TOKENS
@@ -124,6 +125,18 @@ class AttentionWork:
         listed = self.indices(layer_id)[query]
         pool = self.cache.layers[layer_id].storage.pool
         return naive_load_rows(pool, listed[listed >= 0], self.cache.spec.rows)
+
+    def selected_by(self, layer_id: int, numbering: StepTensors | None) -> torch.Tensor | None:
+        """The chosen rows of a layer as `Attention.numbering` numbers them; None in layers that choose none."""
+        chosen, step = self.selected[layer_id], self.plan.step
+        if chosen is None or numbering is None:
+            return chosen
+        places = torch.zeros_like(step.history_pages.flatten())  # of every page of the pool
+        places[step.history_pages.flatten()] = numbering.history_pages.flatten()
+        per_page = PAGE_TOKENS // self.kind.ratio
+        entries = (chosen.long() - step.num_window_rows).clamp_min(0)
+        slots = places[entries // per_page] * per_page + entries % per_page
+        return torch.where(chosen >= 0, numbering.num_window_rows + slots, -1).int()
 
     def bytes_needed(self) -> int:
         """Bytes of one layer's attention: queries and results once, every listed row once per query in decode and once per

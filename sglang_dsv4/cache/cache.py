@@ -224,6 +224,7 @@ class CompressedKVCache(CacheSequences):
         index_q: torch.Tensor,
         index_weights: torch.Tensor,
         out: torch.Tensor | None = None,
+        numbering: StepTensors | None = None,
     ) -> torch.Tensor:
         """Choose the entries each new token attends to in a CSA layer.
 
@@ -234,17 +235,19 @@ class CompressedKVCache(CacheSequences):
             index_weights (torch.Tensor): ``[T, heads]``; a positive factor common to all chooses the same.
             out (torch.Tensor | None): ``[T, K]`` int32, to write into: of `Attention.selected_buffer`. Cells behind the entries
                 are left alone then.
+            numbering (StepTensors | None): `Attention.numbering` of the attention that reads the result: the chosen entries are
+                numbered by this step's tables, of the same requests, instead of the pool's.
 
         Returns:
-            torch.Tensor: ``out``, or ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, in ascending entry order, then
-            -1.
+            torch.Tensor: ``out``, or ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, or of the numbering, in
+            ascending entry order, then -1.
         """
         self._check_current(plan)
         if plan.num_tokens and (layer_id, "index") not in plan.appended:
             raise StalePlanError(
                 f"layer {layer_id}: expected its index keys appended before select, got none"
             )
-        return self._layer(layer_id).select(plan, index_q, index_weights, out)
+        return self._layer(layer_id).select(plan, index_q, index_weights, out, numbering)
 
     def commit(self, plan: StepPlan) -> None:
         """Make a step's tokens part of their sequences, and free window pages that no query can reach any more.

@@ -7,6 +7,7 @@ import torch
 from dsv4_kernels.flush import CompressorParams, CsaFlush
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec import naive_copy_rows
+from dsv4_kernels.step import StepTensors
 from dsv4_kernels.streams import CSA_PARTS, HCA_PARTS
 from sglang_dsv4.cache.checks import check_tensor
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
@@ -116,6 +117,7 @@ class LayerCache:
         index_q: torch.Tensor,
         index_weights: torch.Tensor,
         out: torch.Tensor | None = None,
+        numbering: StepTensors | None = None,
     ) -> torch.Tensor:
         """Choose the CSA entries of each new token; see `CompressedKVCache.select`."""
         if self.storage.index_pool is None:
@@ -139,6 +141,7 @@ class LayerCache:
             self.cos_sin,
             self.layer.ratio,
             out,
+            numbering,
         )
 
     @staticmethod

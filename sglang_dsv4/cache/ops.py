@@ -1,5 +1,6 @@
 """The operations that fill a cache and choose its entries, as one interface: PyTorch anywhere, Triton on a GPU."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -8,6 +9,7 @@ from dsv4_kernels.flush import CompressorParams, CsaFlush, naive_flush_csa, naiv
 from dsv4_kernels.index_score import naive_index_query, naive_index_scores, naive_topk_entries
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec import naive_load_rows
+from dsv4_kernels.step import StepTensors
 from dsv4_kernels.window_store import naive_window_store
 from sglang_dsv4.cache.inputs import WindowInput
 from sglang_dsv4.cache.plan import StepPlan
@@ -62,6 +64,7 @@ class CacheOps(Protocol):
         cos_sin: torch.Tensor,
         ratio: int,
         out: torch.Tensor | None = None,
+        numbering: StepTensors | None = None,
     ) -> torch.Tensor:
         """Pool rows of the entries that each new token attends to; see `CompressedKVCache.select`."""
 
@@ -153,8 +156,10 @@ class TorchOps:
         cos_sin: torch.Tensor,
         ratio: int,
         out: torch.Tensor | None = None,
+        numbering: StepTensors | None = None,
     ) -> torch.Tensor:
-        rows = self._select(plan, index_q, index_weights, index_pool, cos_sin, ratio)
+        listing = plan if numbering is None else replace(plan, step=numbering)
+        rows = self._select(plan, listing, index_q, index_weights, index_pool, cos_sin, ratio)
         if out is None:
             return rows
         width = min(rows.shape[1], out.shape[1])
@@ -165,6 +170,7 @@ class TorchOps:
     def _select(
         self,
         plan: StepPlan,
+        listing: StepPlan,
         index_q: torch.Tensor,
         index_weights: torch.Tensor,
         index_pool: torch.Tensor,
@@ -173,7 +179,7 @@ class TorchOps:
     ) -> torch.Tensor:
         topk = self._spec.index_topk
         if plan.num_tokens == 0 or int(plan.num_visible(ratio).max()) <= topk:
-            return plan.every_entry_indices(ratio)  # nothing to choose: scoring is skipped
+            return listing.every_entry_indices(ratio)  # nothing to choose: scoring is skipped
         chosen = torch.full(
             (plan.num_tokens, topk), -1, dtype=torch.int64, device=index_pool.device
         )
@@ -183,7 +189,7 @@ class TorchOps:
                 self._select_row(
                     plan, row, tokens, index_q, index_weights, index_pool, cos_sin, ratio, chosen
                 )
-        return plan.entry_indices(chosen, ratio)
+        return listing.entry_indices(chosen, ratio)
 
     def _select_row(
         self,

@@ -9,6 +9,7 @@ from dsv4_kernels.index_score.fused import select_entries
 from dsv4_kernels.index_score.workspace import IndexWorkspace, index_workspace
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.memory import empty
+from dsv4_kernels.step import StepTensors
 from dsv4_kernels.window_store.fused import window_store
 from sglang_dsv4.cache.inputs import WindowInput
 from sglang_dsv4.cache.plan import StepPlan
@@ -95,6 +96,7 @@ class TritonOps:
         cos_sin: torch.Tensor,
         ratio: int,
         out: torch.Tensor | None = None,
+        numbering: StepTensors | None = None,
     ) -> torch.Tensor:
         pad = out is None
         if out is None:
@@ -111,6 +113,7 @@ class TritonOps:
                 out,
                 self._index_scratch(index_q.shape[1]),
                 pad=pad,
+                numbering=numbering,
             )
         return out
 

@@ -190,8 +190,11 @@ class CompressedKVBackend(AttentionBackend):
         index_q = c4_indexer.wq_b(q_lora)[0].view(-1, c4_indexer.n_heads, c4_indexer.head_dim)
         plan = self.token_to_kv_pool.current_plan()
         # In a graph straight into attention's lists; elsewhere their width depends on the step, and kernels with it.
-        place = None if self._running is self.attention else self._running.selected_buffer(layer_id)
-        self._selected[layer_id] = self.cache.select(layer_id, plan, index_q, weights, place)
+        running = self._running
+        place = None if running is self.attention else running.selected_buffer(layer_id)
+        self._selected[layer_id] = self.cache.select(
+            layer_id, plan, index_q, weights, place, running.numbering
+        )
 
     def forward(
         self,

@@ -103,4 +103,5 @@ class CachedAttention:
         q = indexer.q_b_proj(latent).view(len(x), indexer.num_heads, indexer.head_dim)
         scale = scorer.softmax_scale * scorer.weights_scaling
         weights = scorer.weights_proj(x).float() * scale
-        return self._cache.select(self._layer.layer_id, plan, q, weights)
+        numbering = self._attention.numbering
+        return self._cache.select(self._layer.layer_id, plan, q, weights, numbering=numbering)

@@ -56,7 +56,8 @@ def expect(work, layer_id, query, sink=None):
 
 def run(attention, work, layer_id, sink=None):
     sink = work.sink if sink is None else sink
-    return attention.run(layer_id, work.q[layer_id], sink, work.selected[layer_id], undo_rope=True)
+    chosen = work.selected_by(layer_id, attention.numbering)
+    return attention.run(layer_id, work.q[layer_id], sink, chosen, undo_rope=True)
 
 
 def errors(found, work, layer_id, sink=None):

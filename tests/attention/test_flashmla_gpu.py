@@ -1,14 +1,16 @@
-"""FlashMLA on an SM90 against fp64: packed rows in decode, bf16 rows in prefill. Elsewhere: that it is refused."""
+"""FlashMLA on an SM90 against fp64: packed rows in decode, decoded or bf16 rows in prefill. Elsewhere: that it is refused."""
 
 import importlib
+from unittest import mock
 
 import pytest
 import torch
 
-from sglang_dsv4.attention import FixedShape, choose_attention, find_capabilities
+from sglang_dsv4.attention import EagerAttention, FixedShape, choose_attention, find_capabilities
 from sglang_dsv4.bench.attention_check import worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
 from sglang_dsv4.errors import UnsupportedError
+from tests.attention.flashmla_checks import CHECKS
 from tests.attention.test_flashinfer_gpu import STARTS, errors, expect, make, make_work, pad, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.flashinfer]
@@ -144,3 +146,36 @@ def test_what_is_chosen():
         )
         expected = "flashmla" if hopper() and row_format == "fp8_584" else "flashinfer"
         assert chosen.name == expected and f"the fastest for {row_format} rows on cuda" in reason
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_as_on_a_model_of_the_kernels(check):
+    """Long steps over rows decoded once, short ones over packed rows, and what a graph holds."""
+    if hopper():
+        CHECKS[check](device="cuda")
+
+
+@pytest.mark.parametrize(("kind", "topk"), [("window", 512), ("csa", 1024), ("hca", 512)])
+def test_a_long_step_behind_a_long_prefix(kind, topk):
+    """128 heads: as eager attention has it, and as the decode kernel over packed rows."""
+    if not hopper():
+        return
+    starts, extends = (131_000, 40_001, 0), (1900, 150, 400)
+    work = make_work(kind, 128, "fp8_584", starts=starts, extends=extends, topk=topk)
+    attention, packed = make_flashmla(work), make_flashmla(work)
+    attention.plan(work.plan, work.lengths)
+    module = importlib.import_module("sglang_dsv4.attention.flashmla")
+    with mock.patch.object(module, "choose_decoded", lambda *_: None):
+        packed.plan(work.plan, work.lengths)
+    assert attention.numbering is not None and packed.numbering is None
+    found, other = run(attention, work, 1), run(packed, work, 1)
+    eager = EagerAttention(work.cache)
+    eager.plan(work.plan)
+    expected = eager.run(1, work.q[1], work.sink, work.selected[1], undo_rope=True)
+    for query in (0, 71, 72, 1899, 1900, 2048, 2049, 2050, 2449):
+        exact = expect(work, 1, query)
+        for name, out in {"decoded": found, "packed": other, "eager": expected}.items():
+            assert worst(out[query], exact) <= 1, (name, query)
+        # Each is as far from the exact value as is allowed, at most, and so at most twice that from another.
+        for out in (other, expected):
+            assert ((found[query] - out[query]).double().abs() <= 2 * exact.allowed).all(), query

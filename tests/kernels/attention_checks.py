@@ -12,6 +12,8 @@ from dsv4_kernels.layout import BF16_ROW, FP8_584_ROW
 from dsv4_kernels.mla_schedule import naive_mla_schedule
 from dsv4_kernels.mla_schedule.fused import mla_schedule
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
+from dsv4_kernels.page_decode import naive_page_decode, num_page_rows
+from dsv4_kernels.page_decode.fused import page_decode
 from dsv4_kernels.row_gather import naive_row_gather
 from dsv4_kernels.row_gather.fused import row_gather
 from dsv4_kernels.row_lists import naive_row_lists
@@ -47,16 +49,28 @@ def check_row_lists(device="cpu"):
                     if kind is CSA
                     else None
                 )
-                for options in ({}, {"pad": True}, {"window": False}):
+                for options in (
+                    {},
+                    {"pad": True},
+                    {"window": False},
+                    {"pad": True, "lengths": True},
+                ):
                     found = torch.full(
                         (len(POSITIONS), width + 5), -9, dtype=torch.int32, device=device
                     )
                     expected = found.clone()
-                    row_lists(step, kind, found[:, :width], selected, **options)
-                    naive_row_lists(step, kind, expected[:, :width], selected, **options)
-                    assert torch.equal(found, expected), (
-                        f"{kind.name} {page_tokens} {dtype} {options}"
+                    lengths = [None, None]
+                    if options.pop("lengths", False):
+                        filled = torch.full_like(found[0, :1], -9).repeat(2, len(found) + 1)
+                        lengths = [filled[0, :-1], filled[1, :-1]]
+                    row_lists(step, kind, found[:, :width], selected, lengths=lengths[0], **options)
+                    naive_row_lists(
+                        step, kind, expected[:, :width], selected, lengths=lengths[1], **options
                     )
+                    case = f"{kind.name} {page_tokens} {dtype} {options}"
+                    assert torch.equal(found, expected), case
+                    if lengths[0] is not None:
+                        assert torch.equal(filled[0], filled[1]) and filled[0, -1] == -9, case
             row_lists(step, kind, found[:0, :width], selected)
 
 
@@ -174,11 +188,53 @@ def check_row_gather(device="cpu"):
         raise AssertionError("bf16 rows were taken")
 
 
+def check_page_decode(device="cpu"):
+    """Pages in no order, to the bit; whatever lies in others may be NaN, and so may rows within that were never stored."""
+    num_window_rows, wrong = 4 * 256, 0
+    for page_tokens, ratio, stored in itertools.product((128, 256), (0, 4, 128), (1.0, 0.6)):
+        per_page = page_tokens // ratio if ratio else 0
+        for window, history in (([2, 0], [5, 1, 6]), ([1], []), ([], [0, 3]), ([], [])):
+            pages = [torch.tensor(part, dtype=torch.int64) for part in (window, history)]
+            window_slots = pages[0].unsqueeze(1) * page_tokens + torch.arange(page_tokens)
+            slots = pages[1].unsqueeze(1) * per_page + torch.arange(per_page)
+            used = torch.cat([window_slots.flatten(), num_window_rows + slots.flatten()])
+            used = used[torch.rand(len(used)) < stored]
+            rows = num_window_rows + 7 * per_page
+            pool = fill_pool(FP8_584_ROW, rows, used, device, spread=40.0)
+            pages = [part.to(device) for part in pages]
+            count = num_page_rows(len(window), len(history), page_tokens, ratio)
+            found = torch.full((count + 3, 512), -3.0, dtype=torch.bfloat16, device=device)
+            expected = found.clone()
+            shape = (page_tokens, ratio, num_window_rows)
+            page_decode(pool, FP8_584_ROW, *pages, *shape, found[:count])
+            naive_page_decode(pool, FP8_584_ROW, *pages, *shape, expected[:count])
+            missing = expected.isnan()
+            assert missing.any() == (len(used) < count), (page_tokens, ratio, window)
+            assert torch.equal(found.isnan(), missing), (page_tokens, ratio, window)
+            same = torch.equal(found[~missing], expected[~missing])
+            assert same, (page_tokens, ratio, window)
+            if count and stored == 1.0:
+                page_decode(
+                    pool, FP8_584_ROW, pages[0].flip(0), pages[1].flip(0), *shape, found[:count]
+                )
+                wrong += not torch.equal(found, expected)
+    assert wrong, "another order of pages was not seen"
+    for fmt, rows, text in ((BF16_ROW, 256, "expected fp8_584 rows"), (FP8_584_ROW, 3, "rows: ")):
+        one, none = pages[0].new_zeros(1), pages[0].new_zeros(0)
+        try:
+            page_decode(pool, fmt, one, none, 256, 4, num_window_rows, found.new_zeros(rows, 512))
+        except ValueError as fault:
+            assert text in str(fault)
+        else:
+            raise AssertionError(f"taken: {text}")
+
+
 CHECKS = {
     "row lists": check_row_lists,
     "sink and rope": check_sink_rope,
     "schedule": check_mla_schedule,
     "row gather": check_row_gather,
+    "page decode": check_page_decode,
 }
 
 

@@ -69,12 +69,23 @@ class IndexWorld:
         )  # fmt: skip
         return out, workspace
 
-    def naive(self, k=K):
+    def naive(self, k=K, numbering=None):
         out = torch.full((len(self.q), k), 7, dtype=torch.int32, device=self.q.device)
         naive_select_entries(
-            self.step, self.q, self.weights, self.pool, self.fmt, self.table, RATIO, out
+            self.step, self.q, self.weights, self.pool, self.fmt, self.table, RATIO, out, numbering
         )
         return out
+
+    def entries_of(self, rows):
+        """The entries that rows of the row pool hold, -1 for none."""
+        count, most = self.step.history_pages.shape[0], int(self.step.seq_lens.max()) // RATIO
+        request = torch.arange(count, device=rows.device).unsqueeze(1)
+        entries = torch.arange(most, device=rows.device).expand(count, most)
+        reached = entries < (self.step.seq_lens // RATIO).unsqueeze(1)
+        slots = self.step.entry_slots(request, entries, RATIO)[reached]
+        held = torch.full((int(slots.max()) + 1,), -1, device=rows.device)
+        held[slots] = entries[reached]
+        return held[rows.long().clamp_min(0)].masked_fill(rows < 0, -1)
 
     def rows_of(self, chosen):
         """Entries ``[T, k]``, -1 for none, as rows of the row pool."""
@@ -330,6 +341,22 @@ def check_many_units(device="cpu"):
     assert torch.equal(out, world.naive())
 
 
+def check_numbering(device="cpu"):
+    """Chosen entries by other tables than the keys': the same entries, few and many, by the reference and the kernels."""
+    world = exact_world(FP8_INDEX, device=device)
+    table = torch.arange(world.step.history_pages.numel(), device=device)
+    pages = table.view_as(world.step.history_pages)
+    numbering = replace(world.step, history_pages=pages, num_window_rows=77)
+    chosen = world.entries_of(world.naive())
+    expected = replace(world, step=numbering).rows_of(chosen)
+    assert not torch.equal(expected, world.naive())
+    assert torch.equal(world.naive(numbering=numbering), expected)
+    found, _ = world.fused(numbering=numbering)
+    assert torch.equal(found, expected)
+    found, _ = world.fused(world.workspace(max_tokens=3), numbering=numbering)
+    assert torch.equal(found, expected), "in pieces"
+
+
 def check_cells_behind(device="cpu"):
     """Without padding nothing is written behind a token's entries, and the entries are the same."""
     world = exact_world(FP8_INDEX, device=device)
@@ -347,6 +374,7 @@ CHECKS = {
     "topk": check_topk,
     "levels": check_levels,
     "many units": check_many_units,
+    "numbering": check_numbering,
     "cells behind": check_cells_behind,
 }
 

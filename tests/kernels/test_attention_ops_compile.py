@@ -4,6 +4,7 @@ import pytest
 
 from dsv4_kernels.layout import FP8_584_ROW
 from dsv4_kernels.mla_schedule.fused import WorkPointers, mla_schedule_kernel
+from dsv4_kernels.page_decode.fused import _ROWS, page_decode_kernel
 from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.row_gather.fused import row_gather_kernel
 from dsv4_kernels.row_lists.fused import row_lists_kernel
@@ -18,7 +19,7 @@ def test_row_lists(architecture):
     arguments = {
         "p_positions": "*i64", "p_token_rows": "*i64", "p_window_pages": "*i64", "p_history_pages": "*i64",
         "page_stride": "i32", "p_selected": "*i32", "selected_stride": "i32", "p_lists": "*i32", "list_stride": "i32",
-        "width": "i32", "num_window_rows": "i32",
+        "p_lengths": "*i32", "width": "i32", "num_window_rows": "i32",
     }  # fmt: skip
     for entries in (0, 1, 2):
         constants = KIND | {
@@ -26,6 +27,7 @@ def test_row_lists(architecture):
             "WRITE_WINDOW": True,
             "ENTRIES": entries,
             "PAD": True,
+            "WRITE_LENGTHS": entries != 1,
             "BC": 1024,
         }
         assert machine_code(row_lists_kernel, arguments, constants, architecture, 4)
@@ -68,3 +70,16 @@ def test_row_gather(architecture):
         "FORMAT": store_format(FP8_584_ROW), "D": 512, "BC": 8, "CASTS": architecture >= 89,
     }  # fmt: skip
     assert machine_code(row_gather_kernel, arguments, constants, architecture, 4)
+
+
+@pytest.mark.parametrize("per_page", [0, 2, 64])
+def test_page_decode(architecture, per_page):
+    arguments = {
+        "p_pool": "*u8", "p_window_pages": "*i64", "p_history_pages": "*i64", "num_rows": "i32", "window_end": "i32",
+        "num_window_rows": "i32", "p_rows": "*bf16",
+    }  # fmt: skip
+    constants = {
+        "PAGE": 256, "PER_PAGE": per_page, "FORMAT": store_format(FP8_584_ROW), "D": 512, "BR": _ROWS,
+        "CASTS": architecture >= 89,
+    }  # fmt: skip
+    assert machine_code(page_decode_kernel, arguments, constants, architecture, 4)

@@ -44,7 +44,9 @@ def test_lists_are_as_defined(kind, page_tokens):
     for token, length in enumerate(lengths):
         expected = by_hand(step, kind, token, selected)
         assert lists[token].tolist() == expected + [-9] * (width - length)
-    naive_row_lists(step, kind, lists, selected, pad=True)
+    written = torch.full((len(POSITIONS),), -9, dtype=torch.int32)
+    naive_row_lists(step, kind, lists, selected, pad=True, lengths=written)
+    assert written.tolist() == [max(1, length) for length in lengths] and 0 in lengths
     assert all((lists[token, length:] == -1).all() for token, length in enumerate(lengths))
 
 

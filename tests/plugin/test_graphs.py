@@ -1,5 +1,6 @@
 """Decode steps as SGLang replays them, without a GPU: plans, padding, and which rows are written."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -189,3 +190,21 @@ def test_the_indexer_waits_for_queries_that_another_stream_makes(monkeypatch):
     q_lora = server.layers.index_q[:8].flatten(1)
     server.backend.forward_c4_indexer(q_lora, q_lora, indexer, batch, q_lora_ready="event")
     assert done == ["event", "wq_b"]
+
+
+def test_chosen_entries_are_numbered_as_the_attention_asks(monkeypatch):
+    server = SmallServer(make_spec())
+    sequence = Sequence(server.spec, 8, 0, 4, "cpu")
+    server.assign(1, [3])
+    items = [(1, sequence, 0, 8)]
+    batch = server.batch(items, False)
+    server.layers.load(items)
+    server.backend.init_forward_metadata(batch)
+    plan, attention = server.backend.token_to_kv_pool.current_plan(), server.backend.attention
+    other = replace(plan.step, num_window_rows=plan.step.num_window_rows + 7)
+    monkeypatch.setattr(type(attention), "numbering", property(lambda _: other))
+    q_lora = server.layers.index_q[:8].flatten(1)
+    chosen = server.layers._index(server.backend, batch, 1, 8, q_lora, None)
+    q, weights = server.layers.index_q[:8], server.layers.index_weights[:8]
+    physical = server.backend.cache.select(1, plan, q, weights)
+    assert torch.equal(chosen, torch.where(physical >= 0, physical + 7, -1)) and chosen.max() > 7

@@ -250,6 +250,7 @@ def select_entries(
     workspace: IndexWorkspace,
     tuning: IndexTuning | None = None,
     pad: bool = True,
+    numbering: StepTensors | None = None,
 ) -> None:
     """`naive_select_entries`; arguments as there.
 
@@ -270,7 +271,10 @@ def select_entries(
                 step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first,
                 count, tuning,
             )  # fmt: skip
-        topk_entries(step, scores[:count], maxima[:count], first, ratio, out, workspace.groups, pad)
+        listing = step if numbering is None else numbering
+        topk_entries(
+            listing, scores[:count], maxima[:count], first, ratio, out, workspace.groups, pad
+        )
 
 
 def check_arguments(

@@ -92,6 +92,7 @@ def naive_select_entries(
     cos_sin: torch.Tensor,
     ratio: int,
     out: torch.Tensor,
+    numbering: StepTensors | None = None,
 ) -> None:
     """Choose each new token's best entries among those it sees, and list their rows.
 
@@ -107,7 +108,10 @@ def naive_select_entries(
         ratio (int): tokens per entry.
         out (torch.Tensor): ``[T, k]`` int32, row-pool rows (`StepTensors.entry_slots`) in the entries' order, then -1.
             Written.
+        numbering (StepTensors | None): the same requests' step over other tables, by which the chosen entries' rows are
+            numbered; keys are read by ``step``'s. None: ``step``'s too.
     """
+    listing = step if numbering is None else numbering
     visible = (step.positions + 1) // ratio
     out.fill_(-1)
     for row in step.token_rows.unique().tolist():
@@ -121,5 +125,5 @@ def naive_select_entries(
         q = naive_index_query(index_q[tokens], cos_sin_rows, key_format)
         scores = naive_index_scores(q, index_weights[tokens], keys)
         chosen = naive_topk_entries(scores, visible[tokens], out.shape[1])
-        rows = step.num_window_rows + slots[chosen.clamp_min(0)]
+        rows = listing.entry_slots(torch.full_like(chosen, row), chosen.clamp_min(0), ratio)
         out[tokens, : chosen.shape[1]] = rows.masked_fill(chosen < 0, -1).to(out.dtype)

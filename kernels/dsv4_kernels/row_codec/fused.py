@@ -1,4 +1,4 @@
-"""Encoding of rows inside a kernel: what `naive_store_rows` does, to the bit."""
+"""Encoding and decoding of rows inside a kernel: what `naive_store_rows` and `naive_load_rows` do, to the bit."""
 
 from dataclasses import dataclass
 
@@ -111,3 +111,43 @@ def store_chunk(
             # The last tile is the RoPE part; its byte is the record's padding.
             b_scale = tl.where(o_t * FORMAT.tile < FORMAT.nope_dim, b_exponent + 127, 0)
             tl.store(p_scale + o_t, b_scale.to(tl.uint8), mask=m_e)
+
+
+@triton.jit
+def e4m3_to_fp32(b_byte, HARDWARE_CASTS: tl.constexpr):
+    """Values of e4m3 bytes."""
+    if HARDWARE_CASTS:
+        return b_byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    b_bits = b_byte.to(tl.uint32)
+    # Exponent and mantissa at their fp32 places, the bias put right by a product, which is exact, subnormals included.
+    b_abs = ((b_bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    b_abs = tl.where((b_bits & 0x7F) == 0x7F, float("nan"), b_abs)
+    return tl.where((b_bits & 0x80) != 0, -b_abs, b_abs)
+
+
+@triton.jit
+def decode_rows(
+    p_pool, b_slot, m_r, p_row, FORMAT: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
+):
+    """Decode packed rows ``b_slot`` ``[R]`` (int64), where ``m_r``, to bf16 rows at ``p_row`` ``[R]``."""
+    p_group = p_pool + (b_slot // FORMAT.group_rows) * FORMAT.group_bytes  # [R]
+    p_data = p_group + (b_slot % FORMAT.group_rows) * FORMAT.data_bytes
+    p_scale = p_group + FORMAT.scale_offset + (b_slot % FORMAT.group_rows) * FORMAT.scale_bytes
+    TILES: tl.constexpr = D // FORMAT.tile
+    o_i = tl.arange(0, TILES)
+    o_x = o_i[:, None] * FORMAT.tile + tl.arange(0, FORMAT.tile)[None, :]  # [TILES, tile]
+    m_nope = m_r[:, None] & (o_i * FORMAT.tile < FORMAT.nope_dim)[None, :]  # [R, TILES]
+    ROPE: tl.constexpr = D - FORMAT.nope_dim
+    o_r = tl.arange(0, ROPE)[None, :]
+    # The pool's pointer is cast, not the rows': Triton 3.7 fails to compile a cast of 16 pointers.
+    b_rope_at = (b_slot // FORMAT.group_rows) * (FORMAT.group_bytes // 2)  # in bf16 values
+    b_rope_at += (b_slot % FORMAT.group_rows) * (FORMAT.data_bytes // 2) + FORMAT.nope_dim // 2
+    p_rope = p_pool.to(tl.pointer_type(tl.bfloat16)) + b_rope_at
+    b_byte = tl.load(p_data[:, None, None] + o_x[None, :, :], mask=m_nope[:, :, None], other=0)
+    b_exponent = tl.load(p_scale[:, None] + o_i[None, :], mask=m_nope, other=127)
+    b_rope = tl.load(p_rope[:, None] + o_r, mask=m_r[:, None], other=0.0)
+    b_factor = (b_exponent.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    b_x = e4m3_to_fp32(b_byte, CASTS) * b_factor[:, :, None]
+    p_x = p_row[:, None, None] + o_x[None, :, :]
+    tl.store(p_x, round_to_bf16(b_x, CASTS), mask=m_nope[:, :, None])
+    tl.store(p_row[:, None] + FORMAT.nope_dim + o_r, b_rope, mask=m_r[:, None])

@@ -6,20 +6,8 @@ import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous, check_rows, hardware_casts
 from dsv4_kernels.layout import FP8_584_ROW, RowFormat
-from dsv4_kernels.row_codec.fused import round_to_bf16, store_format
+from dsv4_kernels.row_codec.fused import decode_rows, store_format
 from dsv4_kernels.row_lists.kind import ListKind
-
-
-@triton.jit
-def e4m3_to_fp32(b_byte, HARDWARE_CASTS: tl.constexpr):
-    """Values of e4m3 bytes."""
-    if HARDWARE_CASTS:
-        return b_byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    b_bits = b_byte.to(tl.uint32)
-    # Exponent and mantissa at their fp32 places, the bias put right by a product, which is exact, subnormals included.
-    b_abs = ((b_bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    b_abs = tl.where((b_bits & 0x7F) == 0x7F, float("nan"), b_abs)
-    return tl.where((b_bits & 0x80) != 0, -b_abs, b_abs)
 
 
 @triton.jit(do_not_specialize=["list_stride", "width"])
@@ -36,25 +24,7 @@ def row_gather_kernel(
         b_length += tl.minimum((b_position + 1) // RATIO, MOST)
     m_c = o_c < b_length
     b_slot = tl.load(p_lists + i_t * list_stride + o_c, mask=m_c, other=0).to(tl.int64)
-    p_group = p_pool + (b_slot // FORMAT.group_rows) * FORMAT.group_bytes  # [BC]
-    p_data = p_group + (b_slot % FORMAT.group_rows) * FORMAT.data_bytes
-    p_scale = p_group + FORMAT.scale_offset + (b_slot % FORMAT.group_rows) * FORMAT.scale_bytes
-    TILES: tl.constexpr = D // FORMAT.tile
-    o_i = tl.arange(0, TILES)
-    o_x = o_i[:, None] * FORMAT.tile + tl.arange(0, FORMAT.tile)[None, :]  # [TILES, tile]
-    m_nope = m_c[:, None] & (o_i * FORMAT.tile < FORMAT.nope_dim)[None, :]  # [BC, TILES]
-    b_byte = tl.load(p_data[:, None, None] + o_x[None, :, :], mask=m_nope[:, :, None], other=0)
-    b_exponent = tl.load(p_scale[:, None] + o_i[None, :], mask=m_nope, other=127)
-    b_factor = (b_exponent.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
-    b_x = e4m3_to_fp32(b_byte, CASTS) * b_factor[:, :, None]
-    p_row = p_rows + (i_t * width + o_c)[:, None] * D
-    p_x = p_row[:, :, None] + o_x[None, :, :]
-    tl.store(p_x, round_to_bf16(b_x, CASTS), mask=m_nope[:, :, None])
-    ROPE: tl.constexpr = D - FORMAT.nope_dim
-    o_r = tl.arange(0, ROPE)[None, :]
-    p_rope = (p_data + FORMAT.nope_dim).to(tl.pointer_type(tl.bfloat16))
-    b_rope = tl.load(p_rope[:, None] + o_r, mask=m_c[:, None], other=0.0)
-    tl.store(p_row + FORMAT.nope_dim + o_r, b_rope, mask=m_c[:, None])
+    decode_rows(p_pool, b_slot, m_c, p_rows + (i_t * width + o_c) * D, FORMAT, D, CASTS)
 
 
 def row_gather(

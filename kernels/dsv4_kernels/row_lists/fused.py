@@ -14,8 +14,9 @@ from dsv4_kernels.step import StepTensors
 )
 def row_lists_kernel(
     p_positions, p_token_rows, p_window_pages, p_history_pages, page_stride, p_selected, selected_stride, p_lists,
-    list_stride, width, num_window_rows, WINDOW: tl.constexpr, RATIO: tl.constexpr, MOST: tl.constexpr,
-    PAGE: tl.constexpr, WRITE_WINDOW: tl.constexpr, ENTRIES: tl.constexpr, PAD: tl.constexpr, BC: tl.constexpr,
+    list_stride, p_lengths, width, num_window_rows, WINDOW: tl.constexpr, RATIO: tl.constexpr, MOST: tl.constexpr,
+    PAGE: tl.constexpr, WRITE_WINDOW: tl.constexpr, ENTRIES: tl.constexpr, PAD: tl.constexpr,
+    WRITE_LENGTHS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``BC`` columns of one query's list. ``ENTRIES``: 0 leaves them, 1 lists every visible one, 2 the selected ones."""
     i_t = tl.program_id(0).to(tl.int64)
@@ -48,6 +49,10 @@ def row_lists_kernel(
         tl.store(p_list, (b_page * PAGE + b_reached % PAGE).to(tl.int32), mask=m_window)
     if PAD:
         tl.store(p_list, -1, mask=(o_w >= b_window) & (o_c < width))
+    if WRITE_LENGTHS:
+        # A length of 0 would be a list without a tile, which FlashMLA does not expect; -1 is skipped.
+        b_length = tl.maximum(b_entries + b_window, 1).to(tl.int32)
+        tl.store(p_lengths + i_t, b_length, mask=tl.program_id(1) == 0)
 
 
 def row_lists(
@@ -58,12 +63,15 @@ def row_lists(
     *,
     window: bool = True,
     pad: bool = False,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """`naive_row_lists` in one launch; arguments as there.
 
-    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: lists.
+    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: lists, lengths.
     """
     check_rows("lists", lists)
+    if lengths is not None:
+        check_contiguous("lengths", lengths)
     check_contiguous("positions", step.positions)
     check_contiguous("token_rows", step.token_rows)
     if (
@@ -94,6 +102,7 @@ def row_lists(
         selected_stride=0 if selected is None else selected.stride(0),
         p_lists=lists,
         list_stride=lists.stride(0),
+        p_lengths=lists if lengths is None else lengths,
         width=width,
         num_window_rows=step.num_window_rows,
         WINDOW=kind.window,
@@ -103,6 +112,7 @@ def row_lists(
         WRITE_WINDOW=window,
         ENTRIES=entries,
         PAD=pad,
+        WRITE_LENGTHS=lengths is not None,
         BC=block,
         num_warps=4,
     )

@@ -14,6 +14,7 @@ def naive_row_lists(
     *,
     window: bool = True,
     pad: bool = False,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Write each query's list: the rows of its entries, then the rows of its window, oldest first, without a gap.
 
@@ -25,11 +26,13 @@ def naive_row_lists(
             kind that lists chosen entries; None leaves the entries unwritten there.
         window (bool): write the window part.
         pad (bool): write -1 behind each list.
+        lengths (torch.Tensor | None): ``[T]`` int32. Gets each list's length, but at least 1: FlashMLA expects a tile of every
+            list. Where a list is empty its first column must be -1, which attention skips; ``pad`` makes it so.
     """
     positions = step.positions.unsqueeze(1)
     rows = step.token_rows.unsqueeze(1)
     columns = torch.arange(lists.shape[1], device=lists.device).expand(lists.shape)
-    num_entries, lengths = kind.num_entries(positions), kind.lengths(positions)  # [T, 1]
+    num_entries, ends = kind.num_entries(positions), kind.lengths(positions)  # [T, 1]
     is_entry = columns < num_entries
     if kind.most is None and kind.ratio:
         entry_idx = columns.minimum((num_entries - 1).clamp_min(0))
@@ -42,6 +45,8 @@ def naive_row_lists(
         reached = positions + 1 - kind.num_window(positions) + columns - num_entries
         reached = reached.clamp_min(0).minimum(positions.clamp_min(0))
         slots = step.window_slots(rows, reached).int()
-        lists.copy_(torch.where(~is_entry & (columns < lengths), slots, lists))
+        lists.copy_(torch.where(~is_entry & (columns < ends), slots, lists))
     if pad:
-        lists.masked_fill_(columns >= lengths, -1)
+        lists.masked_fill_(columns >= ends, -1)
+    if lengths is not None:
+        lengths.copy_(ends.squeeze(1).clamp_min(1))
