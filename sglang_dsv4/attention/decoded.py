@@ -15,8 +15,8 @@ from sglang_dsv4.spec import CacheSpec
 
 # Measured on an H200: at 8,192 tokens FlashMLA's prefill kernel over decoded rows takes two thirds of the time of its decode
 # kernel over packed ones, and needs no schedule. Decoding a row costs about a hundredth of what a token gains, so 64 rows a
-# token leave a third of the gain.
-FEWEST_TOKENS = 256
+# token leave a third of the gain. To number the rows takes the host half a millisecond a step: short steps wait for the host.
+FEWEST_TOKENS = 1024
 MOST_ROWS_PER_TOKEN = 64
 MAX_DECODED_BYTES = 256 << 20
 _VALUE_BYTES = 2  # of bf16

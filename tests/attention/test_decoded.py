@@ -89,15 +89,15 @@ def test_page_counts():
 @pytest.mark.parametrize(
     ("ends", "extends", "decoded"),
     [
-        ((256,), (256,), True),
-        ((255,), (255,), False),
-        ((128, 127), (128, 127), False),
-        ((128, 128), (128, 128), True),
+        ((1024,), (1024,), True),
+        ((1023,), (1023,), False),
+        ((512, 511), (512, 511), False),
+        ((512, 512), (512, 512), True),
         # Many requests with a token each read a page of 256 rows and more for it.
-        ((128,) * 300, (1,) * 300, False),
-        # 16,384 rows for 256 tokens: two window pages, and 248 pages of 64 entries.
-        ((248 * 256,), (256,), True),
-        ((248 * 256 + 1,), (256,), False),
+        ((128,) * 1100, (1,) * 1100, False),
+        # 65,536 rows for 1,024 tokens: five window pages, and 1,004 pages of 64 entries.
+        ((1004 * 256,), (1024,), True),
+        ((1004 * 256 + 1,), (1024,), False),
         # 262,144 rows in 256 MiB: 33 window pages, and 3,964 pages of entries.
         ((3964 * 256,), (8192,), True),
         ((3964 * 256 + 1,), (8192,), False),

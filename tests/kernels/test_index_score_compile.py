@@ -56,6 +56,7 @@ def test_scores(architecture, tokens, fmt):
         architecture,
         tuning.warps,
         num_stages=tuning.stages,
+        maxnreg=tuning.registers,
     )
 
 

@@ -88,16 +88,32 @@ def as_operand(b_x, OPERAND: tl.constexpr, CASTS: tl.constexpr):
 
 
 @triton.jit
-def sum_heads(b_x, BS: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr):
-    """Sum ``[BS, UNIT * H]`` to ``[BS, UNIT]``; every addition has two operands, so no layout changes its result.
+def quarters(b_x, BS: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr):
+    """The first, second, third and last quarter of the heads of ``[BS, UNIT * H]``, each ``[BS, UNIT, H / 4]``."""
+    b_x = tl.permute(tl.reshape(b_x, [BS, UNIT, 2, 2, H // 4]), (0, 1, 4, 2, 3))
+    b_even, b_odd = tl.split(b_x)  # of the quarters
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    return b_0, b_1, b_2, b_3
 
-    Neighbours, then groups of eight by halves, then the rest of a group: the order in which a tensor core's tile has them in
-    one thread as long as possible.
+
+@triton.jit
+def sum_heads(b_dot, b_w, BS: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr):
+    """Sum ``max(dot, 0) * weight`` over the heads of ``[BS, UNIT * H]``, to ``[BS, UNIT]``.
+
+    Quarters are added up by explicit fused products; every addition after that has two operands: so no layout and no other
+    code around it changes the result. Neighbours, then groups of eight by halves, then the rest of a group: the order in which
+    a tensor core's tile has them in one thread as long as possible.
     """
-    b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, H // 2, 2]), axis=3)
-    for i in tl.static_range((H // 8).bit_length() - 1):
-        b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, 2, H >> (i + 2)]), axis=2)
-    b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, 2, 2]), axis=3)
+    b_0, b_1, b_2, b_3 = quarters(tl.maximum(b_dot, 0.0), BS, UNIT, H)
+    b_w_0, b_w_1, b_w_2, b_w_3 = quarters(b_w[None, :], 1, UNIT, H)
+    b_x = tl.fma(b_3, b_w_3, tl.fma(b_2, b_w_2, tl.fma(b_1, b_w_1, b_0 * b_w_0)))
+    Q: tl.constexpr = H // 4
+    b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, Q // 2, 2]), axis=3)
+    for i in tl.static_range((Q // 8).bit_length() - 1):
+        b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, 2, Q >> (i + 2)]), axis=2)
+    if Q > 4:
+        b_x = tl.sum(tl.reshape(b_x, [BS, UNIT, 2, 2]), axis=3)
     return tl.sum(b_x, axis=2)
 
 
@@ -182,8 +198,7 @@ def index_scores_kernel(
                     )
                     b_q_part = load_query(p_query, o_n, m_n, first, D, BK, OPERAND, CASTS)
                     b_dot = tl.dot(b_part, b_q_part, b_dot, input_precision="ieee")
-                b_dot = tl.maximum(b_dot, 0.0) * b_w[None, :]
-                b_score = sum_heads(b_dot, BS, UNIT, H) * b_scale[:, None]
+                b_score = sum_heads(b_dot, b_w, BS, UNIT, H) * b_scale[:, None]
                 m_seen = o_s[:, None] < b_seen[None, :]
                 tl.store(p_score[None, :] + o_s[:, None], b_score, mask=m_seen)
                 b_best = tl.where(m_seen, b_score, float("-inf"))
@@ -197,7 +212,7 @@ def index_scores_kernel(
 
 
 class IndexTuning(NamedTuple):
-    """Entries of a tile, tokens of a unit, warps, stages, and programs per multiprocessor.
+    """Entries of a tile, tokens of a unit, warps, stages, programs per multiprocessor, and registers of a thread at most.
 
     None changes a score, as long as a tile of rounded keys has at least 64 entries: a smaller one may be computed by another
     instruction of the tensor cores, which need not round alike.
@@ -208,6 +223,7 @@ class IndexTuning(NamedTuple):
     warps: int
     stages: int
     occupancy: int
+    registers: int | None = None
 
 
 def index_tuning(num_tokens: int, num_requests: int, exact: bool) -> IndexTuning:
@@ -216,7 +232,7 @@ def index_tuning(num_tokens: int, num_requests: int, exact: bool) -> IndexTuning
         return IndexTuning(32, 1, 4, 1, 4)
     if num_tokens <= num_requests:
         return IndexTuning(64, 1, 4, 4, 4)
-    return IndexTuning(64, 2, 4, 4, 3)
+    return IndexTuning(64, 2, 4, 4, 3, 168)
 
 
 def operand(key_format: RowFormat, device: torch.device) -> tl.dtype:
@@ -357,5 +373,6 @@ def score_entries(
         STAGES=tuning.stages,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
+        maxnreg=tuning.registers,
         **EXACT,
     )
