@@ -83,19 +83,8 @@ class _StockPlan:
         # In graph mode the wrapper copies the indices into its own buffer, which is the one that we write: none are given.
         given = lists[:0] if self._fixed else lists
         self.wrapper.plan(
-            counts,
-            counts * stride,
-            given,
-            lengths,
-            num_heads,
-            512,
-            0,
-            1,
-            False,
-            scale,
-            _DTYPE,
-            _DTYPE,
-        )
+            counts, counts * stride, given, lengths, num_heads, 512, 0, 1, False, scale, _DTYPE, _DTYPE
+        )  # fmt: skip
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
 

@@ -84,6 +84,30 @@ def test_graphs_store_what_steps_without_them_store(formats):
     assert captured.backend.attention_bytes() > plain.backend.attention_bytes() > 0
 
 
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_long_prefills_attend_to_the_rows_that_they_should(formats):
+    """The last token of each request; on Hopper's packed rows the chosen ones are numbered for decoded rows."""
+    server = make_server(make_spec(formats))
+    one, two = (Sequence(server.spec, 900, seed, HEADS, "cuda") for seed in range(2))
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for items in ([(1, one, 0, 383), (2, two, 0, 250)], [(2, two, 250, 251), (1, one, 383, 700)]):
+        found, count = server.step(items), sum(end - start for _, _, start, end in items)
+        plan, layers = server.pool.current_plan(), server.layers
+        numbered = server.backend.attention.numbering is not None
+        assert numbered == (hopper and server.backend.attention.name == "flashmla")
+        given = plan, layers.index_q[:count], layers.index_weights[:count]
+        physical = server.cache.select(1, *given)
+        last = -1
+        for item in items:
+            last += item[3] - item[2]
+            for layer_id, (out, chosen) in enumerate(found):
+                mine = None if chosen is None else physical[last]
+                assert worst(out[last], server.expected(layer_id, item, mine)) <= 1, item
+            if item[3] - item[2] > 200:  # the twin: the entries of a token long before
+                other = server.expected(1, item, physical[last - 150])
+                assert worst(found[1][0][last], other) > 1, item
+
+
 def test_a_prefix_hit_in_a_slot_that_another_request_used():
     spec = make_spec()
     one, two = (Sequence(spec, 900, seed, HEADS, "cuda") for seed in range(2))
