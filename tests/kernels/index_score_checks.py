@@ -255,7 +255,7 @@ def check_scores_do_not_depend_on_tiling(device="cpu"):
         make = exact_world if device == "cpu" else make_world
         world = make(fmt, device=device)
         whole = world.scores(world.fused(tuning=IndexTuning(64, 1, 4, 2, 4))[1])
-        for tuning in (IndexTuning(64, 4, 4, 1, 1), IndexTuning(128, 2, 4, 2, 2)):
+        for tuning in (IndexTuning(64, 4, 4, 1, 1), IndexTuning(64, 2, 4, 2, 2)):
             scores = world.scores(world.fused(tuning=tuning)[1])
             for token, count in enumerate(world.visible.tolist()):
                 if count > K:

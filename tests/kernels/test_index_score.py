@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv4_kernels.index_score.fused import select_entries
+from dsv4_kernels.index_score.fused import rows_together, select_entries
 from dsv4_kernels.index_score.naive import (
     naive_index_query,
     naive_round_query,
@@ -71,6 +71,15 @@ def test_queries_are_rounded_as_keys_are():
         stored = naive_load_rows(pool, torch.arange(15), fmt).float().view_as(rounded)
         assert torch.equal(rounded, stored)
         assert torch.equal(rounded, plain) == (fmt is FP32_INDEX)
+
+
+def test_a_tile_lies_in_two_parts_at_most():
+    assert rows_together(64, FP8_INDEX, 128) == 64 and rows_together(64, FP8_INDEX, 32) == 32
+    assert rows_together(96, BF16_INDEX, 64) == 32 and rows_together(256, FP8_INDEX, 128) == 64
+    with pytest.raises(
+        ValueError, match="tile: expected at most 64 entries for pages of 32, got 128"
+    ):
+        rows_together(32, FP32_INDEX, 128)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,12 @@ import pytest
 import triton.language as tl
 
 from dsv4_kernels.index_query.fused import index_query_kernel
-from dsv4_kernels.index_score.fused import index_scores_kernel, index_tuning
-from dsv4_kernels.index_topk.fused import GROUP, topk_entries_kernel, topk_levels
+from dsv4_kernels.index_score.fused import (
+    index_scores_kernel,
+    index_tuning,
+    rows_together,
+)
+from dsv4_kernels.index_topk.fused import GROUP, topk_entries_kernel, topk_levels, topk_registers
 from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX
 from dsv4_kernels.row_codec.fused import store_format
 from tests.kernels.test_fused_compile import ARCHITECTURES, machine_code
@@ -46,7 +50,7 @@ def test_scores(architecture, tokens, fmt):
     operands = {FP8_INDEX: e4m3, BF16_INDEX: tl.bfloat16, FP32_INDEX: tl.float32}
     constants = {
         "H": HEADS, "D": 128, "RATIO": RATIO, "PER_PAGE": PER_PAGE, "K": 512, "UNIT": tuning.unit, "BS": tuning.entries,
-        "BK": 32 if exact else 128, "BU": 256, "GROUP": GROUP, "FORMAT": store_format(key_format),
+        "PART": rows_together(PER_PAGE, key_format, tuning.entries), "BK": 32 if exact else 128, "BU": 256, "GROUP": GROUP, "FORMAT": store_format(key_format),
         "OPERAND": operands[key_format], "CASTS": architecture >= 89, "STAGES": tuning.stages,
     }  # fmt: skip
     assert machine_code(
@@ -74,4 +78,8 @@ def test_topk(architecture, k, max_entries):
         "RATIO": RATIO, "K": k, "SIZE": size, "PER_PAGE": PER_PAGE, "K_BLOCK": k, "SMALL": small, "GROUP": GROUP,
         "LEVELS": levels, "PAD": True,
     }  # fmt: skip
-    assert machine_code(topk_entries_kernel, arguments, constants, architecture, 8)
+    for tokens in (1, 4096):
+        registers = topk_registers(tokens, levels)
+        assert machine_code(
+            topk_entries_kernel, arguments, constants, architecture, 8, maxnreg=registers
+        )

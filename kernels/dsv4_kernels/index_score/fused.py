@@ -41,36 +41,57 @@ def e4m3_values(b_byte, HARDWARE_CASTS: tl.constexpr):
 
 
 @triton.jit
+def first_slots(
+    p_table, number, most, PER_PAGE: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr
+):
+    """Slots at which the two halves of a tile begin, or the whole twice, where rows of a part lie together."""
+    first = number * BS
+    slot = tl.load(p_table + first // PER_PAGE) * PER_PAGE + first % PER_PAGE
+    if PART == BS:
+        second = slot
+    else:
+        first += PART
+        # A page that the tile reaches past the last entry need not be there.
+        page = tl.load(p_table + first // PER_PAGE, mask=first < most, other=0)
+        second = page * PER_PAGE + first % PER_PAGE
+    return slot, second
+
+
+@triton.jit
 def load_keys(
-    p_pool, b_slot, m_s, slot, first,
-    ALIGNED: tl.constexpr, FORMAT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
+    p_pool, slot, second, first,
+    FORMAT: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Channels ``first .. first+BK-1`` of keys as they are stored, ``[BS, BK]``, and the keys' scales ``[BS]``.
 
-    Where a tile's rows lie together (``ALIGNED``: they begin at ``slot``) addresses are one number and an offset, and rows are
-    read without a mask: a page has all its rows, and scores of those that no token sees are not stored.
+    Rows of each half lie together, so that addresses are one number and an offset. They are read without a mask: a page has all
+    its rows, and scores of those that no token sees are not stored.
     """
     o_d = first + tl.arange(0, BK)[None, :]
-    o_r = tl.arange(0, BS)
+    o_r = tl.arange(0, BS) % PART
+    m_first = tl.arange(0, BS) < PART
     b_scale = tl.full([BS], 1.0, tl.float32)
     if FORMAT.kind == "plain":
-        if ALIGNED:
-            b_key = tl.load(p_pool + slot * D + o_r[:, None] * D + o_d)
-        else:
-            b_key = tl.load(p_pool + b_slot[:, None] * D + o_d, mask=m_s[:, None], other=0.0)
-    elif ALIGNED:
-        p_group = p_pool + slot // FORMAT.group_rows * FORMAT.group_bytes
-        row = slot % FORMAT.group_rows
-        b_key = tl.load(p_group + row * FORMAT.data_bytes + o_r[:, None] * FORMAT.data_bytes + o_d)
-        p_scale = p_group + FORMAT.scale_offset + row * FORMAT.scale_bytes
-        b_scale = tl.load(p_scale.to(tl.pointer_type(tl.float32)) + o_r)
+        b_offset = slot * D
+        if PART < BS:
+            b_offset = tl.where(m_first, b_offset, second * D)[:, None]
+        b_key = tl.load(p_pool + b_offset + (o_r[:, None] * D + o_d))
     else:
-        b_row = b_slot % FORMAT.group_rows
-        p_group = p_pool + b_slot // FORMAT.group_rows * FORMAT.group_bytes
-        p_key = p_group + b_row * FORMAT.data_bytes
-        b_key = tl.load(p_key[:, None] + o_d, mask=m_s[:, None], other=0)
-        p_scale = p_group + FORMAT.scale_offset + b_row * FORMAT.scale_bytes
-        b_scale = tl.load(p_scale.to(tl.pointer_type(tl.float32)), mask=m_s, other=0.0)
+        group, row = slot // FORMAT.group_rows, slot % FORMAT.group_rows
+        b_data = group * FORMAT.group_bytes + row * FORMAT.data_bytes
+        b_scales = group * FORMAT.group_bytes + FORMAT.scale_offset + row * FORMAT.scale_bytes
+        if PART == BS:
+            b_key = tl.load(p_pool + b_data + (o_r[:, None] * FORMAT.data_bytes + o_d))
+            p_scale = (p_pool + b_scales).to(tl.pointer_type(tl.float32)) + o_r
+        else:
+            group, row = second // FORMAT.group_rows, second % FORMAT.group_rows
+            b_more = group * FORMAT.group_bytes + row * FORMAT.data_bytes
+            b_data = tl.where(m_first, b_data, b_more)
+            b_more = group * FORMAT.group_bytes + FORMAT.scale_offset + row * FORMAT.scale_bytes
+            b_scales = tl.where(m_first, b_scales, b_more)
+            b_key = tl.load(p_pool + b_data[:, None] + (o_r[:, None] * FORMAT.data_bytes + o_d))
+            p_scale = (p_pool + b_scales).to(tl.pointer_type(tl.float32)) + o_r
+        b_scale = tl.load(p_scale)
     return b_key, b_scale
 
 
@@ -142,13 +163,10 @@ def load_query(
 def index_scores_kernel(
     p_positions, p_token_rows, p_pages, page_stride, first_token, num_tokens, p_first_tiles, p_query, p_weights, p_pool,
     p_scores, score_stride, p_maxima, maxima_stride, H: tl.constexpr, D: tl.constexpr, RATIO: tl.constexpr,
-    PER_PAGE: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BU: tl.constexpr,
-    GROUP: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr, STAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr,
+    BK: tl.constexpr, BU: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """An equal share of the tiles per program."""
-    ALIGNED: tl.constexpr = PER_PAGE % BS == 0 and (
-        FORMAT.group_rows == 1 or FORMAT.group_rows % BS == 0
-    )
     num_units = tl.cdiv(num_tokens, UNIT)
     num_tiles = tl.load(p_first_tiles + num_units).to(tl.int64)
     tile = (num_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
@@ -181,20 +199,13 @@ def index_scores_kernel(
             run_stop = tl.minimum(stop - first_tile, tl.cdiv(most, BS))
             for number in tl.range(tile - first_tile, run_stop, num_stages=STAGES):
                 o_s = number * BS + tl.arange(0, BS)
-                m_s = o_s < most
-                b_slot, slot = o_s.to(tl.int64), most.to(tl.int64)
-                if ALIGNED:
-                    page = tl.load(p_table + number * BS // PER_PAGE)
-                    slot = page * PER_PAGE + number * BS % PER_PAGE
-                else:
-                    b_page = tl.load(p_table + o_s // PER_PAGE, mask=m_s, other=0)
-                    b_slot = b_page * PER_PAGE + o_s % PER_PAGE
-                b_key, b_scale = load_keys(p_pool, b_slot, m_s, slot, 0, ALIGNED, FORMAT, BS, BK, D)
+                slot, second = first_slots(p_table, number, most, PER_PAGE, BS, PART)
+                b_key, b_scale = load_keys(p_pool, slot, second, 0, FORMAT, BS, PART, BK, D)
                 b_dot = tl.dot(as_operand(b_key, OPERAND, CASTS), b_q, input_precision="ieee")
                 # fp32 operands do not fit the registers: BK channels at a time.
                 for first in tl.static_range(BK, D, BK):
                     b_part, b_scale = load_keys(
-                        p_pool, b_slot, m_s, slot, first, ALIGNED, FORMAT, BS, BK, D
+                        p_pool, slot, second, first, FORMAT, BS, PART, BK, D
                     )
                     b_q_part = load_query(p_query, o_n, m_n, first, D, BK, OPERAND, CASTS)
                     b_dot = tl.dot(b_part, b_q_part, b_dot, input_precision="ieee")
@@ -233,6 +244,23 @@ def index_tuning(num_tokens: int, num_requests: int, exact: bool) -> IndexTuning
     if num_tokens <= num_requests:
         return IndexTuning(64, 1, 4, 4, 4)
     return IndexTuning(64, 2, 4, 4, 3, 168)
+
+
+def rows_together(per_page: int, key_format: RowFormat, entries: int) -> int:
+    """Rows of a tile that lie together: the whole, or each half.
+
+    Raises:
+        ValueError: the tile has more than two parts.
+    """
+    whole = per_page & -per_page  # the largest power of two that divides it
+    if key_format.group_rows > 1:
+        whole = min(whole, key_format.group_rows)
+    part = min(whole, entries)
+    if entries > 2 * part:
+        raise ValueError(
+            f"tile: expected at most {2 * part} entries for pages of {per_page}, got {entries}"
+        )
+    return part
 
 
 def operand(key_format: RowFormat, device: torch.device) -> tl.dtype:
@@ -341,6 +369,8 @@ def score_entries(
         tuning.entries, first_token, num_tokens,
     )  # fmt: skip
     scores, maxima = held_scores(step, ratio, workspace)
+    per_page = step.page_tokens // ratio
+    part = rows_together(per_page, key_format, tuning.entries)
     most = triton.cdiv(num_tokens, tuning.unit) * triton.cdiv(scores.shape[1], tuning.entries)
     index_scores_kernel[(min(most, _programs(device, tuning.occupancy)),)](
         p_positions=step.positions,
@@ -360,10 +390,11 @@ def score_entries(
         H=query.shape[1],
         D=INDEX_DIM,
         RATIO=ratio,
-        PER_PAGE=step.page_tokens // ratio,
+        PER_PAGE=per_page,
         K=k,
         UNIT=tuning.unit,
         BS=tuning.entries,
+        PART=part,
         BK=32 if exact else INDEX_DIM,
         BU=COUNTED_UNITS,
         GROUP=GROUP,

@@ -20,6 +20,7 @@ from dsv4_kernels.step import StepTensors
 # Entries of a group; a group's best score is its maximum.
 GROUP = 8
 _WARPS = 8
+_MANY_TOKENS = 256
 
 
 @triton.jit
@@ -182,6 +183,13 @@ def topk_levels(max_entries: int, k: int) -> tuple[int, int, int]:
     return size, small, levels
 
 
+def topk_registers(num_tokens: int, levels: int) -> int | None:
+    """Registers of a thread: few where many programs wait for each other's reductions, all where a program is alone."""
+    if num_tokens < _MANY_TOKENS:
+        return None
+    return 64 if levels < 3 else 128
+
+
 def topk_entries(
     step: StepTensors,
     scores: torch.Tensor,
@@ -262,4 +270,5 @@ def topk_entries(
         LEVELS=levels,
         PAD=pad,
         num_warps=_WARPS,
+        maxnreg=topk_registers(num_tokens, levels),
     )
