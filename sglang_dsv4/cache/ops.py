@@ -28,6 +28,10 @@ class CacheOps(Protocol):
     name: str
 
     @property
+    def index_scores(self) -> str:
+        """Whose kernels score index keys."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of scratch that the operations hold."""
 
@@ -105,6 +109,7 @@ class TorchOps:
     """The references; they run anywhere, and ask the device for sizes as they go."""
 
     name = "torch"
+    index_scores = "torch"
     nbytes = 0
 
     def __init__(self, spec: CacheSpec) -> None:

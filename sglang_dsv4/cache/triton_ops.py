@@ -12,6 +12,7 @@ from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
 from dsv4_kernels.window_store.fused import window_store
 from sglang_dsv4.cache.inputs import WindowInput
+from sglang_dsv4.cache.long_scores import has_deep_gemm, select_long, takes
 from sglang_dsv4.cache.plan import StepPlan
 from sglang_dsv4.cache.storage import Capacity
 from sglang_dsv4.spec import CSA_RATIO, CacheSpec
@@ -40,8 +41,14 @@ class TritonOps:
         self._max_entries = capacity.history_pages * spec.page_tokens // CSA_RATIO
         self._hca = hca_workspace(capacity.state_slots, self._max_tokens, device)
         self._index: IndexWorkspace | None = None
+        self._has_deep_gemm = has_deep_gemm(device, spec.index_keys)
         if index_heads is not None and any(layer.indexed for layer in spec.layers):
             self._index_scratch(index_heads)
+
+    @property
+    def index_scores(self) -> str:
+        """Whose kernels score index keys."""
+        return "triton, long prefills by DeepGEMM" if self._has_deep_gemm else "triton"
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +108,13 @@ class TritonOps:
         pad = out is None
         if out is None:
             out = empty((plan.num_tokens, self._spec.index_topk), torch.int32, self._device)
-        if plan.num_tokens:
+        heads = index_q.shape[1]
+        if self._has_deep_gemm and takes(plan.step, heads, ratio, out.shape[1]):
+            select_long(
+                plan.step, index_q, index_weights, index_pool, cos_sin, ratio, out,
+                self._index_scratch(heads), pad, numbering,
+            )  # fmt: skip
+        elif plan.num_tokens:
             select_entries(
                 plan.step,
                 index_q,
@@ -111,7 +124,7 @@ class TritonOps:
                 cos_sin,
                 ratio,
                 out,
-                self._index_scratch(index_q.shape[1]),
+                self._index_scratch(heads),
                 pad=pad,
                 numbering=numbering,
             )

@@ -150,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
             "CUDA graphs: with attention flashinfer or flashmla; eager needs --disable-cuda-graph"
         )
     kernels = "triton" if capabilities.has_triton_gpu else "torch"
+    if sm == 90 and capabilities.has_deep_gemm:
+        kernels += " (index scores of long prefills by DeepGEMM)"
     console.print(
         f"Would run on {device}: CompressedKVCache, kernels {kernels}, attention and portable ops as listed",
         soft_wrap=True,

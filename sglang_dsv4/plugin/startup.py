@@ -21,6 +21,7 @@ def describe(
         "attention": attention,
         "attention_reason": reason,
         "kernels": cache.ops.name,
+        "index_scores": cache.ops.index_scores,
         "device": str(cache.device),
         "portable_ops": portable_ops,
         "spec_digest": cache.spec.digest(),
@@ -36,7 +37,8 @@ def active_line(facts: dict[str, Any]) -> str:
     )
     return (
         f"sglang_dsv4 active: CompressedKVCache {facts['version']}, rows {report['row_format']}, "
-        f"index keys {report['index_format']}, kernels {facts['kernels']}, attention {facts['attention']} on {facts['device']} ({facts['attention_reason']}), "
+        f"index keys {report['index_format']}, kernels {facts['kernels']}, index scores {facts['index_scores']}, "
+        f"attention {facts['attention']} on {facts['device']} ({facts['attention_reason']}), "
         f"{report['max_tokens']} tokens in pages of {report['page_tokens']}, {report['counts']['state_slots']} requests, "
         f"{report['total_bytes'] / _MIB:.1f} MiB ({pools}), "
         f"portable ops: {', '.join(facts['portable_ops']) or 'none'}"

@@ -3,6 +3,7 @@
 import pytest
 import triton.language as tl
 
+from dsv4_kernels.group_maxima.fused import group_maxima_kernel
 from dsv4_kernels.index_query.fused import index_query_kernel
 from dsv4_kernels.index_score.fused import (
     index_scores_kernel,
@@ -83,3 +84,12 @@ def test_topk(architecture, k, max_entries):
         assert machine_code(
             topk_entries_kernel, arguments, constants, architecture, 8, maxnreg=registers
         )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_maxima(architecture):
+    arguments = {
+        **STEP, "p_scores": "*fp32", "score_stride": "i32", "p_maxima": "*fp32", "maxima_stride": "i32",
+    }  # fmt: skip
+    constants = {"RATIO": RATIO, "FEWEST": 4096, "GROUP": GROUP, "BG": 512}
+    assert machine_code(group_maxima_kernel, arguments, constants, architecture, 4)

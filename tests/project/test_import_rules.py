@@ -38,7 +38,7 @@ OTHERS = {
     "sglang_dsv4.errors": set(),
     "sglang_dsv4.env": set(),
     "sglang_dsv4.spec": {"torch"},
-    "sglang_dsv4.cache": {"torch", "safetensors"},
+    "sglang_dsv4.cache": {"torch", "safetensors", "deep_gemm"},
     "sglang_dsv4.attention": {"torch", "flashinfer", "flash_mla"},
 }
 # Packages that are at home in one place only.
@@ -48,6 +48,7 @@ HOMES = {
     "transformers": "sglang_dsv4.runtime",
     "flashinfer": "sglang_dsv4.attention.flashinfer",
     "flash_mla": "sglang_dsv4.attention.flashmla",
+    "deep_gemm": "sglang_dsv4.cache.long_scores",
 }
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 ENVIRONMENT_FAULT = "touches the environment; only sglang_dsv4/env.py may"
