@@ -54,7 +54,7 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter requests")
     parser.add_argument(
-        "--rounds", type=int, help="of each side (default: 3, with --quick or on a CPU 1)"
+        "--rounds", type=int, help="of each side (default: 5, with --quick or on a CPU 1)"
     )
     parser.add_argument("--only", default="", help="only scenarios whose name contains this text")
     parser.add_argument(
@@ -194,7 +194,7 @@ async def _measure(
     for work in [work for work in all_work(quick, device) if args.only in work.name]:
         for client in clients.values():  # compiles what this scenario needs
             await _round(client, work if device == "cuda" else chats(1, 1, 16, 2))
-        for number in range(args.rounds or (1 if quick else 3)):
+        for number in range(args.rounds or (1 if quick else 5)):
             # Who is first takes turns, too.
             for name, client in list(clients.items())[:: (-1) ** number]:
                 with ExitStack() as others:

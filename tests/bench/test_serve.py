@@ -173,7 +173,7 @@ def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
     asyncio.run(serve_command._measure(args, "cuda", servers, report, console))
     assert {name for _, name, _ in asked} == {"chat-8"}
     clients = [client for client, _, _ in asked]
-    assert clients == [OURS, THEIRS, *(OURS, THEIRS, THEIRS, OURS, OURS, THEIRS)]
+    assert clients == [OURS, THEIRS, *[OURS, THEIRS, THEIRS, OURS] * 2, OURS, THEIRS]
     assert [entry["side"] for entry in report["rounds"]] == clients[2:]
     assert {(client, *still) for client, _, still in asked[2:]} == {(OURS, THEIRS), (THEIRS, OURS)}
 
