@@ -9,10 +9,10 @@ import torch
 from dsv4_kernels.layout import FP8_INDEX
 from sglang_dsv4.bench.cases import PAGE_TOKENS
 from sglang_dsv4.bench.index_work import IndexWork
+from sglang_dsv4.cache.long_scores import PACKAGE, gather_keys
 from sglang_dsv4.spec import CSA_RATIO
 
 _SGLANG = "sglang.kernels.ops.attention.dsv4.topk"
-_DEEP_GEMM = "deep_gemm"
 _FLASHINFER = "flashinfer.topk"
 _PER_PAGE = PAGE_TOKENS // CSA_RATIO
 
@@ -27,7 +27,7 @@ def load(name: str) -> tuple[Any, str]:
 
 def missing() -> list[str]:
     """Why peers cannot be timed, one line each."""
-    reasons = (load(name)[1] for name in (_SGLANG, _DEEP_GEMM, _FLASHINFER))
+    reasons = (load(name)[1] for name in (_SGLANG, PACKAGE, _FLASHINFER))
     return [reason for reason in reasons if reason]
 
 
@@ -73,7 +73,7 @@ def scores_peer(work: IndexWork) -> Callable[[], object] | None:
     One token per request reads pages of 64 keys. Many tokens of one request read its keys from where they lie in a row; to
     gather them there, once a step and layer, is not timed.
     """
-    module, _ = load(_DEEP_GEMM)
+    module, _ = load(PACKAGE)
     if module is None or work.key_format is not FP8_INDEX:
         return None
     first, count = work.piece
@@ -81,42 +81,19 @@ def scores_peer(work: IndexWork) -> Callable[[], object] | None:
     queries = work.workspace.query[:count, :heads].contiguous()
     weights = work.workspace.weights[:count, :heads].contiguous()
     lengths = _lengths(work)[first:]
+    longest = work.scores().shape[1]
     if len(work.step.seq_lens) == 1 < count:
-        return _gathered(work, module, queries, weights, lengths)
+        row = gather_keys(work.pool, work.step.history_pages[0])
+        begins = torch.zeros_like(lengths)
+        return lambda: module.fp8_mqa_logits(
+            queries, row, weights, begins, lengths, clean_logits=False, max_seqlen_k=longest
+        )
     if len(work.step.positions) != len(work.step.seq_lens):
         return None
     keys = work.pool.view(-1, _PER_PAGE, 1, FP8_INDEX.row_bytes)
     pages = work.step.history_pages.to(torch.int32)
     sms = torch.cuda.get_device_properties(work.q.device).multi_processor_count
     schedule = module.get_paged_mqa_logits_metadata(lengths.unsqueeze(1), _PER_PAGE, sms)
-    longest = work.scores().shape[1]
-
-    def run() -> object:
-        return module.fp8_paged_mqa_logits(
-            queries.unsqueeze(1), keys, weights, lengths.unsqueeze(1), pages, schedule, longest, False
-        )  # fmt: skip
-
-    return run
-
-
-def _gathered(
-    work: IndexWork,
-    module: Any,
-    queries: torch.Tensor,
-    weights: torch.Tensor,
-    lengths: torch.Tensor,
-) -> Callable[[], object]:
-    entries = torch.arange(int(work.visible[-1]), device=work.q.device)
-    slots = work.step.index_slots(torch.zeros_like(entries), entries, CSA_RATIO)
-    data, scale = FP8_INDEX.scale_offset, FP8_INDEX.group_bytes
-    keys = work.pool[:, :data].reshape(-1, FP8_INDEX.dim)[slots].view(torch.float8_e4m3fn)
-    scales = work.pool[:, data:scale].contiguous().view(torch.float32).flatten()[slots]
-    begins = torch.zeros_like(lengths)
-    longest = -(-len(entries) // _PER_PAGE) * _PER_PAGE
-
-    def run() -> object:
-        return module.fp8_mqa_logits(
-            queries, (keys, scales), weights, begins, lengths, clean_logits=False, max_seqlen_k=longest
-        )  # fmt: skip
-
-    return run
+    return lambda: module.fp8_paged_mqa_logits(
+        queries.unsqueeze(1), keys, weights, lengths.unsqueeze(1), pages, schedule, longest, False
+    )

@@ -13,6 +13,7 @@ import torch
 
 from dsv4_kernels.group_maxima.fused import group_maxima
 from dsv4_kernels.index_query.fused import index_query
+from dsv4_kernels.index_score.fused import check_arguments
 from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores
 from dsv4_kernels.index_topk import GROUP, topk_entries
 from dsv4_kernels.layout import FP8_INDEX, RowFormat
@@ -69,7 +70,11 @@ def select_long(
     cos_sin: torch.Tensor, ratio: int, out: torch.Tensor, workspace: IndexWorkspace, pad: bool,
     numbering: StepTensors | None,
 ) -> None:  # fmt: skip
-    """`dsv4_kernels.index_score.fused.select_entries` for a step that `takes` takes; arguments as there."""
+    """`dsv4_kernels.index_score.fused.select_entries` for a step that `takes` takes; arguments as there.
+
+    Not for graphs: the layer's keys are gathered, and DeepGEMM makes its scores, in new memory.
+    """
+    check_arguments(step, index_q, index_weights, index_pool, cos_sin, workspace)
     score, (num_tokens, k) = load_deep_gemm().fp8_mqa_logits, out.shape
     keys = gather_keys(index_pool, step.history_pages[0])
     ends = ((step.positions + 1) // ratio).to(torch.int32)
@@ -79,9 +84,20 @@ def select_long(
     for first in range(0, num_tokens, size):
         count = min(size, num_tokens - first)
         index_query(
-            step, index_q, index_weights, cos_sin, ratio, k, workspace.query.view(torch.uint8), workspace.weights,
-            workspace.first_tiles, 1, FP8_INDEX.group_rows, first, count,
-        )  # fmt: skip
+            step,
+            index_q,
+            index_weights,
+            cos_sin,
+            ratio,
+            k,
+            workspace.query.view(torch.uint8),
+            workspace.weights,
+            workspace.first_tiles,
+            1,
+            FP8_INDEX.group_rows,
+            first,
+            count,
+        )  # fmt: skip  (its tiles are nobody's)
         part = slice(first, first + count)
         scores = score(
             workspace.query[:count], keys, workspace.weights[:count], begins[part], ends[part], clean_logits=False,

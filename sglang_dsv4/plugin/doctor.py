@@ -108,6 +108,14 @@ def _attention(capabilities: Capabilities) -> Table:
     return table
 
 
+def kernels(capabilities: Capabilities) -> str:
+    """Whose kernels would fill the cache and choose its entries."""
+    if not capabilities.has_triton_gpu:
+        return "torch"
+    takes_long = capabilities.sm == 90 and capabilities.has_deep_gemm
+    return "triton, scores of long prefills by DeepGEMM" if takes_long else "triton"
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the report; returns 1 where the plug-in would refuse to start."""
     console = Console()
@@ -149,11 +157,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(
             "CUDA graphs: with attention flashinfer or flashmla; eager needs --disable-cuda-graph"
         )
-    kernels = "triton" if capabilities.has_triton_gpu else "torch"
-    if sm == 90 and capabilities.has_deep_gemm:
-        kernels += " (index scores of long prefills by DeepGEMM)"
     console.print(
-        f"Would run on {device}: CompressedKVCache, kernels {kernels}, attention and portable ops as listed",
+        f"Would run on {device}: CompressedKVCache, kernels {kernels(capabilities)}, attention and portable ops as listed",
         soft_wrap=True,
     )
     return 0

@@ -97,12 +97,7 @@ class StepPlanner:
     ) -> Callable[[], None]:
         """What plans into ``out`` when it is called, any number of times; arguments as
         `dsv4_kernels.step_plan.naive_step_plan` has them."""
-        make: Callable[..., Callable[[], None]] = partial(partial, naive_step_plan)
-        if out.positions.is_cuda:
-            from dsv4_kernels.step_plan.fused import StepPlanLaunch
-
-            make = StepPlanLaunch
-        return make(
+        arguments = (
             out,
             first_tokens,
             seq_lens,
@@ -111,6 +106,11 @@ class StepPlanner:
             self._req_to_token,
             self.window_slots,
         )
+        if out.positions.is_cuda:
+            from dsv4_kernels.step_plan.fused import StepPlanLaunch
+
+            return StepPlanLaunch(*arguments)
+        return partial(naive_step_plan, *arguments)
 
 
 def host_lengths(batch: Any) -> HostLengths:

@@ -88,7 +88,8 @@ def check_long_steps(device="cpu", heads=64):
         attention = make(work)
         attention.plan(work.plan, work.lengths)
         assert attention.plans_on_host and attention.numbering is not None
-        for layer_id in (1, 0):
+        # The rotation, which layer 1 has undone, takes the interpreter longest; it is the same in every kind.
+        for layer_id in (1, 0) if kind == "window" or device != "cpu" else (0,):
             found = errors(attention, work, layer_id, QUERIES)
             assert max(found) <= 1, (kind, layer_id, found)
         with shifted(module, 3):

@@ -13,21 +13,19 @@ from dsv4_kernels.group_maxima.fused import group_maxima
 from dsv4_kernels.index_query import fused as index_query_fused
 from dsv4_kernels.index_score import fused as index_score_fused
 from dsv4_kernels.index_score.bound import score_bound
-from dsv4_kernels.index_score.fused import IndexTuning, select_entries
+from dsv4_kernels.index_score.fused import select_entries
 from dsv4_kernels.index_score.naive import (
     naive_index_query,
-    naive_index_scores,
     naive_select_entries,
     naive_topk_entries,
 )
+from dsv4_kernels.index_score.tuning import IndexTuning
 from dsv4_kernels.index_score.workspace import held_scores, index_workspace
 from dsv4_kernels.index_topk.fused import GROUP, topk_entries, topk_levels
 from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache import long_scores
-from sglang_dsv4.cache.long_scores import has_deep_gemm, select_long, takes
 from tests.kernels.flush_world import nan_pool
 from tests.kernels.interpreting import make_checks
 
@@ -390,45 +388,8 @@ def check_maxima(device="cpu"):
     assert not torch.equal(found, expected)
 
 
-class Scorer:
-    """What DeepGEMM computes, where it is not installed."""
-
-    @staticmethod
-    def fp8_mqa_logits(q, keys, weights, begins, ends, clean_logits, max_seqlen_k):
-        assert not clean_logits and max_seqlen_k % 64 == 0 and (begins == 0).all()
-        assert q.is_contiguous() and keys[0].is_contiguous() and weights.is_contiguous()
-        values = keys[0].float() * keys[1].unsqueeze(1)
-        scores = naive_index_scores(q.float(), weights, values[:max_seqlen_k])
-        entry = torch.arange(max_seqlen_k, device=q.device)
-        scores = scores.masked_fill(entry >= ends.unsqueeze(1), float("nan"))
-        return torch.nn.functional.pad(scores, (0, 64), value=float("nan"))  # rows are apart
-
-
-def check_long(device="cpu"):
-    """A long prefill of one request by DeepGEMM's interface, in pieces, chooses what the reference does."""
-    world = make_world(
-        FP8_INDEX, ((2500, 30),), 64, device=device, exact=True, page_tokens=256, dtype=torch.bfloat16
-    )  # fmt: skip
-    installed = has_deep_gemm(torch.device(device), FP8_INDEX)
-    load = long_scores.load_deep_gemm if installed else lambda: Scorer
-    with mock.patch.object(long_scores, "FEWEST_TOKENS", 32):
-        assert takes(world.step, 64, RATIO, K) and not takes(world.step, 32, RATIO, K)
-        assert not takes(world.step, 64, RATIO, world.max_entries)
-    assert not takes(world.step, 64, RATIO, K)
-    expected = world.naive()
-    for tokens in (64, 7):
-        out = torch.full((len(world.q), K), 7, dtype=torch.int32, device=device)
-        arguments = (world.step, world.q, world.weights, world.pool, world.table, RATIO, out)
-        with mock.patch.object(long_scores, "load_deep_gemm", load):
-            select_long(*arguments, world.workspace(tokens), True, None)
-        assert torch.equal(out, expected), f"{tokens} tokens"
-    world.weights[5] *= -1
-    assert not torch.equal(world.naive(), expected), "a wrong weight was not seen"
-
-
 CHECKS = {
     "maxima": check_maxima,
-    "long": check_long,
     "values": check_values,
     "exact": check_exact,
     "tiling": check_scores_do_not_depend_on_tiling,

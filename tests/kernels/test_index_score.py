@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv4_kernels.index_score.fused import rows_together, select_entries
+from dsv4_kernels.index_score.fused import select_entries
 from dsv4_kernels.index_score.naive import (
     naive_index_query,
     naive_round_query,
     naive_select_entries,
 )
+from dsv4_kernels.index_score.tuning import rows_together
 from dsv4_kernels.index_score.workspace import index_workspace
 from dsv4_kernels.index_topk import GROUP, topk_entries
 from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv4_kernels.index_score import fused, naive_topk_entries
-from dsv4_kernels.index_score.fused import IndexTuning
+from dsv4_kernels.index_score.tuning import IndexTuning
 from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, INDEX_FORMATS
 from tests.kernels.index_score_checks import CHECKS, make_world, score_faults
 

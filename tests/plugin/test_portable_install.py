@@ -8,6 +8,7 @@ import pytest
 
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.plugin import doctor
 from sglang_dsv4.plugin.portable import install as installer
 from sglang_dsv4.plugin.portable.capabilities import NEEDS, Capabilities
 from sglang_dsv4.plugin.portable.environment import (
@@ -35,6 +36,19 @@ H200 = Capabilities(
     has_sgl_kernel=True,
     has_deep_gemm=True,
 )
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        (CPU, "torch"),
+        (H200, "triton, scores of long prefills by DeepGEMM"),
+        (replace(H200, sm=100), "triton"),
+        (replace(H200, has_deep_gemm=False), "triton"),
+    ],
+)
+def test_the_doctor_says_whose_kernels_would_run(machine, expected):
+    assert doctor.kernels(machine) == expected
 
 
 def names(found):

@@ -231,6 +231,7 @@ def test_chat_and_sampling(server):
 def test_the_server_proves_that_our_cache_runs(server, tiny):
     line = active_line(server.log_lines())
     assert line is not None and "rows fp32" in line and "attention eager on cpu" in line
+    assert "kernels torch, index scores torch" in line
     info = httpx.get(f"{server.url}/server_info", timeout=60).json()["internal_states"][0]
     facts = info["sglang_dsv4"]
     report = facts["report"]

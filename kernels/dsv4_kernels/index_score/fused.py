@@ -11,33 +11,23 @@ Where keys are e4m3, so are queries, and tensor cores that multiply e4m3 do; the
 number. Powers of two, the scales of keys and of queries, are applied to sums.
 """
 
-from functools import cache
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts, is_interpreting
 from dsv4_kernels.index_query.fused import COUNTED_UNITS, index_query, scored_entries
+from dsv4_kernels.index_score.tuning import (
+    IndexTuning,
+    index_tuning,
+    num_programs,
+    rows_together,
+)
 from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, padded_heads
 from dsv4_kernels.index_topk.fused import GROUP, topk_entries
 from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, RowFormat
-from dsv4_kernels.row_codec.fused import store_format
+from dsv4_kernels.row_codec.fused import e4m3_to_fp32, store_format
 from dsv4_kernels.step import StepTensors
-
-
-@triton.jit
-def e4m3_values(b_byte, HARDWARE_CASTS: tl.constexpr):
-    """Values of e4m3 bytes; each is a bf16 number."""
-    if HARDWARE_CASTS:
-        b_value = b_byte.to(tl.float8e4nv, bitcast=True).to(tl.bfloat16)
-    else:
-        b_bits = b_byte.to(tl.uint32)
-        b_bits = ((b_bits & 0x80) << 24) | ((b_bits & 0x7F) << 20)
-        # The exponent's bias is 7 in place of 127; e4m3's subnormals are fp32 subnormals before the product.
-        b_value = b_bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-    return b_value
 
 
 @triton.jit
@@ -102,7 +92,7 @@ def as_operand(b_x, OPERAND: tl.constexpr, CASTS: tl.constexpr):
         if tl.float8e4nv == OPERAND:
             b_operand = b_x.to(tl.float8e4nv, bitcast=True)
         else:
-            b_operand = e4m3_values(b_x, CASTS).to(OPERAND)
+            b_operand = e4m3_to_fp32(b_x, CASTS).to(OPERAND)
     else:
         b_operand = b_x.to(OPERAND)
     return b_operand
@@ -164,7 +154,8 @@ def index_scores_kernel(
     p_positions, p_token_rows, p_pages, page_stride, first_token, num_tokens, p_first_tiles, p_query, p_weights, p_pool,
     p_scores, score_stride, p_maxima, maxima_stride, H: tl.constexpr, D: tl.constexpr, RATIO: tl.constexpr,
     PER_PAGE: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr,
-    BK: tl.constexpr, BU: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr, STAGES: tl.constexpr,
+    BK: tl.constexpr, BU: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr,
+    CASTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """An equal share of the tiles per program."""
     num_units = tl.cdiv(num_tokens, UNIT)
@@ -222,64 +213,11 @@ def index_scores_kernel(
         unit += 1
 
 
-class IndexTuning(NamedTuple):
-    """Entries of a tile, tokens of a unit, warps, stages, programs per multiprocessor, and registers of a thread at most.
-
-    None changes a score, as long as a tile of rounded keys has at least 64 entries: a smaller one may be computed by another
-    instruction of the tensor cores, which need not round alike.
-    """
-
-    entries: int
-    unit: int
-    warps: int
-    stages: int
-    occupancy: int
-    registers: int | None = None
-
-
-def index_tuning(num_tokens: int, num_requests: int, exact: bool) -> IndexTuning:
-    """Tile of the scores, by shape: a decode step shares no keys and waits for memory, a prefill for tensor cores."""
-    if exact:
-        return IndexTuning(32, 1, 4, 1, 4)
-    if num_tokens <= num_requests:
-        return IndexTuning(64, 1, 4, 4, 4)
-    return IndexTuning(64, 2, 4, 4, 3, 168)
-
-
-def rows_together(per_page: int, key_format: RowFormat, entries: int) -> int:
-    """Rows of a tile that lie together: the whole, or each half.
-
-    Raises:
-        ValueError: the tile has more than two parts.
-    """
-    whole = per_page & -per_page  # the largest power of two that divides it
-    if key_format.group_rows > 1:
-        whole = min(whole, key_format.group_rows)
-    part = min(whole, entries)
-    if entries > 2 * part:
-        raise ValueError(
-            f"tile: expected at most {2 * part} entries for pages of {per_page}, got {entries}"
-        )
-    return part
-
-
 def operand(key_format: RowFormat, device: torch.device) -> tl.dtype:
     """What tensor cores multiply: e4m3 where they can, fp32 where keys are exact, else bf16."""
     if key_format.storage_dtype == torch.float32 or is_interpreting():
         return tl.float32  # Triton's interpreter cannot multiply bf16.
     return tl.float8e4nv if key_format is FP8_INDEX and hardware_casts(device) else tl.bfloat16
-
-
-@cache
-def _multiprocessors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
-
-
-def _programs(device: torch.device, occupancy: int) -> int:
-    if device.type != "cuda":
-        return 3
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _multiprocessors(index) * occupancy
 
 
 def select_entries(
@@ -302,6 +240,7 @@ def select_entries(
         workspace (IndexWorkspace): of `index_workspace`, for the same heads, k and format.
         tuning (IndexTuning | None): of `index_tuning` if None.
         pad (bool): write -1 behind the entries of a token that sees fewer than ``out`` has room for; else leave these cells.
+        numbering (StepTensors | None): number the chosen entries by this step's tables, of the same requests.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
     """
@@ -372,7 +311,7 @@ def score_entries(
     per_page = step.page_tokens // ratio
     part = rows_together(per_page, key_format, tuning.entries)
     most = triton.cdiv(num_tokens, tuning.unit) * triton.cdiv(scores.shape[1], tuning.entries)
-    index_scores_kernel[(min(most, _programs(device, tuning.occupancy)),)](
+    index_scores_kernel[(min(most, num_programs(device, tuning.occupancy)),)](
         p_positions=step.positions,
         p_token_rows=step.token_rows,
         p_pages=step.history_pages,

@@ -20,6 +20,7 @@ from dsv4_kernels.step import StepTensors
 # Entries of a group; a group's best score is its maximum.
 GROUP = 8
 _WARPS = 8
+# From so many programs on there are two or more for each multiprocessor of the largest GPUs.
 _MANY_TOKENS = 256
 
 
