@@ -11,7 +11,7 @@ import torch
 from dsv4_kernels.index_score.naive import naive_index_scores
 from dsv4_kernels.layout import FP8_INDEX
 from sglang_dsv4.cache import long_scores
-from tests.kernels.index_score_checks import RATIO, K, make_world
+from tests.kernels.index_world import RATIO, K, make_world
 from tests.kernels.interpreting import make_checks
 
 

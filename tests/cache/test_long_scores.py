@@ -11,7 +11,7 @@ from sglang_dsv4.cache import long_scores, triton_ops
 from sglang_dsv4.cache.storage import Capacity
 from tests.cache.driver import make_spec
 from tests.cache.long_scores_checks import CHECKS, long_world
-from tests.kernels.index_score_checks import RATIO, K
+from tests.kernels.index_world import RATIO, K
 from tests.kernels.interpreting import interpreted
 
 

@@ -16,7 +16,7 @@ from dsv4_kernels.index_score.workspace import index_workspace
 from dsv4_kernels.index_topk import GROUP, topk_entries
 from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
-from tests.kernels.index_score_checks import RATIO, K, make_world
+from tests.kernels.index_world import RATIO, K, make_world
 
 
 def hadamard_matrix():

@@ -6,7 +6,8 @@ import torch
 from dsv4_kernels.index_score import fused, naive_topk_entries
 from dsv4_kernels.index_score.tuning import IndexTuning
 from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, INDEX_FORMATS
-from tests.kernels.index_score_checks import CHECKS, make_world, score_faults
+from tests.kernels.index_score_checks import CHECKS, score_faults
+from tests.kernels.index_world import make_world
 
 pytestmark = pytest.mark.gpu
 
