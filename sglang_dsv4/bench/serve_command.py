@@ -18,7 +18,7 @@ from sglang_dsv4.bench.serve_work import Work, all_work, chats
 from sglang_dsv4.compare.checkpoint import ready_checkpoint
 from sglang_dsv4.compare.client import ServeClient
 from sglang_dsv4.compare.machine import environment
-from sglang_dsv4.compare.options import add_server_options, begin
+from sglang_dsv4.compare.options import add_server_options, begin, check_model
 from sglang_dsv4.compare.side import (
     NATIVE_ROWS,
     OURS,
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     console, device = begin(args)
     shape = "flash" if device == "cuda" else "tiny"
     try:
+        check_model(args.model)
         sides, rounded = make_sides(args, device), make_rounded(args, device)
         checkpoint = args.model or ready_checkpoint(
             args.build_dir, shape, console.print, args.layers

@@ -16,7 +16,7 @@ from sglang_dsv4.compare import hit_bytes
 from sglang_dsv4.compare.ask import make_questions
 from sglang_dsv4.compare.checkpoint import ready_checkpoint
 from sglang_dsv4.compare.machine import environment
-from sglang_dsv4.compare.options import add_server_options, begin
+from sglang_dsv4.compare.options import add_server_options, begin, check_model
 from sglang_dsv4.compare.runs import Passes, Way, read_way
 from sglang_dsv4.compare.session import Plan, run_session
 from sglang_dsv4.compare.side import NATIVE_ROWS, OURS, ROUNDED, THEIRS, Side
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare; the exit status."""
     console, device = begin(args)
     try:
-        if args.model is not None and not (args.model / "config.json").is_file():
-            raise ValueError(f"--model {args.model}: expected a folder with config.json, got none")
+        check_model(args.model)
         if args.answers is not None and not args.answers.is_file():
             raise ValueError(f"--answers {args.answers}: expected a file, got none")
         kept = kept_runs(args.answers) if args.answers is not None else None

@@ -31,3 +31,13 @@ def begin(args: argparse.Namespace) -> tuple[Console, str]:
     """Where to print, and the device; from here on a ``kill`` ends the servers too."""
     signal.signal(signal.SIGTERM, leave)
     return Console(width=160), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_model(model: Path | None) -> None:
+    """Refuse a checkpoint that is not there.
+
+    Raises:
+        ValueError: names the folder.
+    """
+    if model is not None and not (model / "config.json").is_file():
+        raise ValueError(f"--model {model}: expected a folder with config.json, got none")

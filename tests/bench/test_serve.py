@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sglang_dsv4.bench import serve_command, serve_report
 from sglang_dsv4.bench.serve_work import agents, all_work, chats
+from sglang_dsv4.cli import main
 from sglang_dsv4.compare import side as side_module
 from sglang_dsv4.compare.client import Reply, ServeClient, Stream, StreamError
 from sglang_dsv4.compare.side import OURS, THEIRS, Side, SideServer, same_share
@@ -267,3 +268,11 @@ def test_a_paused_server_stands_still_with_its_children(tmp_path):
             wait_until(lambda found: set(found.values()) == {"T"})
         wait_until(lambda found: "R" in found.values() and "T" not in found.values())
     assert not states()
+
+
+def test_a_missing_checkpoint_is_refused_before_anything_starts(tmp_path, capsys):
+    arguments = ["bench", "serve", "--device", "cpu", "--model", str(tmp_path / "none")]
+    assert main([*arguments, "--build-dir", str(tmp_path / "build")]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "expected a folder with config.json, got none" in words
+    assert not (tmp_path / "build").exists()
