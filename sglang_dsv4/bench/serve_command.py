@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import os
 import shlex
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sglang_dsv4.bench.serve_check import check
+from sglang_dsv4.bench.serve_cores import Cores, pin, pin_client, share_out
 from sglang_dsv4.bench.serve_report import rows, summarize, table
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
 from sglang_dsv4.compare.checkpoint import ready_checkpoint
@@ -39,6 +41,9 @@ from sglang_dsv4.tiny.command import read_ratios
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
 # Questions of the check, and tokens of the longest.
 CHECKED = {"cuda": (24, 1024), "cpu": (4, 300)}
+# On a GPU so many that a step takes it longer than the scheduler: with fewer, what is measured is the host.
+LAYERS = {"cuda": "0,4,128,4,128,4,128,4,128,4,128,4,128", "cpu": "0,4,128,4,128"}
+ROUNDS = 9
 
 
 def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,7 +59,7 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter requests")
     parser.add_argument(
-        "--rounds", type=int, help="of each side (default: 5, with --quick or on a CPU 1)"
+        "--rounds", type=int, help=f"of each side (default: {ROUNDS}, with --quick or on a CPU 1)"
     )
     parser.add_argument("--only", default="", help="only scenarios whose name contains this text")
     parser.add_argument(
@@ -66,9 +71,8 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "--layers",
         type=read_ratios,
-        default="0,4,128,4,128",
         metavar="RATIOS",
-        help="of that (default: %(default)s)",
+        help="of that, by their ratios (default: thirteen, on a CPU five)",
     )
     parser.add_argument("--rows", help="--dsv4-kv-format of ours (default: the server's)")
     parser.add_argument(
@@ -84,6 +88,12 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="pools of so many tokens, and all servers start at the same time, which saves minutes on a machine where SGLang has "
         "not compiled yet (default: as many tokens as fit into --mem-fraction, and one server after the other)",
     )
+    parser.add_argument(
+        "--any-core",
+        action="store_true",
+        help="leave it to the system where threads run (default: the busy ones of both sides have the same cores to themselves, "
+        "where there are enough)",
+    )
     add_server_options(parser)
     parser.set_defaults(func=run)
 
@@ -96,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         check_model(args.model)
         sides, rounded = make_sides(args, device), make_rounded(args, device)
         checkpoint = args.model or ready_checkpoint(
-            args.build_dir, shape, console.print, args.layers
+            args.build_dir, shape, console.print, args.layers or read_ratios(LAYERS[device])
         )
         model = json.loads((checkpoint / "config.json").read_text()) | {"weights": "random"}
         report: dict[str, Any] = {
@@ -134,6 +144,8 @@ def run(args: argparse.Namespace) -> int:
                         check(urls, *CHECKED[device], written, answers, device)
                     )
             console.print(f"Checked: {report['check']}")
+            cores = None if args.any_core else share_out(os.sched_getaffinity(0))
+            report["cores"] = bind(servers, cores, console)
             with naming_the_dead(servers):
                 asyncio.run(_measure(args, device, servers, report, console))
     except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
@@ -147,6 +159,21 @@ def run(args: argparse.Namespace) -> int:
     for reason in report["not_run"]:
         console.print(f"Not run: {reason}")
     return 0
+
+
+def bind(servers: list[SideServer], cores: Cores | None, console: Console) -> dict[str, Any] | None:
+    """Give both sides the same cores, and this program one; for the report."""
+    if cores is None:
+        console.print("Not bound to cores")
+        return None
+    for server in servers:
+        pin(server, cores)
+    pin_client(cores)
+    console.print(
+        f"Bound: schedulers to CPU {cores.scheduler}, detokenizers to {cores.detokenizer}, servers to {cores.server}, this "
+        f"program to {cores.client}, their other threads to {len(cores.others)} more"
+    )
+    return cores._asdict()
 
 
 def make_sides(args: argparse.Namespace, device: str) -> list[Side]:
@@ -195,7 +222,7 @@ async def _measure(
     for work in [work for work in all_work(quick, device) if args.only in work.name]:
         for client in clients.values():  # compiles what this scenario needs
             await _round(client, work if device == "cuda" else chats(1, 1, 16, 2))
-        for number in range(args.rounds or (1 if quick else 5)):
+        for number in range(args.rounds or (1 if quick else ROUNDS)):
             # Who is first takes turns, too.
             for name, client in list(clients.items())[:: (-1) ** number]:
                 with ExitStack() as others:

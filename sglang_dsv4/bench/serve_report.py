@@ -1,5 +1,6 @@
 """Numbers of `bench serve`: of a round, of all rounds, and of one side by the other."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -63,30 +64,69 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def advantage(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
-    """By how much ours is better, metric by metric: above 1 ours is."""
-    return {
-        name: ours[name] / theirs[name] if more else theirs[name] / ours[name]
-        for name, _, more in METRICS
-        if ours[name] and theirs[name]
-    }
+def advantages(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """By how much ours is better in rounds that followed each other, metric by metric: above 1 it is.
+
+    A machine that is slower for a while is so for both rounds of a pair, but not for all of one side.
+
+    Args:
+        ours (Sequence[dict[str, Any]]): the numbers of our rounds.
+        theirs (Sequence[dict[str, Any]]): of the other side's, in the same order.
+
+    Returns:
+        dict[str, dict[str, float]]: the ``median`` of the pairs' ratios, and ``low`` and ``high``: `interval` around it.
+    """
+    found = {}
+    for name, _, more in METRICS:
+        pairs = [
+            (a[name], b[name]) if more else (b[name], a[name])
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+        if all(value for pair in pairs for value in pair):
+            ratios = [better / worse for better, worse in pairs]
+            low, high = interval(ratios)
+            found[name] = {"median": statistics.median(ratios), "low": low, "high": high}
+    return found
+
+
+def interval(values: Sequence[float], coverage: float = 0.95) -> tuple[float, float]:
+    """Where the median lies that many more such values would have, with this probability, whatever their distribution.
+
+    It is the narrowest pair of order statistics that has the coverage; of fewer than six values all, which have less.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, rank = 0.0, 0
+    # Both ends miss the median when fewer than ``rank + 1`` values lie on a side of it.
+    while rank < (count - 1) // 2:
+        outside += 2 * math.comb(count, rank) / 2**count
+        more = outside + 2 * math.comb(count, rank + 1) / 2**count
+        if more > 1 - coverage:
+            break
+        rank += 1
+    return ordered[rank], ordered[count - 1 - rank]
 
 
 def rows(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per scenario: medians of both sides, and how they compare.
 
     Args:
-        rounds (Sequence[dict[str, Any]]): ``work``, ``side`` and ``numbers`` of each.
+        rounds (Sequence[dict[str, Any]]): ``work``, ``side``, ``round`` and ``numbers`` of each.
     """
     found = []
     for work in dict.fromkeys(entry["work"] for entry in rounds):
         row: dict[str, Any] = {"work": work}
-        for side in dict.fromkeys(entry["side"] for entry in rounds):
-            numbers = [e["numbers"] for e in rounds if e["work"] == work and e["side"] == side]
-            if numbers:
-                row[side] = medians(numbers)
-        if OURS in row and THEIRS in row:
-            row["ours_is_better"] = advantage(row[OURS], row[THEIRS])
+        by_side: dict[str, dict[int, dict[str, Any]]] = {}
+        for entry in rounds:
+            if entry["work"] == work:
+                by_side.setdefault(entry["side"], {})[entry["round"]] = entry["numbers"]
+        for side, numbers in by_side.items():
+            row[side] = medians(list(numbers.values()))
+        both = sorted(by_side.get(OURS, {}).keys() & by_side.get(THEIRS, {}).keys())
+        if both:
+            pairs = ([by_side[side][number] for number in both] for side in (OURS, THEIRS))
+            row["ours_is_better"] = advantages(*pairs)
         found.append(row)
     return found
 
@@ -103,7 +143,13 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
                 )
         if "ours_is_better" in row:
             better = row["ours_is_better"]
-            shares = [f"{better[name]:.2f}x" if name in better else "-" for name, _, _ in METRICS]
+            shares = [_share(better.get(name)) for name, _, _ in METRICS]
             result.add_row("", "ours is better", *shares, "")
         result.add_section()
     return result
+
+
+def _share(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found['median']:.2f}x ({found['low']:.2f} - {found['high']:.2f})"

@@ -14,7 +14,7 @@ import torch
 from dsv4_kernels.group_maxima.fused import group_maxima
 from dsv4_kernels.index_query.fused import index_query
 from dsv4_kernels.index_score.fused import check_arguments
-from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores
+from dsv4_kernels.index_score.workspace import IndexWorkspace
 from dsv4_kernels.index_topk import GROUP, topk_entries
 from dsv4_kernels.layout import FP8_INDEX, RowFormat
 from dsv4_kernels.step import StepTensors
@@ -22,6 +22,8 @@ from dsv4_kernels.step import StepTensors
 PACKAGE = "deep_gemm"
 # Where it was measured to win, with room to spare: a gather and three launches more a layer cost what 200 tokens gain.
 FEWEST_TOKENS = 2048
+# Scores at once. A long prefill in many pieces waits for the last programs of each.
+MOST_SCORES = 1 << 26
 _HEADS = 64
 _CAPABILITY = (9, 0)
 
@@ -72,15 +74,17 @@ def select_long(
 ) -> None:  # fmt: skip
     """`dsv4_kernels.index_score.fused.select_entries` for a step that `takes` takes; arguments as there.
 
-    Not for graphs: the layer's keys are gathered, and DeepGEMM makes its scores, in new memory.
+    Not for graphs: the layer's keys are gathered, and DeepGEMM makes its scores, in new memory, which goes back when the layer
+    is done: 132 bytes a key, and 4.5 a score of at most `MOST_SCORES`.
     """
     check_arguments(step, index_q, index_weights, index_pool, cos_sin, workspace)
     score, (num_tokens, k) = load_deep_gemm().fp8_mqa_logits, out.shape
     keys = gather_keys(index_pool, step.history_pages[0])
     ends = ((step.positions + 1) // ratio).to(torch.int32)
     begins = torch.zeros_like(ends)
-    held = held_scores(step, ratio, workspace)
-    size, entries = held.scores.shape
+    entries = len(keys[0])
+    size = min(len(workspace.query), max(1, MOST_SCORES // entries))
+    held = workspace.scores.new_empty((size, entries // GROUP))
     for first in range(0, num_tokens, size):
         count = min(size, num_tokens - first)
         index_query(
@@ -103,7 +107,7 @@ def select_long(
             workspace.query[:count], keys, workspace.weights[:count], begins[part], ends[part], clean_logits=False,
             max_seqlen_k=entries,
         )  # fmt: skip
-        scores, maxima = scores[:, :entries], held.maxima[:count]
+        scores, maxima = scores[:, :entries], held[:count]
         group_maxima(step.positions, first, ratio, scores, maxima, GROUP * k)
         listing = step if numbering is None else numbering
         topk_entries(listing, scores, maxima, first, ratio, out, workspace.groups, pad)

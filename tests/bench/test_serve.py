@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import sys
 import time
 from functools import partial
@@ -79,15 +80,44 @@ def test_ours_is_better_where_it_is_faster_and_the_twin_is_not():
     quick = serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
     slow = serve_report.summarize([reply_at(0.0, (1.0, 1), (2.0, 2))])
     rounds = [
-        {"work": "w", "side": side, "numbers": numbers}
-        for side, numbers in ((OURS, quick), (THEIRS, slow), (OURS, quick), (THEIRS, slow))
+        {"work": "w", "side": side, "round": number, "numbers": numbers}
+        for number in range(2)
+        for side, numbers in ((OURS, quick), (THEIRS, slow))
     ]
     (row,) = serve_report.rows(rounds)
-    assert all(value == pytest.approx(2.0) for value in row["ours_is_better"].values())
+    assert all(value["median"] == pytest.approx(2.0) for value in row["ours_is_better"].values())
     swapped = [{**r, "side": THEIRS if r["side"] == OURS else OURS} for r in rounds]
     (row,) = serve_report.rows(swapped)
-    assert all(value == pytest.approx(0.5) for value in row["ours_is_better"].values())
+    assert all(value["median"] == pytest.approx(0.5) for value in row["ours_is_better"].values())
     assert serve_report.table([row]).row_count == 3
+
+
+def test_a_machine_that_slows_down_meanwhile_does_not_decide():
+    """Ours is twice as fast in every pair, and its median is that of the slow half."""
+    rounds = []
+    for number, speed in enumerate((1, 1, 1, 9, 9)):
+        for side, factor in ((OURS, 1), (THEIRS, 2)):
+            taken = speed * factor
+            numbers = serve_report.summarize([reply_at(0.0, (taken, 1), (2 * taken, 2))])
+            rounds.append({"work": "w", "side": side, "round": number, "numbers": numbers})
+    rounds = [r for r in rounds if (r["side"], r["round"]) not in ((OURS, 0), (OURS, 1))]
+    (row,) = serve_report.rows(rounds)
+    assert row[OURS]["ttft_p50_ms"] > row[THEIRS]["ttft_p50_ms"], "what medians alone say"
+    better = row["ours_is_better"]["ttft_p50_ms"]
+    assert better == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (40, 13)]
+)
+def test_the_interval_holds_the_median_as_often_as_it_says(count, rank):
+    """By counting: of all ways in which values can lie about the median, those that the interval covers."""
+    values = [float(i * i) for i in range(count)]
+    assert serve_report.interval(values[::-1]) == (values[rank], values[-1 - rank])
+    below = [math.comb(count, number) / 2**count for number in range(count + 1)]
+    covered = sum(below[rank + 1 : count - rank])
+    assert covered >= 0.95 or count < 6
+    assert sum(below[rank + 2 : count - rank - 1]) < 0.95, "a narrower one would do"
 
 
 def sent_to_a_server(work, reply):
@@ -174,7 +204,7 @@ def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
     asyncio.run(serve_command._measure(args, "cuda", servers, report, console))
     assert {name for _, name, _ in asked} == {"chat-8"}
     clients = [client for client, _, _ in asked]
-    assert clients == [OURS, THEIRS, *[OURS, THEIRS, THEIRS, OURS] * 2, OURS, THEIRS]
+    assert clients == [OURS, THEIRS, *[OURS, THEIRS, THEIRS, OURS] * 4, OURS, THEIRS]
     assert [entry["side"] for entry in report["rounds"]] == clients[2:]
     assert {(client, *still) for client, _, still in asked[2:]} == {(OURS, THEIRS), (THEIRS, OURS)}
 

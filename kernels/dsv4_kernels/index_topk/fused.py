@@ -88,6 +88,16 @@ def store_groups(p_groups, b_group, m_chosen, b_place):
 
 
 @triton.jit
+def choose_groups(p_maxima, p_groups, num_groups, K: tl.constexpr, SIZE: tl.constexpr):
+    """Choose among at most ``SIZE`` groups by their maxima."""
+    o_g = tl.arange(0, SIZE)
+    m_g = o_g < num_groups
+    b_best = tl.load(p_maxima + o_g, mask=m_g, other=0.0)
+    m_chosen, b_place = choose(order_key(b_best, m_g), m_g, K)
+    store_groups(p_groups, o_g, m_chosen, b_place)
+
+
+@triton.jit
 def members(p_groups, K: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
     """What the chosen groups consist of, in order, ``[SIZE]``; numbers beyond any row behind the last."""
     o_c = tl.arange(0, SIZE)
@@ -142,14 +152,13 @@ def topk_entries_kernel(
     elif LEVELS > 1:
         p_maxima += i_t * maxima_stride
         p_groups += i_t * K
-        o_s = tl.arange(0, SIZE)
         num_groups = tl.cdiv(visible, GROUP)
-        if num_groups <= SIZE:
-            m_s = o_s < num_groups
-            b_best = tl.load(p_maxima + o_s, mask=m_s, other=0.0)
-            m_chosen, b_place = choose(order_key(b_best, m_s), m_s, K)
-            store_groups(p_groups, o_s, m_chosen, b_place)
+        if num_groups <= SMALL:
+            choose_groups(p_maxima, p_groups, num_groups, K, SMALL)
+        elif num_groups <= SIZE:
+            choose_groups(p_maxima, p_groups, num_groups, K, SIZE)
         elif LEVELS > 2:
+            o_s = tl.arange(0, SIZE)
             b_best = largest_maxima(p_maxima, num_groups, SIZE, GROUP)
             m_s = o_s < tl.cdiv(num_groups, GROUP)
             m_chosen, b_place = choose(order_key(b_best, m_s), m_s, K)
