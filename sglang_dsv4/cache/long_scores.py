@@ -17,6 +17,7 @@ from dsv4_kernels.index_score.fused import check_arguments
 from dsv4_kernels.index_score.workspace import IndexWorkspace
 from dsv4_kernels.index_topk import GROUP, topk_entries
 from dsv4_kernels.layout import FP8_INDEX, RowFormat
+from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
 
 PACKAGE = "deep_gemm"
@@ -84,7 +85,7 @@ def select_long(
     begins = torch.zeros_like(ends)
     entries = len(keys[0])
     size = min(len(workspace.query), max(1, MOST_SCORES // entries))
-    held = workspace.scores.new_empty((size, entries // GROUP))
+    held = empty((size, entries // GROUP), torch.float32, index_q.device)
     for first in range(0, num_tokens, size):
         count = min(size, num_tokens - first)
         index_query(
