@@ -57,9 +57,9 @@ def check_replays(formats):
     assert graphs.step(4).attention.workspace is graphs.step(1).attention.workspace
     server.assign(1, [3])
     server.assign(2, [9])
-    server.step([(1, one, 0, 125), (2, two, 0, 78)])
+    server.step([(1, one, 0, 125), (2, two, 0, 14)])
     for at in range(4):
-        items = [(2, two, 78 + at, 79 + at), (1, one, 125 + at, 126 + at)][at // 3 :]
+        items = [(2, two, 14 + at, 15 + at), (1, one, 125 + at, 126 + at)][at // 3 :]
         for layer_id, (out, chosen) in enumerate(server.replay(items)):
             assert not out[len(items) :].any()
             for row, item in enumerate(items):
@@ -67,8 +67,8 @@ def check_replays(formats):
                 assert worst(out[row], server.expected(layer_id, item, mine)) <= 1, (layer_id, at)
                 shorter = (*item[:3], item[3] - 1)
                 assert worst(out[row], server.expected(layer_id, shorter, mine)) > 1
-    assert server.bytes_of(1, 129) == cold(spec, one, 129) != cold(spec, two, 129)
-    assert server.bytes_of(2, 81) == cold(spec, two, 81)
+    assert server.bytes_of(1, 129) == cold(spec, one, 129)
+    assert server.bytes_of(2, 17) == cold(spec, two, 17) != cold(spec, one, 17)
 
 
 CHECKS = {
