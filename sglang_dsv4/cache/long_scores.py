@@ -85,30 +85,20 @@ def select_long(
     begins = torch.zeros_like(ends)
     entries = len(keys[0])
     size = min(len(workspace.query), max(1, MOST_SCORES // entries))
-    held = empty((size, entries // GROUP), torch.float32, index_q.device)
+    maxima = empty((size, entries // GROUP), torch.float32, index_q.device)
     for first in range(0, num_tokens, size):
         count = min(size, num_tokens - first)
+        # What it numbers, tiles of our own kernel's scores, is nobody's here.
         index_query(
-            step,
-            index_q,
-            index_weights,
-            cos_sin,
-            ratio,
-            k,
-            workspace.query.view(torch.uint8),
-            workspace.weights,
-            workspace.first_tiles,
-            1,
-            FP8_INDEX.group_rows,
-            first,
-            count,
-        )  # fmt: skip  (its tiles are nobody's)
+            step, index_q, index_weights, cos_sin, ratio, k, workspace.query.view(torch.uint8), workspace.weights,
+            workspace.first_tiles, 1, FP8_INDEX.group_rows, first, count,
+        )  # fmt: skip
         part = slice(first, first + count)
         scores = score(
             workspace.query[:count], keys, workspace.weights[:count], begins[part], ends[part], clean_logits=False,
             max_seqlen_k=entries,
         )  # fmt: skip
-        scores, maxima = scores[:, :entries], held[:count]
-        group_maxima(step.positions, first, ratio, scores, maxima, GROUP * k)
+        scores, best = scores[:, :entries], maxima[:count]
+        group_maxima(step.positions, first, ratio, scores, best, GROUP * k)
         listing = step if numbering is None else numbering
-        topk_entries(listing, scores, maxima, first, ratio, out, workspace.groups, pad)
+        topk_entries(listing, scores, best, first, ratio, out, workspace.groups, pad)

@@ -37,17 +37,25 @@ def long_world(device="cpu"):
 
 
 def check_select(device="cpu"):
-    """A long prefill of one request, in pieces, chooses what the reference does; a wrong weight is seen."""
+    """A long prefill of one request chooses what the reference does, in pieces of as many tokens or scores as there is room
+    for; a wrong weight is seen."""
     world = long_world(device)
     installed = long_scores.has_deep_gemm(torch.device(device), FP8_INDEX)
-    load = long_scores.load_deep_gemm if installed else lambda: Scorer
+    scorer = long_scores.load_deep_gemm() if installed else Scorer
     expected = world.naive()
-    for tokens in (64, 7):
+    for tokens, scores in ((64, 1 << 26), (7, 1 << 26), (64, 6 * world.max_entries - 1), (64, 1)):
+        counting = mock.Mock(fp8_mqa_logits=mock.Mock(wraps=scorer.fp8_mqa_logits))
         out = torch.full((len(world.q), K), 7, dtype=torch.int32, device=device)
         arguments = (world.step, world.q, world.weights, world.pool, world.table, RATIO, out)
-        with mock.patch.object(long_scores, "load_deep_gemm", load):
+        with (
+            mock.patch.object(long_scores, "load_deep_gemm", lambda made=counting: made),
+            mock.patch.object(long_scores, "MOST_SCORES", scores),
+        ):
             long_scores.select_long(*arguments, world.workspace(tokens), True, None)
-        assert torch.equal(out, expected), f"{tokens} tokens"
+        assert torch.equal(out, expected), (tokens, scores)
+        pieces = [len(call.args[0]) for call in counting.fp8_mqa_logits.call_args_list]
+        most = min(tokens, max(1, scores // world.max_entries), len(world.q))
+        assert max(pieces) == most and sum(pieces) == len(world.q), (tokens, scores, pieces)
     world.weights[5] *= -1
     assert not torch.equal(world.naive(), expected), "a wrong weight was not seen"
 
