@@ -42,10 +42,10 @@ test: lint
 
 # Minutes: every fused kernel under Triton's interpreter, and compiled for six architectures; long random walks; slow starts.
 test-long: env
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m "long and not soak" $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "long and not soak" $(ARGS)
 
 test-soak: env
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m soak $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak $(ARGS)
 
 # Tables and picture in docs/ are written by docs/generate.py; the tests fail where they are out of date.
 docs: env

@@ -11,6 +11,7 @@ def results():
     return interpreted("tests.attention.flashmla_checks")
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_a_model_of_the_kernels(results, check):

@@ -43,7 +43,7 @@ def check_select(device="cpu"):
     installed = long_scores.has_deep_gemm(torch.device(device), FP8_INDEX)
     scorer = long_scores.load_deep_gemm() if installed else Scorer
     expected = world.naive()
-    for tokens, scores in ((64, 1 << 26), (7, 1 << 26), (64, 6 * world.max_entries - 1), (64, 1)):
+    for tokens, scores in ((64, 1 << 26), (7, 1 << 26), (64, 13 * world.max_entries - 1)):
         counting = mock.Mock(fp8_mqa_logits=mock.Mock(wraps=scorer.fp8_mqa_logits))
         out = torch.full((len(world.q), K), 7, dtype=torch.int32, device=device)
         arguments = (world.step, world.q, world.weights, world.pool, world.table, RATIO, out)

@@ -192,7 +192,9 @@ def check_ring_is_read_before_it_is_written(device="cpu"):
     world = World([30], "fp32", seed=5, device=device)
     whole = schedule_state(world, one_step(world.lengths))
     for start in range(1, 9):
-        for count in (5, 12):
+        for count in (
+            (5, 12) if device != "cpu" else (5 + 7 * (start % 2),)
+        ):  # to interpret both takes long
             state = schedule_state(
                 world,
                 [[(0, 0, start)], [(0, start, count)], [(0, start + count, 30 - start - count)]],

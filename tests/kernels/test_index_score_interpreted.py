@@ -11,6 +11,7 @@ def results():
     return interpreted("tests.kernels.index_score_checks")
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(results, check):

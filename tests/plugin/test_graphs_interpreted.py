@@ -4,7 +4,7 @@ import pytest
 
 from tests.kernels.interpreting import interpreted
 
-pytestmark = [pytest.mark.sglang, pytest.mark.long]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

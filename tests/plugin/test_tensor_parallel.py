@@ -28,6 +28,7 @@ def answers_of(server):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_two_ranks_answer_as_one(warm, tiny):
     oracle = Oracle(tiny)
