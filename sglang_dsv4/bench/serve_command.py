@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     shape = "flash" if device == "cuda" else "tiny"
     try:
         check_model(args.model)
+        chosen = chosen_work(args, device)
         sides, rounded = make_sides(args, device), make_rounded(args, device)
         checkpoint = args.model or ready_checkpoint(
             args.build_dir, shape, console.print, args.layers or read_ratios(LAYERS[device])
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             cores = None if args.any_core else share_out(os.sched_getaffinity(0))
             report["cores"] = bind(servers, cores, console)
             with naming_the_dead(servers):
-                asyncio.run(_measure(args, device, servers, report, console))
+                asyncio.run(_measure(args, chosen, device, servers, report, console))
     except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
         console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
         return 1
@@ -174,6 +175,22 @@ def bind(servers: list[SideServer], cores: Cores | None, console: Console) -> di
         f"program to {cores.client}, their other threads to {len(cores.others)} more"
     )
     return cores._asdict()
+
+
+def chosen_work(args: argparse.Namespace, device: str) -> list[Work]:
+    """The scenarios to measure.
+
+    Raises:
+        ValueError: there is none of that name, or no round of any.
+    """
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds: expected 1 or more, got {args.rounds}")
+    found = all_work(args.quick or device == "cpu", device)
+    chosen = [work for work in found if args.only in work.name]
+    if not chosen:
+        names = ", ".join(work.name for work in found)
+        raise ValueError(f"--only {args.only}: expected a part of one of {names}")
+    return chosen
 
 
 def make_sides(args: argparse.Namespace, device: str) -> list[Side]:
@@ -211,6 +228,7 @@ def make_rounded(args: argparse.Namespace, device: str) -> Side | None:
 
 async def _measure(
     args: argparse.Namespace,
+    chosen: list[Work],
     device: str,
     servers: list[SideServer],
     report: dict[str, Any],
@@ -219,7 +237,7 @@ async def _measure(
     """Let the sides take turns, the others paused; the report is written after every round."""
     clients = {server.side.name: ServeClient(server.url) for server in servers}
     quick = args.quick or device == "cpu"
-    for work in [work for work in all_work(quick, device) if args.only in work.name]:
+    for work in chosen:
         for client in clients.values():  # compiles what this scenario needs
             await _round(client, work if device == "cuda" else chats(1, 1, 16, 2))
         for number in range(args.rounds or (1 if quick else ROUNDS)):
@@ -241,8 +259,6 @@ async def _measure(
                     args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for client in clients.values():
         await client.close()
-    if not report["rounds"]:
-        raise ValueError(f"--only {args.only}: expected a part of a scenario's name, got none")
 
 
 async def _round(client: ServeClient, work: Work) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         with steps_progress(console) as progress:
             result = _stress(args, load, progress, lambda: interrupt.is_set)
     except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError, OSError) as error:
-        console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
+        where = f"{args.url}: " if args.url else ""
+        console.print(Text(f"FAILED  {where}{type(error).__name__}: {error}", style="bold red"))
         return 1
     except KeyboardInterrupt:
         console.print("Stopped.")

@@ -201,7 +201,8 @@ def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
     args = argparse.Namespace(quick=False, only="chat-8", rounds=None, json=None)
     report = {"rounds": []}
     console = Console(file=io.StringIO())
-    asyncio.run(serve_command._measure(args, "cuda", servers, report, console))
+    chosen = serve_command.chosen_work(args, "cuda")
+    asyncio.run(serve_command._measure(args, chosen, "cuda", servers, report, console))
     assert {name for _, name, _ in asked} == {"chat-8"}
     clients = [client for client, _, _ in asked]
     assert clients == [OURS, THEIRS, *[OURS, THEIRS, THEIRS, OURS] * 4, OURS, THEIRS]
@@ -300,9 +301,17 @@ def test_a_paused_server_stands_still_with_its_children(tmp_path):
     assert not states()
 
 
-def test_a_missing_checkpoint_is_refused_before_anything_starts(tmp_path, capsys):
-    arguments = ["bench", "serve", "--device", "cpu", "--model", str(tmp_path / "none")]
-    assert main([*arguments, "--build-dir", str(tmp_path / "build")]) == 1
-    words = " ".join(capsys.readouterr().out.split())
-    assert "expected a folder with config.json, got none" in words
-    assert not (tmp_path / "build").exists()
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--model", "none"], "--model none: expected a folder with config.json, got none"),
+        (["--only", "nothing"], "--only nothing: expected a part of one of chat-1, chat-4, long-1024, agents-4"),
+        (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["--sides", "mine"], "--sides: expected some of ours,sglang, got mine"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_refused_before_anything_starts(tmp_path, capsys, options, fault):
+    build = tmp_path / "build"
+    assert main(["bench", "serve", "--device", "cpu", "--build-dir", str(build), *options]) == 1
+    assert fault in " ".join(capsys.readouterr().out.split())
+    assert not build.exists()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from sglang_dsv4.cli import main
+from sglang_dsv4.demo.server import free_port
 from sglang_dsv4.plugin.usage import pool_usage, process_bytes
 from sglang_dsv4.stress.answers import Answer, Outcome
 from sglang_dsv4.stress.bound import control_answer, wrong_prompts
@@ -145,6 +147,13 @@ def test_the_control_goes_from_one_token_to_all():
 def test_percentiles_of_few_values():
     assert percentiles([]) == {}
     assert percentiles([2.0]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0, "max": 2.0}
+
+
+def test_a_server_that_is_not_there_is_named(capsys):
+    url = f"http://127.0.0.1:{free_port()}"
+    assert main(["stress", url]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"FAILED {url}: ConnectError: " in words
 
 
 def test_the_first_interrupt_ends_the_load_and_the_second_all(monkeypatch):
