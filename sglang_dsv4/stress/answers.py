@@ -6,6 +6,12 @@ from typing import Any
 
 from sglang_dsv4.stress.cases import CHAT, GENERATE, Case
 
+# A reply before the first token.
+_NOTHING: dict[str, Any] = {
+    "output_ids": [],
+    "meta_info": {"output_token_logprobs": [], "prompt_tokens": 0, "cached_tokens": 0},
+}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -97,6 +103,35 @@ def read_native(case: Case, reply: dict[str, Any] | list[dict[str, Any]]) -> tup
     """
     replies = reply if isinstance(reply, list) else [reply]
     return tuple(_native(index // case.n, item) for index, item in enumerate(replies))
+
+
+def read_native_stream(case: Case, events: Sequence[dict[str, Any]]) -> tuple[Answer, ...]:
+    """Read the events of a stream of ``/generate``, each of which holds all so far.
+
+    Raises:
+        KeyError: the last lacks a field.
+    """
+    last = events[-1]
+    if _is_aborted_in_queue(last["meta_info"]):
+        last = _with_counts(last, events[-2] if len(events) > 1 else _NOTHING)
+    return read_native(case, last)
+
+
+def _is_aborted_in_queue(meta: dict[str, Any]) -> bool:
+    """Whether a request was aborted while it waited, at first or after a retraction: SGLang 0.5.17 sends no counts then."""
+    return (meta.get("finish_reason") or {}).get("type") == "abort" and "prompt_tokens" not in meta
+
+
+def _with_counts(aborted: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """A reply with the counts of the one before it, and with all its tokens instead of the last alone."""
+    pairs = aborted["meta_info"].get("output_token_logprobs") or ()
+    num_lost = len(before["output_ids"]) - len(before["meta_info"]["output_token_logprobs"])
+    ids = [*before["output_ids"][:num_lost], *(int(token_id) for _, token_id, *_ in pairs)]
+    return {
+        **aborted,
+        "output_ids": ids,
+        "meta_info": {**before["meta_info"], **aborted["meta_info"]},
+    }
 
 
 def _native(prompt: int, reply: dict[str, Any]) -> Answer:

@@ -15,6 +15,7 @@ from sglang_dsv4.stress.answers import (
     Answer,
     Outcome,
     read_native,
+    read_native_stream,
     read_openai,
     read_openai_stream,
     request_body,
@@ -195,7 +196,7 @@ def read_stream(
                 f"event {index} of the stream has the text {event['text']!r}, after {shown!r}"
             )
         shown = event["text"]
-    return read_native(case, events[-1]), faults
+    return read_native_stream(case, events), faults
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any] | None]:

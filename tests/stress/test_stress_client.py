@@ -124,6 +124,44 @@ def test_a_client_that_leaves_stops_listening_and_one_that_aborts_says_so():
     assert bodies[1] == ("/abort_request", {"rid": bodies[0][1]["rid"]})
 
 
+def aborted_in_the_queue(finish, lost=0):
+    """What SGLang 0.5.17 sends when a request that had answered, and was retracted, is aborted while it waits."""
+    reply = native("abc", [7], finish)
+    reply["meta_info"] = {
+        "id": "stress-3",
+        "finish_reason": {"type": finish, "message": "Abort in waiting queue"},
+        "output_token_logprobs": [[-0.5, token, None] for token in (5, 6, 7)[lost:]],
+        "completion_tokens": 3,
+    }
+    return reply
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_an_abort_in_the_queue_leaves_out_counts(lost):
+    before = native("ab", [5, 6])
+    del before["meta_info"]["output_token_logprobs"][:lost]
+    left = case(stream=True, leave_after=2, abort=True)
+    outcome, _ = send(left, sse([WHOLE[0], before, aborted_in_the_queue("abort", lost)]))
+    (answer,) = outcome.answers
+    assert outcome.faults == () and answer.finish == "abort" and answer.text == "abc"
+    assert answer.token_ids == (5, 6, 7) and answer.logprobs == (None,) * lost + (-0.5,) * (
+        3 - lost
+    )
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.retractions) == (3, 0, 1)
+    # The twins: any other end must have its counts, and a loss that no event before shows stays one.
+    outcome, _ = send(left, sse([WHOLE[0], before, aborted_in_the_queue("length", lost)]))
+    assert "prompt_tokens" in " ".join(outcome.faults)
+    (answer,) = send(left, sse([*WHOLE[:2], aborted_in_the_queue("abort", 1)]))[0].answers
+    assert answer.token_ids == (6, 7)
+
+
+def test_an_abort_before_the_first_token_is_an_empty_answer():
+    reply = aborted_in_the_queue("abort", lost=3) | {"text": "", "output_ids": []}
+    (answer,) = send(case(stream=True, leave_after=1, abort=True), sse([reply]))[0].answers
+    assert (answer.text, answer.token_ids, answer.finish) == ("", (), "abort")
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.retractions) == (0, 0, 0)
+
+
 def test_a_slow_client_asks_for_much_and_reads_all():
     outcome, ((_, body),) = send(case(stream=True, pause_s=0.2, top_logprobs=50), sse(WHOLE))
     assert outcome.answers[0].token_ids == (5, 6, 7) and body["top_logprobs_num"] == 50

@@ -7,14 +7,17 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import pytest
 from rich.progress import Progress
 
 from sglang_dsv4.stress import session
+from sglang_dsv4.stress.answers import Outcome
+from sglang_dsv4.stress.answers import request_body as request_body_of
 from sglang_dsv4.stress.cases import GENERATE, Case
-from sglang_dsv4.stress.client import StressClient
+from sglang_dsv4.stress.client import StressClient, read_stream
 from sglang_dsv4.stress.command import TINY_SERVER
 from sglang_dsv4.stress.drive import Load
 from sglang_dsv4.stress.references import Judge
@@ -86,6 +89,11 @@ def test_a_slow_client_gets_all_and_holds_up_nobody(server):
     assert len(last["meta_info"]["output_top_logprobs"]) == new_tokens
 
 
+def lines_of(server, text):
+    """Lines of its log that hold a text."""
+    return [line for line in server.log_lines() if text in line]
+
+
 def used(server):
     """Request slots in use."""
     info = httpx.get(f"{server.url}/server_info", timeout=60).json()["internal_states"][0]
@@ -101,8 +109,16 @@ def test_a_server_elsewhere_is_judged_by_its_own_rounding(server, monkeypatch):
     assert {"resident_bytes", "device_bytes"} <= run.end["memory"].keys()
 
 
+@pytest.fixture(scope="module")
+def small_server(warm, tiny):
+    """Sixteen pages."""
+    small = ("--max-total-tokens", "4096", "--swa-full-tokens-ratio", "1.0")
+    with serving(warm, tiny, (*ARGUMENTS, *small)) as running:
+        yield running
+
+
 @pytest.mark.soak
-def test_a_request_retracted_before_its_first_token_came_is_whole(warm, tiny):
+def test_a_request_retracted_before_its_first_token_came_is_whole(small_server):
     """Prompts of exactly a page need another for their first token: some are sent back just behind their prefill."""
     prompts = tuple(tuple(prompt(256, salt=number)) for number in range(16))
     burst = Case(0, "burst", GENERATE, prompts, new_tokens=6)
@@ -122,10 +138,53 @@ def test_a_request_retracted_before_its_first_token_came_is_whole(warm, tiny):
             await client.close()
         return lost
 
-    small = ("--max-total-tokens", "4096", "--swa-full-tokens-ratio", "1.0")
-    with serving(warm, tiny, (*ARGUMENTS, *small)) as server:
-        # Should SGLang lose none any more, the client need not know of it.
-        assert asyncio.run(ask(server.url)) > 0
+    # Should SGLang lose none any more, the client need not know of it.
+    assert asyncio.run(ask(small_server.url)) > 0
+
+
+@pytest.mark.soak
+def test_a_retracted_request_that_is_aborted_while_it_waits_is_right(small_server):
+    """They outgrow the cache; all are aborted when the first was sent back."""
+    cases = [
+        Case(at, "abort", GENERATE, (tuple(prompt(250, salt=at)),), new_tokens=600, stream=True, leave_after=1, abort=True)
+        for at in range(16)
+    ]  # fmt: skip
+    seen = len(lines_of(small_server, "Retract requests"))
+
+    async def follow(http, case):
+        events = []
+        body = request_body_of(case, f"waiting-{case.number}")
+        async with http.stream("POST", "/generate", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    events.append(json.loads(line.removeprefix("data: ")))
+        return events
+
+    async def run():
+        async with httpx.AsyncClient(
+            base_url=small_server.url, timeout=240, trust_env=False
+        ) as http:
+            streams = [asyncio.create_task(follow(http, case)) for case in cases]
+            while len(lines_of(small_server, "Retract requests")) == seen:
+                assert not all(stream.done() for stream in streams), "none was retracted"
+                await asyncio.sleep(0.05)
+            await http.post("/abort_request", json={"rid": "", "abort_all": True})
+            replies = await asyncio.gather(*streams)
+        client = StressClient(small_server.url)
+        target = session.ServerTarget(client)
+        checker = Judge(target.ask, target.tokenize, bound=1e-3)
+        try:
+            for case, events in zip(cases, replies, strict=True):
+                answers, faults = read_stream(case, events, is_done=True)
+                assert faults == [] and answers[0].finish == "abort"
+                asked = replace(case, new_tokens=max(1, len(answers[0].token_ids)))
+                assert await checker.add(Outcome(asked, 200, answers)) == []
+        finally:
+            await client.close()
+        return [events[-1]["meta_info"] for events in replies if len(events) > 1]
+
+    # Should SGLang give the counts one day, the client need not know of it.
+    assert any("prompt_tokens" not in meta for meta in asyncio.run(run()))
 
 
 def test_a_server_that_dies_is_reported_as_such(warm, tiny):
