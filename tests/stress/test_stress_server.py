@@ -201,14 +201,14 @@ def test_a_load_that_is_ended_early_is_judged(server):
 
     def is_stopped():
         asked.append(None)
-        return len(asked) > 20
+        return len(asked) > 8
 
     load = Load(3, 0, 2000, 0.0, concurrency=4)
     with Progress(disable=True) as progress:
         run = asyncio.run(
             stress_server(
-                server.url, load, progress, target="URL", bound=None, memory_bytes=None,
+                server.url, load, progress, target="URL", bound=1e-3, memory_bytes=None,
                 is_stopped=is_stopped,
             )
         )  # fmt: skip
-    assert run.faults == [] and len(run.outcomes) == 20
+    assert run.faults == [] and len(run.outcomes) == 8
