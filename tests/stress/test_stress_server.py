@@ -28,9 +28,10 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.long]
 
 ARGUMENTS = (*TINY_SERVER, "--sleep-on-idle")
 PAGES = 60
+RETRACTED = "Retract requests"
 
 
-def stress(server, requests=60, seed=3):
+def stress(server, requests=40, seed=3):
     load = Load(seed, 0, requests, 0.0, concurrency=8)
     with Progress(disable=True) as progress:
         return asyncio.run(
@@ -47,7 +48,7 @@ def server(warm, tiny):
 def test_a_short_run_is_right(server):
     run = stress(server)
     assert run.faults == []
-    assert run.findings.num_answers > 50 and run.findings.largest <= run.bound < 1e-2
+    assert run.findings.num_answers > 35 and run.findings.largest <= run.bound < 1e-2
     assert run.control and run.end["usage"]["history_pages"]["total"] == PAGES
 
 
@@ -87,11 +88,6 @@ def test_a_slow_client_gets_all_and_holds_up_nobody(server):
     last = json.loads(last.removeprefix("data: "))
     assert last["output_ids"] == alone and last["meta_info"]["finish_reason"]["type"] == "length"
     assert len(last["meta_info"]["output_top_logprobs"]) == new_tokens
-
-
-def lines_of(server, text):
-    """Lines of its log that hold a text."""
-    return [line for line in server.log_lines() if text in line]
 
 
 def used(server):
@@ -149,7 +145,7 @@ def test_a_retracted_request_that_is_aborted_while_it_waits_is_right(small_serve
         Case(at, "abort", GENERATE, (tuple(prompt(250, salt=at)),), new_tokens=600, stream=True, leave_after=1, abort=True)
         for at in range(16)
     ]  # fmt: skip
-    seen = len(lines_of(small_server, "Retract requests"))
+    seen = sum(RETRACTED in line for line in small_server.log_lines())
 
     async def follow(http, case):
         events = []
@@ -165,9 +161,7 @@ def test_a_retracted_request_that_is_aborted_while_it_waits_is_right(small_serve
             base_url=small_server.url, timeout=240, trust_env=False
         ) as http:
             streams = [asyncio.create_task(follow(http, case)) for case in cases]
-            while len(lines_of(small_server, "Retract requests")) == seen:
-                assert not all(stream.done() for stream in streams), "none was retracted"
-                await asyncio.sleep(0.05)
+            await asyncio.to_thread(wait_for_log, small_server, RETRACTED, times=seen + 1)
             await http.post("/abort_request", json={"rid": "", "abort_all": True})
             replies = await asyncio.gather(*streams)
         client = StressClient(small_server.url)
