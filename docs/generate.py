@@ -9,13 +9,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from sglang_dsv4.cache.report import (
-    history_page_bytes,
-    stream_bytes_per_request,
-    window_page_bytes,
-)
+from sglang_dsv4.cache.inspect.report import history_page_bytes, stream_bytes_per_request, window_page_bytes
 from sglang_dsv4.cache.sizing import GIB, most_tokens, released_spec
-from sglang_dsv4.plugin import metrics, options, refusals
+from sglang_dsv4.plugin.install import options, refusals
+from sglang_dsv4.plugin.observe import metrics
 
 DOCS = Path(__file__).parent
 PAGES = ("serving.md",)
@@ -30,9 +27,7 @@ REQUESTS, WINDOW_SHARE = 64, 0.1
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; a column of numbers is aligned to the right."""
     head, rows = list(head), [list(row) for row in rows]
-    right = [
-        all(re.fullmatch(r"[\d,.]+|–", row[column]) for row in rows) for column in range(len(head))
-    ]
+    right = [all(re.fullmatch(r"[\d,.]+|–", row[column]) for row in rows) for column in range(len(head))]
     rule = ["--:" if numbers else "---" for numbers in right]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 
@@ -44,10 +39,7 @@ def flags() -> str:
     return table(
         ("flag", "meaning"),
         (
-            (
-                f"`{' '.join(filter(None, (action.option_strings[0], action.metavar)))}`",
-                action.help or "",
-            )
+            (f"`{' '.join(filter(None, (action.option_strings[0], action.metavar)))}`", action.help or "")
             for action in parser._actions
         ),
     )
@@ -62,20 +54,14 @@ def refused() -> str:
 def _specs():
     for model in MODELS:
         for rows, keys in FORMATS:
-            yield (
-                f"{model.title()}, `{rows}`",
-                released_spec(model, row_format=rows, index_format=keys),
-            )
+            yield (f"{model.title()}, `{rows}`", released_spec(model, row_format=rows, index_format=keys))
 
 
 def sizes() -> str:
     """The most tokens by memory."""
     specs = list(_specs())
     rows = [
-        (
-            f"{memory}",
-            *(f"{most_tokens(spec, memory * GIB, REQUESTS, WINDOW_SHARE):,}" for _, spec in specs),
-        )
+        (f"{memory}", *(f"{most_tokens(spec, memory * GIB, REQUESTS, WINDOW_SHARE):,}" for _, spec in specs))
         for memory in MEMORIES_GIB
     ]
     return table(("GiB for the cache", *(name for name, _ in specs)), rows)
@@ -93,37 +79,20 @@ def parts() -> str:
         )
         for name, spec in _specs()
     ]
-    head = (
-        "bytes",
-        "entries and index keys of a token",
-        "history page",
-        "window page",
-        "stream state of a request",
-    )
+    head = ("bytes", "entries and index keys of a token", "history page", "window page", "stream state of a request")
     return table(head, rows)
 
 
 def metric_table() -> str:
     """The plug-in's metrics."""
     rows = [
-        (
-            f"`{metric.name}`",
-            metric.kind,
-            ", ".join(f"`{label}`" for label in metric.labels) or "–",
-            metric.help,
-        )
+        (f"`{metric.name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels) or "–", metric.help)
         for metric in metrics.METRICS
     ]
     return table(("metric", "kind", "labels", "meaning"), rows)
 
 
-TABLES = {
-    "flags": flags,
-    "refusals": refused,
-    "sizes": sizes,
-    "parts": parts,
-    "metrics": metric_table,
-}
+TABLES = {"flags": flags, "refusals": refused, "sizes": sizes, "parts": parts, "metrics": metric_table}
 
 
 def filled(page: str) -> str:
@@ -133,9 +102,7 @@ def filled(page: str) -> str:
         begin, name, end = match.groups()
         return f"{begin}\n{TABLES[name]()}\n{end}"
 
-    return re.sub(
-        r"(<!-- begin (\w+):[^\n]*-->)\n.*?(<!-- end \2 -->)", fill, page, flags=re.DOTALL
-    )
+    return re.sub(r"(<!-- begin (\w+):[^\n]*-->)\n.*?(<!-- end \2 -->)", fill, page, flags=re.DOTALL)
 
 
 def picture() -> str:

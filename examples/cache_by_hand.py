@@ -67,9 +67,7 @@ for layer in spec.layers:
 # %%
 VOCABULARY, DIM, INDEX_DIM = 50, 512, 128
 widths = {"window": DIM, "csa": 4 * DIM, "hca": 2 * DIM, "index": 4 * INDEX_DIM}
-table = {
-    name: torch.randn(VOCABULARY, width, generator=generator) for name, width in widths.items()
-}
+table = {name: torch.randn(VOCABULARY, width, generator=generator) for name, width in widths.items()}
 bias = {
     "csa": torch.randn(8, DIM, generator=generator),
     "hca": torch.randn(128, DIM, generator=generator),
@@ -89,9 +87,7 @@ def feed(request, tokens, cache=cache):
     plan = cache.plan([(request, len(tokens))])
     window = WindowInput(table["window"][tokens], ones, EPS)
     cache.append(0, plan, window=window)
-    cache.append(
-        1, plan, window=window, main=compressor("csa", tokens), index=compressor("index", tokens)
-    )
+    cache.append(1, plan, window=window, main=compressor("csa", tokens), index=compressor("index", tokens))
     cache.append(2, plan, window=window, main=compressor("hca", tokens))
     cache.commit(plan)
 
@@ -104,9 +100,7 @@ tokens = torch.randint(VOCABULARY, (300,), generator=generator).tolist()
 request = cache.open()
 feed(request, tokens[:11])
 for ratio in (4, 128):
-    print(
-        f"ratio {ratio}: {request.num_entries(ratio)} entries, tail of {request.tail_len(ratio)} tokens"
-    )
+    print(f"ratio {ratio}: {request.num_entries(ratio)} entries, tail of {request.tail_len(ratio)} tokens")
 
 # %% [markdown]
 # ## One entry, pooled by hand
@@ -146,9 +140,7 @@ assert difference < 1e-5
 # %%
 figure, axes = plt.subplots(figsize=(9, 2.6))
 image = axes.imshow(weights[:, :96], aspect="auto", cmap="viridis", vmin=0)
-axes.set_yticks(
-    range(8), [f"b of token {i}" for i in range(4)] + [f"a of token {i}" for i in range(4, 8)]
-)
+axes.set_yticks(range(8), [f"b of token {i}" for i in range(4)] + [f"a of token {i}" for i in range(4, 8)])
 axes.set_xlabel("channel")
 axes.set_title("Entry 1: how much each row gives to each channel", fontsize=10)
 figure.colorbar(image)

@@ -13,11 +13,7 @@ __version__ = "0.1.0"
 __all__ = ["CacheSpec", "CompressedKVCache", "Runtime", "__version__"]
 
 # Imported on first use: the plug-in's entry must load without torch or the kernels, so that it can say what is missing.
-_HOME = {
-    "CacheSpec": "sglang_dsv4.spec",
-    "CompressedKVCache": "sglang_dsv4.cache",
-    "Runtime": "sglang_dsv4.runtime.runtime",
-}
+_HOME = {"CacheSpec": "sglang_dsv4.spec", "CompressedKVCache": "sglang_dsv4.cache", "Runtime": "sglang_dsv4.runtime.runtime"}
 
 
 def __getattr__(name: str) -> Any:

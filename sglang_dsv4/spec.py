@@ -89,9 +89,7 @@ class CacheSpec:
             ("index_dim", self.index_dim, INDEX_DIM),
         ):
             if got != want:
-                raise UnsupportedError(
-                    f"{name}: expected {want}, the geometry of DeepSeek-V4, got {got}"
-                )
+                raise UnsupportedError(f"{name}: expected {want}, the geometry of DeepSeek-V4, got {got}")
         for name, value, known in (
             ("row_format", self.row_format, ROW_FORMATS),
             ("index_format", self.index_format, INDEX_FORMATS),
@@ -99,13 +97,9 @@ class CacheSpec:
             if value not in known:
                 raise UnsupportedError(f"{name}: expected one of {sorted(known)}, got {value!r}")
         if self.page_tokens <= 0 or self.page_tokens % _MIN_PAGE_TOKENS:
-            raise ValueError(
-                f"page_tokens: expected a multiple of {_MIN_PAGE_TOKENS}, got {self.page_tokens}"
-            )
+            raise ValueError(f"page_tokens: expected a multiple of {_MIN_PAGE_TOKENS}, got {self.page_tokens}")
         if not 0 < self.window <= self.page_tokens:
-            raise ValueError(
-                f"window: expected 1 .. page_tokens={self.page_tokens}, got {self.window}"
-            )
+            raise ValueError(f"window: expected 1 .. page_tokens={self.page_tokens}, got {self.window}")
         if not self.layers:
             raise ValueError("layers: expected at least one layer, got none")
         if self.index_topk <= 0:
@@ -213,9 +207,7 @@ class _ConfigReader:
         self._config = config
         model_type = self.get("model_type", None)
         if model_type is not None and not str(model_type).startswith("deepseek_v4"):
-            raise UnsupportedError(
-                f"model_type: expected a DeepSeek-V4 configuration, got {model_type!r}"
-            )
+            raise UnsupportedError(f"model_type: expected a DeepSeek-V4 configuration, got {model_type!r}")
 
     def get(self, name: str, default: Any) -> Any:
         config = self._config
@@ -225,9 +217,7 @@ class _ConfigReader:
     def require(self, name: str) -> Any:
         value = self.get(name, None)
         if value is None:
-            raise UnsupportedError(
-                f"config.{name}: expected by DeepSeek-V4, but the configuration has none"
-            )
+            raise UnsupportedError(f"config.{name}: expected by DeepSeek-V4, but the configuration has none")
         return value
 
     def ratios(self, count: int) -> tuple[int, ...]:
@@ -235,9 +225,7 @@ class _ConfigReader:
         if listed is None:
             listed = self._ratios_of_layer_types()
         if len(listed) < count:
-            raise UnsupportedError(
-                f"compress_ratios: expected at least {count} layers, got {len(listed)}"
-            )
+            raise UnsupportedError(f"compress_ratios: expected at least {count} layers, got {len(listed)}")
         ratios = tuple(int(ratio) for ratio in listed[:count])
         for layer_id, ratio in enumerate(ratios):
             if ratio in (1, 2):
@@ -246,18 +234,14 @@ class _ConfigReader:
                     "implemented; this package serves DeepSeek-V4 (ratios 0, 4 and 128)"
                 )
             if ratio not in (WINDOW_ONLY_RATIO, CSA_RATIO, HCA_RATIO):
-                raise UnsupportedError(
-                    f"compress_ratios[{layer_id}]: expected 0, 4 or 128, got {ratio}"
-                )
+                raise UnsupportedError(f"compress_ratios[{layer_id}]: expected 0, 4 or 128, got {ratio}")
         return ratios
 
     def _ratios_of_layer_types(self) -> list[int]:
         layer_types = self.require("layer_types")
         unknown = sorted(set(layer_types) - set(_RATIO_OF_LAYER_TYPE))
         if unknown:
-            raise UnsupportedError(
-                f"layer_types: expected {sorted(_RATIO_OF_LAYER_TYPE)}, got {unknown}"
-            )
+            raise UnsupportedError(f"layer_types: expected {sorted(_RATIO_OF_LAYER_TYPE)}, got {unknown}")
         rates = self.get("compress_rates", {})
         return [int(rates.get(kind, _RATIO_OF_LAYER_TYPE[kind])) for kind in layer_types]
 

@@ -71,9 +71,7 @@ def pytest_runtest_makereport(item: pytest.Item):
     report = yield
     if report.skipped and "gpu" not in item.keywords:
         report.outcome = "failed"
-        report.longrepr = (
-            f"{item.nodeid}: skipped or xfailed; only tests marked gpu may be ({report.longrepr})"
-        )
+        report.longrepr = f"{item.nodeid}: skipped or xfailed; only tests marked gpu may be ({report.longrepr})"
     return report
 
 

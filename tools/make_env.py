@@ -35,9 +35,7 @@ NEVER_IMPORTED = r"/site-packages/(.*/)?(tests?|testing|multimodal_gen|transform
 UNREACHABLE = re.compile(
     r"NewConnectionError|name resolution|ConnectTimeout|ProxyError|Connection refused|Network is unreachable"
 )
-PIP_STEP = re.compile(
-    r"\s*(?:Collecting|Downloading|Using cached|Processing|Obtaining|Building wheel for) (\S+)"
-)
+PIP_STEP = re.compile(r"\s*(?:Collecting|Downloading|Using cached|Processing|Obtaining|Building wheel for) (\S+)")
 NO_VERSION = re.compile(r"No matching distribution found for (\S+)")
 
 
@@ -74,11 +72,7 @@ def wanted() -> dict[str, str]:
     """What an up-to-date environment was made from; equal to its stamp where nothing has to be done."""
     digest = hashlib.sha256()
     sources = [ROOT / "pyproject.toml", Path(__file__).resolve(), *CONSTRAINTS.glob("*.txt")]
-    sources += [
-        p
-        for p in SHIMS.rglob("*")
-        if p.suffix in (".py", ".pth", ".toml") and "build" not in p.parts
-    ]
+    sources += [p for p in SHIMS.rglob("*") if p.suffix in (".py", ".pth", ".toml") and "build" not in p.parts]
     for path in sorted(sources):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(ROOT)} {len(content)}\n".encode() + content)
@@ -103,14 +97,10 @@ def check_machine() -> None:
             "name another one, as in `make env PYTHON=python3.11`"
         )
     if VENV.exists() and not STAMP.exists():
-        raise EnvError(
-            f"{VENV} is not an environment that `make env` made; move it away or remove it"
-        )
+        raise EnvError(f"{VENV} is not an environment that `make env` made; move it away or remove it")
     free = shutil.disk_usage(ROOT).free
     if free < NEEDED_BYTES and not found():
-        raise EnvError(
-            f"the environment needs {NEEDED_BYTES / 1e9:.0f} GB of free disk, and {ROOT} has {free / 1e9:.1f} GB"
-        )
+        raise EnvError(f"the environment needs {NEEDED_BYTES / 1e9:.0f} GB of free disk, and {ROOT} has {free / 1e9:.1f} GB")
 
 
 def make_venv() -> None:
@@ -118,9 +108,7 @@ def make_venv() -> None:
     shutil.rmtree(VENV, ignore_errors=True)
     VENV.mkdir()
     STAMP.write_text("{}", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise EnvError(
             f"`{sys.executable} -m venv` failed; Debian and Ubuntu have it in the package python3-venv: "
@@ -149,21 +137,9 @@ def pip_install(arguments: list[str], progress: Progress, collected: int) -> int
     Returns:
         int: ``collected`` plus the packages that pip found in this step.
     """
-    command = [
-        str(PYTHON),
-        "-I",
-        "-m",
-        "pip",
-        "install",
-        "--no-input",
-        "--no-user",
-        "--progress-bar=off",
-        "--no-compile",
-    ]
+    command = [str(PYTHON), "-I", "-m", "pip", "install", "--no-input", "--no-user", "--progress-bar=off", "--no-compile"]
     command += ["--disable-pip-version-check", *arguments]
-    pip = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
+    pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -198,18 +174,7 @@ def compile_bytecode(progress: Progress) -> None:
     Files that this Python cannot compile are left: some packages ship code for newer ones.
     """
     (site,) = VENV.glob("lib/python*/site-packages")
-    command = [
-        str(PYTHON),
-        "-I",
-        "-m",
-        "compileall",
-        "-qq",
-        "-j",
-        "0",
-        "-x",
-        NEVER_IMPORTED,
-        str(site),
-    ]
+    command = [str(PYTHON), "-I", "-m", "compileall", "-qq", "-j", "0", "-x", NEVER_IMPORTED, str(site)]
     compiling = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while compiling.poll() is None:
         progress.show(progress.total, "compiling")
@@ -250,9 +215,7 @@ def make_env() -> None:
             return
         present, target = found(), wanted()
         if any(present.get(key) != target[key] for key in ("python", "root")):
-            print(
-                f"Making the environment {VENV}: one to two minutes and 2.3 GB, once.", flush=True
-            )
+            print(f"Making the environment {VENV}: one to two minutes and 2.3 GB, once.", flush=True)
             make_venv()
         STAMP.write_text("{}", encoding="utf-8")
         pins = [CONSTRAINTS / "cpu.txt", CONSTRAINTS / "sglang-cpu.txt"]

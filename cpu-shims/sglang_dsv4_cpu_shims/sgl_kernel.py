@@ -16,9 +16,7 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(f"sgl_kernel.{name}: this sgl_kernel is a stand-in without any kernel")
 
     def refuse(*args: object, **kwargs: object) -> NoReturn:
-        raise NotImplementedError(
-            f"sgl_kernel.{name}: this sgl_kernel is a stand-in; its kernels cannot be called"
-        )
+        raise NotImplementedError(f"sgl_kernel.{name}: this sgl_kernel is a stand-in; its kernels cannot be called")
 
     refuse.__name__ = refuse.__qualname__ = name
     return refuse

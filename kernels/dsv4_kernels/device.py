@@ -37,9 +37,7 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
         ValueError: the last dimension has a stride other than 1.
     """
     if tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name}: expected stride 1 in the last dimension, got {tensor.stride(-1)}"
-        )
+        raise ValueError(f"{name}: expected stride 1 in the last dimension, got {tensor.stride(-1)}")
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:

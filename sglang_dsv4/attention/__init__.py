@@ -1,15 +1,9 @@
 """Attention over the compressed cache: plan once per step, run once per layer."""
 
 from sglang_dsv4.attention.base import Attention, HostLengths
-from sglang_dsv4.attention.choose import (
-    Capabilities,
-    choose_attention,
-    find_capabilities,
-    make_attention,
-    name_attention,
-)
+from sglang_dsv4.attention.choose import Capabilities, choose_attention, find_capabilities, make_attention, name_attention
 from sglang_dsv4.attention.eager import EagerAttention
-from sglang_dsv4.attention.lists import FixedShape
+from sglang_dsv4.attention.row_list_kinds import FixedShape
 
 __all__ = [
     "Attention",

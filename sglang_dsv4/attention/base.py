@@ -24,10 +24,7 @@ class HostLengths:
 
     def positions(self) -> torch.Tensor:
         """Position of each new token: ``[T]`` int64 on the CPU."""
-        ranges = [
-            torch.arange(end - count, end)
-            for end, count in zip(self.seq_lens, self.extend_lens, strict=True)
-        ]
+        ranges = [torch.arange(end - count, end) for end, count in zip(self.seq_lens, self.extend_lens, strict=True)]
         return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
 
 
@@ -113,20 +110,14 @@ class Attention(ABC):
         del layer_id
         return None
 
-    def check(
-        self, layer_id: int, plan: StepPlan, q: torch.Tensor, selected: torch.Tensor | None
-    ) -> None:
+    def check(self, layer_id: int, plan: StepPlan, q: torch.Tensor, selected: torch.Tensor | None) -> None:
         """Raise unless the arguments of ``run`` fit the layer and the plan."""
         if self.cache.spec.layers[layer_id].indexed != (selected is not None):
             got = "none" if selected is None else "some"
-            raise ValueError(
-                f"layer {layer_id}: expected selected rows exactly in CSA layers, got {got}"
-            )
+            raise ValueError(f"layer {layer_id}: expected selected rows exactly in CSA layers, got {got}")
         for name, tensor in (("q", q), ("selected rows", selected)):
             if tensor is not None and tensor.shape[0] != plan.num_tokens:
-                raise ValueError(
-                    f"layer {layer_id} {name}: expected {plan.num_tokens} tokens, got {tensor.shape[0]}"
-                )
+                raise ValueError(f"layer {layer_id} {name}: expected {plan.num_tokens} tokens, got {tensor.shape[0]}")
 
     def rope_table(self, layer_id: int) -> torch.Tensor:
         """Cosines and sines of a layer's rotary embedding, by position."""

@@ -9,17 +9,13 @@ import torch
 from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.attention.device import Device, device_of
 from sglang_dsv4.attention.eager import EagerAttention
-from sglang_dsv4.attention.lists import FixedShape
+from sglang_dsv4.attention.row_list_kinds import FixedShape
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import UnsupportedError
 
 NAMES = ("eager", "flashinfer", "flashmla")
 _FLASHMLA = "sgl-flash-mla"
-FIRST_FLASHINFER = (
-    0,
-    6,
-    18,
-)  # head_dim_kpe=0: earlier kernels begin their sums there, with whatever was in the registers
+FIRST_FLASHINFER = (0, 6, 18)  # head_dim_kpe=0: earlier kernels begin their sums there, with whatever was in the registers
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,7 @@ class Capabilities:
 
 def find_capabilities(device: torch.device, row_format: str, num_heads: int) -> Capabilities:
     """Look at the device and at the installed packages; arguments as the fields of `Capabilities`."""
-    return Capabilities(
-        device_of(device),
-        row_format,
-        num_heads,
-        installed("flashinfer-python"),
-        installed(_FLASHMLA),
-    )
+    return Capabilities(device_of(device), row_format, num_heads, installed("flashinfer-python"), installed(_FLASHMLA))
 
 
 def name_attention(name: str | None, capabilities: Capabilities) -> tuple[str, str]:
@@ -111,9 +101,7 @@ def make_attention(
     Returns:
         tuple[Attention, str]: the attention, and the reason.
     """
-    chosen, reason = choose_attention(
-        name, find_capabilities(cache.device, cache.spec.row_format, num_heads)
-    )
+    chosen, reason = choose_attention(name, find_capabilities(cache.device, cache.spec.row_format, num_heads))
     if chosen is EagerAttention:
         return EagerAttention(cache), reason
     workspace = getattr(like, "workspace", None)
@@ -146,7 +134,7 @@ def why_not_flashmla(device: Device, row_format: str, num_heads: int) -> str:
 def why_not_flashmla_prefill(device: Device, row_format: str, num_heads: int) -> str:
     """Why FlashInfer's attention cannot leave prefills to FlashMLA's kernel, over the pool as it is; empty where it can.
 
-    Packed rows are FlashMLA's own attention's: it decodes them first (`sglang_dsv4.attention.decoded`).
+    Packed rows are FlashMLA's own attention's: it decodes them first (`sglang_dsv4.attention.decoded_prefill`).
     """
     if device.capability != (9, 0):
         return f"expected a CUDA device of SM90, got {device}"

@@ -37,11 +37,7 @@ class EagerAttention(Attention):
         self.check(layer_id, self._plan, q, selected)
         indexed = self.cache.spec.layers[layer_id].indexed
         entries = selected if indexed else view.entry_indices
-        indices = (
-            view.window_indices
-            if entries is None
-            else torch.cat([view.window_indices, entries], dim=1)
-        )
+        indices = view.window_indices if entries is None else torch.cat([view.window_indices, entries], dim=1)
         out = empty(tuple(q.shape), q.dtype, q.device)
         lse = empty(tuple(q.shape[:2]), torch.float32, q.device)
         chunk = max(1, _MAX_GATHERED_VALUES // (indices.shape[1] * q.shape[-1]))

@@ -22,22 +22,8 @@ from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention import device
 from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.attention.choose import load_prefill, why_not_flashinfer
-from sglang_dsv4.attention.lists import (
-    FixedShape,
-    chunks,
-    host_positions,
-    is_in_place,
-    kind_of,
-    kinds_of,
-    longest,
-)
-from sglang_dsv4.attention.schedule import (
-    KNOWN_VERSIONS,
-    OwnSchedule,
-    Partials,
-    check_stock_plan,
-    read_stock_plan,
-)
+from sglang_dsv4.attention.flashinfer_schedule import KNOWN_VERSIONS, OwnSchedule, Partials, check_stock_plan, read_stock_plan
+from sglang_dsv4.attention.row_list_kinds import FixedShape, chunks, host_positions, is_in_place, kind_of, kinds_of, longest
 from sglang_dsv4.attention.workspace import Workspace
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
@@ -52,29 +38,18 @@ _MANY_QUERIES, _VERY_MANY_QUERIES, _LONG_LIST = 64, 512, 1280
 class _StockPlan:
     """FlashInfer's planner: on the host, from lengths that the host knows."""
 
-    def __init__(
-        self,
-        floats: torch.Tensor,
-        backend: str,
-        fixed_tokens: int | None,
-        lists: torch.Tensor | None,
-    ) -> None:
+    def __init__(self, floats: torch.Tensor, backend: str, fixed_tokens: int | None, lists: torch.Tensor | None) -> None:
         buffers: dict[str, object] = {}
         if fixed_tokens is not None:
             begins, counts = fixed_tokens + 1, fixed_tokens
             names = {"qo_indptr": begins, "kv_indptr": begins, "kv_len_arr": counts}
-            buffers = {
-                name: torch.zeros(count, dtype=torch.int32, device=floats.device)
-                for name, count in names.items()
-            }
+            buffers = {name: torch.zeros(count, dtype=torch.int32, device=floats.device) for name, count in names.items()}
             buffers |= {"use_cuda_graph": True, "kv_indices": lists}
         self._fixed = fixed_tokens is not None
         self.wrapper = BatchMLAPagedAttentionWrapper(floats, backend=backend, **buffers)
         self._copied: torch.cuda.Event | None = None
 
-    def plan(
-        self, lengths: torch.Tensor, lists: torch.Tensor, stride: int, num_heads: int, scale: float
-    ) -> None:
+    def plan(self, lengths: torch.Tensor, lists: torch.Tensor, stride: int, num_heads: int, scale: float) -> None:
         """Plan queries with lists of these lengths (int32, CPU), ``stride`` apart in the flat ``lists``."""
         if self._copied is not None:
             # The last plan's copy may still be reading the pinned buffer that this one writes.
@@ -82,26 +57,13 @@ class _StockPlan:
         counts = torch.arange(len(lengths) + 1, dtype=torch.int32)
         # In graph mode the wrapper copies the indices into its own buffer, which is the one that we write: none are given.
         given = lists[:0] if self._fixed else lists
-        self.wrapper.plan(
-            counts, counts * stride, given, lengths, num_heads, 512, 0, 1, False, scale, _DTYPE, _DTYPE
-        )  # fmt: skip
+        self.wrapper.plan(counts, counts * stride, given, lengths, num_heads, 512, 0, 1, False, scale, _DTYPE, _DTYPE)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
 
-    def run(
-        self, q: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-    ) -> None:
+    def run(self, q: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Attend; ``lse`` gets natural logarithms."""
-        self.wrapper.run(
-            q,
-            q[..., :0],
-            rows,
-            rows[..., :0],
-            out=out,
-            lse=lse,
-            return_lse=True,
-            return_lse_base_on_e=True,
-        )
+        self.wrapper.run(q, q[..., :0], rows, rows[..., :0], out=out, lse=lse, return_lse=True, return_lse_base_on_e=True)
 
 
 @dataclass
@@ -160,16 +122,12 @@ class FlashInferAttention(Attention):
         assert found.capability is not None
         hopper = found.capability[0] == 9
         if backend not in ("auto", "fa2", "fa3") or (backend == "fa3" and not hopper):
-            raise UnsupportedError(
-                f"backend: expected auto, fa2, or fa3 on SM90, got {backend!r} on {found}"
-            )
+            raise UnsupportedError(f"backend: expected auto, fa2, or fa3 on SM90, got {backend!r} on {found}")
         self.device = cache.device
         self.num_heads = num_heads
         self.backend = ("fa3" if hopper else "fa2") if backend == "auto" else backend
         if schedule not in ("auto", "own", "whole", "stock"):
-            raise UnsupportedError(
-                f"schedule: expected auto, own, whole or stock, got {schedule!r}"
-            )
+            raise UnsupportedError(f"schedule: expected auto, own, whole or stock, got {schedule!r}")
         if schedule == "auto":
             schedule = "own" if flashinfer.__version__ in KNOWN_VERSIONS else "stock"
         if schedule == "whole" and prefill == "flashmla":
@@ -191,13 +149,9 @@ class FlashInferAttention(Attention):
             partials = Partials(num_heads, cache.spec.head_dim, found.num_sms, self.device)
             workspace = Workspace(partials, self.device)
         elif workspace.partials.num_heads != num_heads:
-            raise ValueError(
-                f"workspace: expected one for {num_heads} heads, got {workspace.partials.num_heads}"
-            )
+            raise ValueError(f"workspace: expected one for {num_heads} heads, got {workspace.partials.num_heads}")
         self.workspace = workspace
-        self._module = get_batch_mla_module(
-            self.backend, _DTYPE, _DTYPE, _DTYPE, torch.int32, cache.spec.head_dim, 0, False
-        )
+        self._module = get_batch_mla_module(self.backend, _DTYPE, _DTYPE, _DTYPE, torch.int32, cache.spec.head_dim, 0, False)
         self._lists: dict[str, torch.Tensor] = {}
         self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
         self.chunks: dict[str, list[Chunk]] = {}
@@ -223,13 +177,9 @@ class FlashInferAttention(Attention):
 
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
-            raise ValueError(
-                f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}"
-            )
+            raise ValueError(f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}")
         if self.schedule == "stock" and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "plan: FlashInfer's planner runs on the host; expected no capture of its stream"
-            )
+            raise ValueError("plan: FlashInfer's planner runs on the host; expected no capture of its stream")
         self._plan = plan
         self.chunks = {kind.name: [] for kind in kinds_of(self.cache.spec)}
         if plan.num_tokens == 0:
@@ -268,9 +218,7 @@ class FlashInferAttention(Attention):
                 row_lists(step, kind, chunk.lists, selected[part], window=False)
             if isinstance(chunk.plan, torch.Tensor):
                 assert self._sparse_prefill is not None
-                values, lse[part] = self._sparse_prefill(
-                    q[part], pool, chunk.lists, chunk.plan, sink.float(), self.sm_scale
-                )
+                values, lse[part] = self._sparse_prefill(q[part], pool, chunk.lists, chunk.plan, sink.float(), self.sm_scale)
                 if table is not None:
                     sink_rope(values, lse[part], None, positions, table)
                 if len(self.chunks[kind.name]) == 1:
@@ -293,13 +241,7 @@ class FlashInferAttention(Attention):
         return self._lists[kind.name][:, :most]
 
     def attend(
-        self,
-        kind: ListKind,
-        chunk: Chunk,
-        pool: torch.Tensor,
-        q: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        self, kind: ListKind, chunk: Chunk, pool: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> None:
         """FlashInfer's launch alone: no sink, rotated, and with our schedule pieces apart."""
         rows = pool.view(-1, 1, 512) if not self._packed else self._decoded(kind, chunk, pool)
@@ -309,22 +251,31 @@ class FlashInferAttention(Attention):
         own = chunk.plan
         assert isinstance(own, OwnSchedule)
         self._module.run(
-            own.partials.floats, own.ints, own.plan_info, q, q[..., :0], rows, rows[..., :0], chunk.flat, out, lse,
-            MaskMode.NON_CAUSAL.value, self.num_heads, 1, self.sm_scale, True, 1.0, 1.0, None,
-        )  # fmt: skip
+            own.partials.floats,
+            own.ints,
+            own.plan_info,
+            q,
+            q[..., :0],
+            rows,
+            rows[..., :0],
+            chunk.flat,
+            out,
+            lse,
+            MaskMode.NON_CAUSAL.value,
+            self.num_heads,
+            1,
+            self.sm_scale,
+            True,
+            1.0,
+            1.0,
+            None,
+        )
 
     def _decoded(self, kind: ListKind, chunk: Chunk, pool: torch.Tensor) -> torch.Tensor:
         """The chunk's listed rows as bf16, in list order."""
         count = chunk.lists.numel()
         rows = self.workspace.buffer("decoded", count * 512, _DTYPE)
-        row_gather(
-            pool,
-            self.cache.spec.rows,
-            chunk.lists,
-            kind,
-            self._step(chunk.tokens).positions,
-            rows.view(-1, 512),
-        )
+        row_gather(pool, self.cache.spec.rows, chunk.lists, kind, self._step(chunk.tokens).positions, rows.view(-1, 512))
         return rows.view(-1, 1, 512)
 
     def _step(self, part: slice) -> StepTensors:
@@ -338,9 +289,7 @@ class FlashInferAttention(Attention):
         )
         if sparse:
             width = -(-width // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE
-        lists = self.workspace.buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(
-            -1, width
-        )
+        lists = self.workspace.buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(-1, width)
         self._lists[kind.name] = lists
         counts = None
         if sparse:
@@ -365,18 +314,14 @@ class FlashInferAttention(Attention):
                 plan.plan(lengths, flat, width, self.num_heads, self.sm_scale)
             self.chunks[kind.name].append(Chunk(part, mine, flat, plan))
 
-    def _schedule(
-        self, kind: ListKind, number: int, num_tokens: int, flat: torch.Tensor
-    ) -> OwnSchedule | _StockPlan:
+    def _schedule(self, kind: ListKind, number: int, num_tokens: int, flat: torch.Tensor) -> OwnSchedule | _StockPlan:
         key = (kind.name, number)
         found = self._plans.get(key)
         if isinstance(found, OwnSchedule) and len(found.work.num_pieces) < num_tokens:
             found = None
         if found is None:
             if self.schedule != "stock":
-                found = OwnSchedule(
-                    num_tokens, self.workspace.partials, self.device, self.schedule == "own"
-                )
+                found = OwnSchedule(num_tokens, self.workspace.partials, self.device, self.schedule == "own")
             else:
                 fixed_tokens = None if self.fixed is None else num_tokens
                 found = _StockPlan(self.workspace.partials.floats, self.backend, fixed_tokens, flat)
@@ -388,9 +333,7 @@ class FlashInferAttention(Attention):
         lengths, stride = [640, 1, 0, 5000], 5003
         stock = _StockPlan(self.workspace.partials.floats, self.backend, None, None)
         lists = torch.zeros(len(lengths) * stride, dtype=torch.int32, device=self.device)
-        stock.plan(
-            torch.tensor(lengths, dtype=torch.int32), lists, stride, self.num_heads, self.sm_scale
-        )
+        stock.plan(torch.tensor(lengths, dtype=torch.int32), lists, stride, self.num_heads, self.sm_scale)
         wrapper = stock.wrapper
         works = read_stock_plan(list(wrapper._plan_info), wrapper._int_workspace_buffer.cpu())
         check_stock_plan(works, lengths, stride)

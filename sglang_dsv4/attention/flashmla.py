@@ -16,16 +16,9 @@ from dsv4_kernels.sink_rope.fused import sink_rope
 from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention.base import Attention, HostLengths
 from sglang_dsv4.attention.choose import why_not_flashmla
-from sglang_dsv4.attention.decoded import DecodedStep, choose_decoded, decoded_step
+from sglang_dsv4.attention.decoded_prefill import DecodedStep, choose_decoded, decoded_step
 from sglang_dsv4.attention.device import device_of
-from sglang_dsv4.attention.lists import (
-    FixedShape,
-    host_lengths,
-    is_in_place,
-    kind_of,
-    kinds_of,
-    longest,
-)
+from sglang_dsv4.attention.row_list_kinds import FixedShape, host_lengths, is_in_place, kind_of, kinds_of, longest
 from sglang_dsv4.cache import CompressedKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
@@ -35,12 +28,7 @@ _LIST_MULTIPLE, _PREFILL_MULTIPLE = 64, 128  # of columns, in the lists of the t
 
 
 def sparse_prefill(
-    q: torch.Tensor,
-    pool: torch.Tensor,
-    lists: torch.Tensor,
-    lengths: torch.Tensor,
-    sink: torch.Tensor,
-    sm_scale: float,
+    q: torch.Tensor, pool: torch.Tensor, lists: torch.Tensor, lengths: torch.Tensor, sink: torch.Tensor, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashMLA's prefill kernel over bf16 rows, which every query reads by its own list. SM90; 64 or 128 heads.
 
@@ -56,14 +44,7 @@ def sparse_prefill(
         tuple: ``[T, H, 512]`` with the sink, and the log-sum-exp without it.
     """
     out, _, lse = flash_mla.flash_mla_sparse_fwd(
-        q,
-        pool.unsqueeze(1),
-        lists.unsqueeze(1),
-        sm_scale,
-        q.shape[-1],
-        sink,
-        lengths,
-        use_legacy=True,
+        q, pool.unsqueeze(1), lists.unsqueeze(1), sm_scale, q.shape[-1], sink, lengths, use_legacy=True
     )
     return out, lse
 
@@ -85,9 +66,7 @@ class FlashMLAAttention(Attention):
 
     name = "flashmla"
 
-    def __init__(
-        self, cache: CompressedKVCache, num_heads: int, *, fixed: FixedShape | None = None
-    ) -> None:
+    def __init__(self, cache: CompressedKVCache, num_heads: int, *, fixed: FixedShape | None = None) -> None:
         super().__init__(cache)
         fault = why_not_flashmla(device_of(cache.device), cache.spec.row_format, num_heads)
         if fault:
@@ -114,9 +93,7 @@ class FlashMLAAttention(Attention):
 
     def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
-            raise ValueError(
-                f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}"
-            )
+            raise ValueError(f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}")
         decoded = self._plan_decoded(plan, lengths)
         self._plan, self._decoded = plan, decoded
         for kind in kinds_of(self.cache.spec):
@@ -152,32 +129,36 @@ class FlashMLAAttention(Attention):
             out, lse = self._attend_packed(layer_id, q, sink, lists, lengths, kind)
         else:
             rows = self._decode(layer_id, self._decoded)
-            out, lse = sparse_prefill(
-                q.contiguous(), rows, lists, lengths, sink.float(), self.sm_scale
-            )
+            out, lse = sparse_prefill(q.contiguous(), rows, lists, lengths, sink.float(), self.sm_scale)
         if undo_rope:
             sink_rope(out, lse, None, step.positions, self.rope_table(layer_id))
         return out
 
     def _attend_packed(
-        self,
-        layer_id: int,
-        q: torch.Tensor,
-        sink: torch.Tensor,
-        lists: torch.Tensor,
-        lengths: torch.Tensor,
-        kind: ListKind,
+        self, layer_id: int, q: torch.Tensor, sink: torch.Tensor, lists: torch.Tensor, lengths: torch.Tensor, kind: ListKind
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """FlashMLA's decode kernel over the pool; results as of `sparse_prefill`."""
         fmt, pool = self.cache.spec.rows, self.cache.layers[layer_id].storage.pool
         pages = pool.as_strided(
-            (len(pool), fmt.group_rows, 1, fmt.row_bytes),
-            (fmt.group_bytes, fmt.row_bytes, fmt.row_bytes, 1),
+            (len(pool), fmt.group_rows, 1, fmt.row_bytes), (fmt.group_bytes, fmt.row_bytes, fmt.row_bytes, 1)
         )
         out, lse = flash_mla.flash_mla_with_kvcache(
-            q.unsqueeze(1), pages, None, None, self.cache.spec.head_dim, self._meta[kind.name], None, self.sm_scale, False,
-            True, lists.unsqueeze(1), sink.float(), topk_length=lengths, use_legacy=True, kv_format="V4",
-        )  # fmt: skip
+            q.unsqueeze(1),
+            pages,
+            None,
+            None,
+            self.cache.spec.head_dim,
+            self._meta[kind.name],
+            None,
+            self.sm_scale,
+            False,
+            True,
+            lists.unsqueeze(1),
+            sink.float(),
+            topk_length=lengths,
+            use_legacy=True,
+            kv_format="V4",
+        )
         return out.squeeze(1), lse.view(q.shape[:2])
 
     def _decode(self, layer_id: int, decoded: DecodedStep) -> torch.Tensor:

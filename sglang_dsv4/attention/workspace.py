@@ -3,7 +3,7 @@
 import torch
 
 from dsv4_kernels.memory import empty
-from sglang_dsv4.attention.schedule import Partials
+from sglang_dsv4.attention.flashinfer_schedule import Partials
 
 
 class Workspace:

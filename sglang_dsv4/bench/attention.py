@@ -82,13 +82,7 @@ def flashinfer_variants(work: AttentionWork, missing: set[str]) -> dict[str, Att
     hopper = torch.cuda.get_device_capability()[0] == 9
     for backend in ("fa3", "fa2") if hopper else ("fa2",):
         for schedule in ("own", "stock") if found else ("own", "whole", "stock"):
-            attention = ours(
-                work.cache,
-                work.case.heads,
-                backend=backend,
-                schedule=schedule,
-                prefill="flashinfer",
-            )
+            attention = ours(work.cache, work.case.heads, backend=backend, schedule=schedule, prefill="flashinfer")
             attention.plan(work.plan, work.lengths)
             found[f"{backend}-{schedule}"] = attention
     return found
@@ -150,9 +144,7 @@ def _kernels(attention: Attention, work: AttentionWork) -> list[Callable[[], tor
     return [lambda i=i: call(i) for i in range(len(work.q))]  # type: ignore[misc]
 
 
-def _calls(
-    attention: Attention, work: AttentionWork, selected: list[torch.Tensor | None]
-) -> list[Callable[[], torch.Tensor]]:
+def _calls(attention: Attention, work: AttentionWork, selected: list[torch.Tensor | None]) -> list[Callable[[], torch.Tensor]]:
     return [
         lambda i=i: attention.run(i, work.q[i], work.sink, selected[i], undo_rope=True)  # type: ignore[misc]
         for i in range(len(work.q))
@@ -172,14 +164,7 @@ def check(work: AttentionWork, calls: Calls) -> dict[str, float]:
     for query in queries:
         angles = table[work.plan.step.positions[query]]
         rows = work.rows(0, query)
-        expected[query] = exact(
-            work.q[0][query],
-            rows,
-            work.sink,
-            512**-0.5,
-            angles,
-            drop=query == last and len(rows) <= 1200,
-        )
+        expected[query] = exact(work.q[0][query], rows, work.sink, 512**-0.5, angles, drop=query == last and len(rows) <= 1200)
         if expected[query].dropped_least <= 2:
             raise AssertionError(
                 f"{work.case.name}: a dropped key moves values by {expected[query].dropped_least} of what is allowed"
@@ -210,9 +195,7 @@ def plan_times(work: AttentionWork, attention: Attention) -> dict[str, float]:
     return found
 
 
-def measure(
-    case: AttentionCase, row_format: str, bandwidth: float, missing: set[str]
-) -> Iterator[dict]:
+def measure(case: AttentionCase, row_format: str, bandwidth: float, missing: set[str]) -> Iterator[dict]:
     """Check and time every variant of one case."""
     device = torch.device("cuda")
     work = make_work(case, row_format, device)
@@ -222,27 +205,32 @@ def measure(
     moved = work.bytes_needed()
     for name, timing in times.items():
         row = {
-            "op": "attention", "case": case.name, "kind": case.kind, "heads": case.heads, "tokens": case.num_tokens,
-            "requests": len(case.starts), "longest": case.longest, "topk": case.topk, "row_format": row_format,
-            "variant": name, "us": timing.median_us, "p10_us": timing.p10_us, "p90_us": timing.p90_us, "bytes": moved,
-            "copy_percent": 100 * moved / timing.median_us / bandwidth, "error": errors.get(name), "layers": len(work.q),
-        }  # fmt: skip
+            "op": "attention",
+            "case": case.name,
+            "kind": case.kind,
+            "heads": case.heads,
+            "tokens": case.num_tokens,
+            "requests": len(case.starts),
+            "longest": case.longest,
+            "topk": case.topk,
+            "row_format": row_format,
+            "variant": name,
+            "us": timing.median_us,
+            "p10_us": timing.p10_us,
+            "p90_us": timing.p90_us,
+            "bytes": moved,
+            "copy_percent": 100 * moved / timing.median_us / bandwidth,
+            "error": errors.get(name),
+            "layers": len(work.q),
+        }
         if name in planned:
             row |= plan_times(work, planned[name])
         yield row
     if case.num_tokens <= 64 and case.longest <= 8192:
         indices = work.indices(0)
         pool, fmt = work.cache.layers[0].storage.pool, work.cache.spec.rows
-        timing = time_eager(
-            lambda: naive_sparse_attention(work.q[0], pool, fmt, indices, work.sink, 512**-0.5)
-        )
-        yield {
-            "op": "attention",
-            "case": case.name,
-            "row_format": row_format,
-            "variant": "torch",
-            "us": timing.median_us,
-        }
+        timing = time_eager(lambda: naive_sparse_attention(work.q[0], pool, fmt, indices, work.sink, 512**-0.5))
+        yield {"op": "attention", "case": case.name, "row_format": row_format, "variant": "torch", "us": timing.median_us}
 
 
 def rows(bandwidth: float, quick: bool, only: str, missing: set[str]) -> Iterator[dict]:

@@ -21,17 +21,9 @@ def add_parser(what: argparse._SubParsersAction) -> None:
         "installed.",
     )
     parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="also write the rows, and where they were measured, to this file",
+        "--json", type=Path, metavar="FILE", help="also write the rows, and where they were measured, to this file"
     )
-    parser.add_argument(
-        "--only",
-        default="",
-        metavar="TEXT",
-        help="run only cases whose name and row format contain this text",
-    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only cases whose name and row format contain this text")
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.set_defaults(func=run)
 
@@ -41,17 +33,13 @@ def run(args: argparse.Namespace) -> int:
     need_cuda("attention")
     console = Console(width=160)
     where = environment(copy_bandwidth())
-    console.print(
-        f"{where['gpu']}, copy {where['copy_bytes_per_us'] / 1e3:,.0f} GB/s, torch {where['versions']['torch']}"
-    )
+    console.print(f"{where['gpu']}, copy {where['copy_bytes_per_us'] / 1e3:,.0f} GB/s, torch {where['versions']['torch']}")
     found: list[dict] = []
     missing: set[str] = set()
     for row in attention.rows(where["copy_bytes_per_us"], args.quick, args.only, missing):
         found.append(row)
         error = "" if row.get("error") is None else f", error {row['error']:.2f} of the allowed"
-        console.print(
-            f"{row['case']:34} {row['row_format']:8} {row['variant']:16} {row['us']:9.2f} us{error}"
-        )
+        console.print(f"{row['case']:34} {row['row_format']:8} {row['variant']:16} {row['us']:9.2f} us{error}")
         if args.json:
             report = {"environment": where, "not_run": sorted(missing), "rows": found}
             args.json.write_text(json.dumps(report, indent=1))

@@ -26,20 +26,14 @@ def prepare(work: AttentionWork, backend: str) -> list[Callable[[], torch.Tensor
     row_lists(work.plan.step, window, lists)
     visible = work.kind.num_entries(positions)
     values, runs = torch.unique_consecutive(visible, return_counts=True)
-    last = (
-        work.indices(0)[-1, work.kind.window :].int().contiguous()
-    )  # every entry of the request, in order
+    last = work.indices(0)[-1, work.kind.window :].int().contiguous()  # every entry of the request, in order
 
     def planned(
         queries: torch.Tensor, begins: torch.Tensor, indices: torch.Tensor, lengths: torch.Tensor
     ) -> BatchMLAPagedAttentionWrapper:
-        wrapper = BatchMLAPagedAttentionWrapper(
-            empty((_WORKSPACE_BYTES,), torch.uint8, device), backend=backend
-        )
+        wrapper = BatchMLAPagedAttentionWrapper(empty((_WORKSPACE_BYTES,), torch.uint8, device), backend=backend)
         ints = [tensor.int() for tensor in (queries, begins)]
-        wrapper.plan(
-            *ints, indices, lengths.int(), heads, 512, 0, 1, False, 512**-0.5, torch.bfloat16, torch.bfloat16
-        )  # fmt: skip
+        wrapper.plan(*ints, indices, lengths.int(), heads, 512, 0, 1, False, 512**-0.5, torch.bfloat16, torch.bfloat16)
         return wrapper
 
     arange = torch.arange(count + 1)
@@ -51,13 +45,8 @@ def prepare(work: AttentionWork, backend: str) -> list[Callable[[], torch.Tensor
 
     def call(layer_id: int) -> torch.Tensor:
         q, rows = work.q[layer_id], work.cache.layers[layer_id].storage.pool.view(-1, 1, 512)
-        parts = [
-            wrapper.run(q, q[..., :0], rows, rows[..., :0], return_lse=True)
-            for wrapper in (own, shared)
-        ]
-        tiles = [
-            tensor.view(-1, _MERGED_HEADS, *tensor.shape[2:]) for part in parts for tensor in part
-        ]
+        parts = [wrapper.run(q, q[..., :0], rows, rows[..., :0], return_lse=True) for wrapper in (own, shared)]
+        tiles = [tensor.view(-1, _MERGED_HEADS, *tensor.shape[2:]) for part in parts for tensor in part]
         out, lse = flashinfer.merge_state(*tiles)
         out = out.view(q.shape)
         sink_rope(out, lse.view(q.shape[:2]) * math.log(2), work.sink, step.positions, table)

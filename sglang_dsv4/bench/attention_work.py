@@ -9,7 +9,7 @@ from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.row_lists import ListKind
 from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention.base import HostLengths
-from sglang_dsv4.attention.lists import kind_of
+from sglang_dsv4.attention.row_list_kinds import kind_of
 from sglang_dsv4.bench.cases import PAGE_TOKENS
 from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables, StepPlan
 from sglang_dsv4.spec import CacheSpec
@@ -59,24 +59,30 @@ class AttentionCase:
 class AttentionWork:
     """Layers that differ in their rows, queries and choices, so that attending one after another finds nothing in the L2 cache."""
 
-    def __init__(
-        self,
-        case: AttentionCase,
-        num_layers: int,
-        row_format: str,
-        device: torch.device,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, case: AttentionCase, num_layers: int, row_format: str, device: torch.device, seed: int = 0) -> None:
         self.case = case
         generator = torch.Generator(device=device).manual_seed(seed)
         batch, pages = len(case.starts), -(-case.longest // PAGE_TOKENS)
         window_pages, window_count = self._window_table(pages, device, generator)
         config = {
-            "model_type": "deepseek_v4", "num_hidden_layers": num_layers, "compress_ratios": [RATIOS[case.kind]] * num_layers,
-            "index_topk": case.topk, "sliding_window": 128, "head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128,
-            "rope_theta": 10000, "compress_rope_theta": 160000,
-            "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1},
-        }  # fmt: skip
+            "model_type": "deepseek_v4",
+            "num_hidden_layers": num_layers,
+            "compress_ratios": [RATIOS[case.kind]] * num_layers,
+            "index_topk": case.topk,
+            "sliding_window": 128,
+            "head_dim": 512,
+            "qk_rope_head_dim": 64,
+            "index_head_dim": 128,
+            "rope_theta": 10000,
+            "compress_rope_theta": 160000,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 16,
+                "original_max_position_embeddings": 65536,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            },
+        }
         spec = CacheSpec.from_hf(config, row_format=row_format, page_tokens=PAGE_TOKENS)
         capacity = Capacity(batch * pages, window_count, 1, pages * PAGE_TOKENS)
         self.cache = CompressedKVCache(spec, ExternalPages(capacity), device)
@@ -87,9 +93,7 @@ class AttentionWork:
         rows = torch.repeat_interleave(torch.arange(batch), extends)
         first = torch.cumsum(extends, 0) - extends
         positions = torch.arange(case.num_tokens) - first[rows] + starts[rows]
-        history = torch.randperm(batch * pages, device=device, generator=generator).view(
-            batch, pages
-        )
+        history = torch.randperm(batch * pages, device=device, generator=generator).view(batch, pages)
         self.lengths = HostLengths((starts + extends).tolist(), extends.tolist())
         self.plan: StepPlan = self.cache.plan_tables(
             positions=positions.to(device),
@@ -100,16 +104,9 @@ class AttentionWork:
             tables=PageTables(history=history, window=window_pages),
         )
         shape = (case.num_tokens, case.heads, 512)
-        self.q = [
-            torch.randn(shape, device=device, generator=generator).bfloat16()
-            for _ in range(num_layers)
-        ]
+        self.q = [torch.randn(shape, device=device, generator=generator).bfloat16() for _ in range(num_layers)]
         self.sink = torch.randn(case.heads, device=device, generator=generator)
-        chosen = (
-            [self._choose(generator) for _ in range(num_layers)]
-            if case.kind == "csa"
-            else [None] * num_layers
-        )
+        chosen = [self._choose(generator) for _ in range(num_layers)] if case.kind == "csa" else [None] * num_layers
         self.selected: list[torch.Tensor | None] = chosen
 
     def indices(self, layer_id: int) -> torch.Tensor:
@@ -149,9 +146,7 @@ class AttentionWork:
             listed = int(window + (ends // self.kind.ratio if self.kind.ratio else 0 * ends).sum())
         return listed * self.cache.spec.rows.row_bytes + 4 * self.q[0].numel()
 
-    def _window_table(
-        self, pages: int, device: torch.device, generator: torch.Generator
-    ) -> tuple[torch.Tensor, int]:
+    def _window_table(self, pages: int, device: torch.device, generator: torch.Generator) -> tuple[torch.Tensor, int]:
         ranges = [
             (max(0, start - 127) // PAGE_TOKENS, (start + count - 1) // PAGE_TOKENS)
             for start, count in zip(self.case.starts, self.case.extends, strict=True)

@@ -8,17 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dsv4.bench import (
-    attention_command,
-    cuts,
-    flush,
-    index,
-    peer_index,
-    peer_sglang,
-    serve_command,
-    step_plan,
-    window,
-)
+from sglang_dsv4.bench import attention_command, cuts, flush, index, peer_index, peer_sglang, serve_command, step_plan, window
 from sglang_dsv4.bench.machine import environment, need_cuda
 from sglang_dsv4.bench.timing import copy_bandwidth
 
@@ -41,10 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "references that they were checked against. SGLang, DeepGEMM and FlashInfer take part where they are installed.",
     )
     kernels.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="also write the rows, and where they were measured, to this file",
+        "--json", type=Path, metavar="FILE", help="also write the rows, and where they were measured, to this file"
     )
     kernels.add_argument(
         "--only",
@@ -63,15 +50,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
     need_cuda("kernels")
     console = Console(width=160)
-    missing = sorted(
-        {reason for reason in (peer_sglang.load()[1], *peer_index.missing()) if reason}
-    )
+    missing = sorted({reason for reason in (peer_sglang.load()[1], *peer_index.missing()) if reason})
     bandwidth = copy_bandwidth()
     where = environment(bandwidth)
     versions = where["versions"]
-    console.print(
-        f"{where['gpu']}, copy {bandwidth / 1e3:,.0f} GB/s, torch {versions['torch']}, triton {versions['triton']}"
-    )
+    console.print(f"{where['gpu']}, copy {bandwidth / 1e3:,.0f} GB/s, torch {versions['torch']}, triton {versions['triton']}")
     found = []
     for row in _rows(bandwidth, args.quick, args.only):
         found.append(row)
@@ -102,9 +85,7 @@ def _line(row: dict) -> str:
 
 
 def _table(rows: list[dict]) -> Table:
-    table = Table(
-        "op", "case", "rows", "in", "us", "p10-p90", "in L2", "MB", "% of copy", "SGLang us", "ratio", "torch us"
-    )  # fmt: skip
+    table = Table("op", "case", "rows", "in", "us", "p10-p90", "in L2", "MB", "% of copy", "SGLang us", "ratio", "torch us")
     for row in rows:
         peer = row["sglang_us"]
         table.add_row(

@@ -41,23 +41,14 @@ def make_spec(ratios: Sequence[int], row_format: str) -> CacheSpec:
         "compress_rope_theta": 160000,
     }
     return CacheSpec.from_hf(
-        config,
-        row_format=row_format,
-        index_format=INDEX_FORMAT_OF_ROWS[row_format],
-        max_draft_tokens=DRAFT,
+        config, row_format=row_format, index_format=INDEX_FORMAT_OF_ROWS[row_format], max_draft_tokens=DRAFT
     )
 
 
 def make_cache(spec: CacheSpec, length: int, requests: int, device: str) -> CompressedKVCache:
     """Room for a sequence of this length and for what others write of their own."""
     pages = -(-length // spec.page_tokens) + 2 * requests
-    return CompressedKVCache.create(
-        spec,
-        num_pages=pages,
-        num_window_pages=4 * requests,
-        max_requests=requests,
-        device=device,
-    )
+    return CompressedKVCache.create(spec, num_pages=pages, num_window_pages=4 * requests, max_requests=requests, device=device)
 
 
 def feed(cache: CompressedKVCache, request: Request, tokens: range, salt: int = 0) -> None:
@@ -132,12 +123,7 @@ def _measure(cache: CompressedKVCache, length: int) -> dict:
     kept = cache.snapshot(trunk)
     row: dict = {"tokens": length, "pages": len(trunk.pages.history)}
     row["fork_us"] = _time(cache, lambda _: cache.fork(trunk), cache.close)
-    row["truncate_us"] = _time(
-        cache,
-        lambda twin: cache.truncate(twin, length - DRAFT),
-        cache.close,
-        lambda: cache.fork(trunk),
-    )
+    row["truncate_us"] = _time(cache, lambda twin: cache.truncate(twin, length - DRAFT), cache.close, lambda: cache.fork(trunk))
     row["snapshot_us"] = _time(cache, lambda _: cache.snapshot(trunk), cache.release)
     row["restore_us"] = _time(cache, lambda _: cache.restore(kept), cache.close)
     before = cache.report()
@@ -184,18 +170,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "V4-Flash, and count the bytes that they copy. First each of them is continued, and compared with a sequence that was "
         "never cut. No model takes part.",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s"
+        "--rows", choices=sorted(INDEX_FORMAT_OF_ROWS), default="bf16", help="row format (default: %(default)s)"
     )
-    parser.add_argument(
-        "--rows",
-        choices=sorted(INDEX_FORMAT_OF_ROWS),
-        default="bf16",
-        help="row format (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the rows to this file"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.set_defaults(func=run)
 
 
@@ -208,15 +187,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     names = ("fork_us", "truncate_us", "snapshot_us", "restore_us")
-    table = Table("tokens", "pages", *(name.replace("_us", ", us") for name in names),
-                  "bytes: fork", "first write", "a page", title=f"layers of Flash, {args.rows} rows, {args.device}")  # fmt: skip
+    table = Table(
+        "tokens",
+        "pages",
+        *(name.replace("_us", ", us") for name in names),
+        "bytes: fork",
+        "first write",
+        "a page",
+        title=f"layers of Flash, {args.rows} rows, {args.device}",
+    )
     for row in rows:
         sizes = (row["fork_bytes"], row["first_write_bytes"], row["page_bytes"])
         table.add_row(
-            f"{row['tokens']:,}",
-            str(row["pages"]),
-            *(f"{row[name]:.0f}" for name in names),
-            *(f"{size:,}" for size in sizes),
+            f"{row['tokens']:,}", str(row["pages"]), *(f"{row[name]:.0f}" for name in names), *(f"{size:,}" for size in sizes)
         )
     Console(width=130).print(table)
     return 0

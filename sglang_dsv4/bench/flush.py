@@ -33,9 +33,7 @@ class FlushRow(Row):
     sglang_launches: int | None = None
 
 
-def differing(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> dict[str, float]:
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """Share of bytes that differ, per tensor."""
     shares = {}
     for name, tensor in found.items():
@@ -66,14 +64,7 @@ def check(work: FlushWork) -> None:
             )
 
 
-def run(
-    layer: str,
-    case: Case,
-    row_format: str,
-    dtype: torch.dtype,
-    bandwidth: float,
-    module: object | None,
-) -> FlushRow:
+def run(layer: str, case: Case, row_format: str, dtype: torch.dtype, bandwidth: float, module: object | None) -> FlushRow:
     """Check and time one case."""
     device = torch.device("cuda")
     table = rope(case, device)
@@ -81,13 +72,9 @@ def run(
     first = make_flush_work(case, layer, row_format, dtype, step, table)
     check(first)
     moved = bytes_needed(case, first)
-    held = (
-        sum(tensor.numel() * tensor.element_size() for tensor in first.outputs().values()) + moved
-    )
+    held = sum(tensor.numel() * tensor.element_size() for tensor in first.outputs().values()) + moved
     count = min(num_sets(moved), max(2, _MAX_BYTES // held))
-    works = [first] + [
-        make_flush_work(case, layer, row_format, dtype, step, table) for _ in range(count - 1)
-    ]
+    works = [first] + [make_flush_work(case, layer, row_format, dtype, step, table) for _ in range(count - 1)]
     variants = {"ours": [work.fused for work in works], "warm": [first.fused]}
     same = None
     if module is not None and dtype == torch.float32 and row_format == "fp8_584":

@@ -36,27 +36,13 @@ class IndexRow(Row):
 
 def cases(quick: bool) -> list[Case]:
     """Decode from 2k to 1M tokens, verify, prefill from 0, after a prefix, and of many requests; lengths that differ."""
-    sizes = [
-        (1, 2),
-        (1, 8),
-        (1, 32),
-        (1, 128),
-        (1, 1024),
-        (8, 32),
-        (8, 128),
-        (32, 32),
-        (64, 32),
-        (128, 8),
-        (256, 8),
-    ]
+    sizes = [(1, 2), (1, 8), (1, 32), (1, 128), (1, 1024), (8, 32), (8, 128), (32, 32), (64, 32), (128, 8), (256, 8)]
     if quick:
         sizes = [(1, 8), (1, 1024), (32, 32), (256, 8)]
     found = [
-        Case(
-            f"decode-b{batch}-{size}k", tuple(1024 * size - 1 - 37 * i for i in range(batch)), (1,) * batch
-        )
+        Case(f"decode-b{batch}-{size}k", tuple(1024 * size - 1 - 37 * i for i in range(batch)), (1,) * batch)
         for batch, size in sizes
-    ]  # fmt: skip
+    ]
     uneven = (512 * 1024 - 1, *(2048 + 97 * i for i in range(63)))
     found += [
         Case("decode-b64-one-512k", uneven, (1,) * 64),
@@ -83,10 +69,7 @@ def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[IndexRow
     needed = first.bytes_needed()
     held = first.pool.numel() * first.pool.element_size() + 2 * first.q.numel()
     count = min(num_sets(needed), max(2, _MAX_BYTES // held))
-    works = [first] + [
-        make_index_work(step, HEADS, k, key_format, table, first.workspace)
-        for _ in range(count - 1)
-    ]
+    works = [first] + [make_index_work(step, HEADS, k, key_format, table, first.workspace) for _ in range(count - 1)]
     shape = f"{case.describe()}, k {k}"
 
     def row(op: str, times: dict, moved: int, torch_us: float | None) -> IndexRow:

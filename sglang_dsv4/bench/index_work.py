@@ -46,7 +46,7 @@ class IndexWork:
         """The whole selection."""
         select_entries(
             self.step, self.q, self.weights, self.pool, self.key_format, self.table, CSA_RATIO, self.out, self.workspace
-        )  # fmt: skip
+        )
 
     @property
     def piece(self) -> tuple[int, int]:
@@ -58,9 +58,17 @@ class IndexWork:
     def score(self) -> None:
         """Queries and scores of the last piece."""
         score_entries(
-            self.step, self.q, self.weights, self.pool, self.key_format, self.table, CSA_RATIO, self.out.shape[1],
-            self.workspace, *self.piece,
-        )  # fmt: skip
+            self.step,
+            self.q,
+            self.weights,
+            self.pool,
+            self.key_format,
+            self.table,
+            CSA_RATIO,
+            self.out.shape[1],
+            self.workspace,
+            *self.piece,
+        )
 
     def scores(self) -> torch.Tensor:
         """Scores of the last piece."""
@@ -70,9 +78,7 @@ class IndexWork:
         """The choice of the last piece."""
         first, count = self.piece
         scores, maxima = held_scores(self.step, CSA_RATIO, self.workspace)
-        topk_entries(
-            self.step, scores[:count], maxima[:count], first, CSA_RATIO, self.out, self.workspace.groups
-        )  # fmt: skip
+        topk_entries(self.step, scores[:count], maxima[:count], first, CSA_RATIO, self.out, self.workspace.groups)
 
     def choose_torch(self) -> torch.Tensor:
         """The choice by torch.topk, without a rule for ties, in no order: what is compared in time."""
@@ -106,15 +112,10 @@ class IndexWork:
         piece = max(1, _DOTS // (self.q.shape[1] * self.scores().shape[1]))
         for first in range(0, len(self.q), piece):
             part = slice(first, first + piece)
-            step = replace(
-                self.step,
-                positions=self.step.positions[part],
-                token_rows=self.step.token_rows[part],
-            )
+            step = replace(self.step, positions=self.step.positions[part], token_rows=self.step.token_rows[part])
             naive_select_entries(
-                step, self.q[part], self.weights[part], self.pool, self.key_format, self.table, CSA_RATIO,
-                self.out[part],
-            )  # fmt: skip
+                step, self.q[part], self.weights[part], self.pool, self.key_format, self.table, CSA_RATIO, self.out[part]
+            )
 
     def check(self) -> None:
         """Raise unless the choice is the reference's for the kernel's own scores, and those are right to rounding.
@@ -131,9 +132,7 @@ class IndexWork:
             rows = self.step.token_rows[first + at : first + part.stop].unsqueeze(1)
             slots = self.step.entry_slots(rows, chosen.clamp_min(0), CSA_RATIO)
             expected = slots.masked_fill(chosen < 0, -1).to(torch.int32)
-            if not torch.equal(
-                self.out[first + at : first + part.stop, : chosen.shape[1]], expected
-            ):
+            if not torch.equal(self.out[first + at : first + part.stop, : chosen.shape[1]], expected):
                 raise AssertionError(f"tokens {first + at} ..: another choice than the reference's")
         for token in {0, count // 2, count - 1}:
             if visible[token] > k:
@@ -148,9 +147,7 @@ class IndexWork:
         exact = w.double() @ (q @ keys.T).clamp_min(0)
         error = (self.scores()[row, entries] - exact).abs()
         if (error > score_bound(q, w, keys, e4m3=self.key_format is FP8_INDEX)).any():
-            raise AssertionError(
-                f"token {token}: a score is off by {error.max()}, more than rounding"
-            )
+            raise AssertionError(f"token {token}: a score is off by {error.max()}, more than rounding")
 
     def bytes_needed(self, first: int = 0) -> int:
         """Fewest bytes for the tokens from ``first`` on: the rows, queries and weights of those that have a choice, and every
@@ -159,21 +156,14 @@ class IndexWork:
         k, heads = self.out.shape[1], self.q.shape[1]
         visible = self.visible[first:]
         scored = visible > k
-        most = torch.zeros_like(self.step.seq_lens).scatter_reduce(
-            0, self.step.token_rows[first:], visible * scored, "amax"
-        )
+        most = torch.zeros_like(self.step.seq_lens).scatter_reduce(0, self.step.token_rows[first:], visible * scored, "amax")
         query = heads * (INDEX_DIM + 1) * self.q.element_size()
         keys = int(most.sum()) * self.key_format.row_bytes
         return int(scored.sum()) * query + keys + len(visible) * k * self.out.element_size()
 
 
 def make_index_work(
-    step: StepTensors,
-    heads: int,
-    k: int,
-    key_format: RowFormat,
-    table: torch.Tensor,
-    workspace: IndexWorkspace | None = None,
+    step: StepTensors, heads: int, k: int, key_format: RowFormat, table: torch.Tensor, workspace: IndexWorkspace | None = None
 ) -> IndexWork:
     """Random keys and queries; sets of inputs may share a workspace."""
     device = table.device

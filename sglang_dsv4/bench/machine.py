@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sglang_dsv4.compare import machine
+from sglang_dsv4.check.compare import machine
 from sglang_dsv4.errors import UnsupportedError
 
 

@@ -46,24 +46,18 @@ def topk_peers(work: IndexWork, scores: torch.Tensor) -> dict[str, Callable[[], 
         out = torch.empty_like(work.out[first:])
         found["sglang"] = lambda: sglang.topk_transform_512(scores, lengths, pages, out, _PER_PAGE)
         plan = sglang.plan_topk_v2(lengths)
-        found["sglang_v2"] = lambda: sglang.topk_transform_512_v2(
-            scores, lengths, pages, out, _PER_PAGE, plan
-        )
+        found["sglang_v2"] = lambda: sglang.topk_transform_512_v2(scores, lengths, pages, out, _PER_PAGE, plan)
     flashinfer, _ = load(_FLASHINFER)
     if flashinfer is not None:
         rows = work.step.token_rows[first:].to(torch.int32)
         entries = torch.arange(scores.shape[1], device=scores.device)
         requests = torch.arange(len(work.step.seq_lens), device=scores.device).unsqueeze(1)
         table = work.step.entry_slots(requests, entries, CSA_RATIO).to(torch.int32)
-        found["flashinfer"] = lambda: flashinfer.top_k_page_table_transform(
-            scores, table, lengths, k, rows
-        )
+        found["flashinfer"] = lambda: flashinfer.top_k_page_table_transform(scores, table, lengths, k, rows)
         # Our rule for ties, in versions that have one; its result is in no order.
         if hasattr(flashinfer, "TopKTieBreak"):
             rule = {"deterministic": True, "tie_break": int(flashinfer.TopKTieBreak.SMALL)}
-            found["flashinfer_exact"] = lambda: flashinfer.top_k_page_table_transform(
-                scores, table, lengths, k, rows, **rule
-            )
+            found["flashinfer_exact"] = lambda: flashinfer.top_k_page_table_transform(scores, table, lengths, k, rows, **rule)
     return found
 
 
@@ -85,9 +79,7 @@ def scores_peer(work: IndexWork) -> Callable[[], object] | None:
     if len(work.step.seq_lens) == 1 < count:
         row = gather_keys(work.pool, work.step.history_pages[0])
         begins = torch.zeros_like(lengths)
-        return lambda: module.fp8_mqa_logits(
-            queries, row, weights, begins, lengths, clean_logits=False, max_seqlen_k=longest
-        )
+        return lambda: module.fp8_mqa_logits(queries, row, weights, begins, lengths, clean_logits=False, max_seqlen_k=longest)
     if len(work.step.positions) != len(work.step.seq_lens):
         return None
     keys = work.pool.view(-1, _PER_PAGE, 1, FP8_INDEX.row_bytes)

@@ -29,9 +29,7 @@ def _page_bytes(dim: int, rows: int) -> int:
 class _Compressor:
     """One compressor's tensors in SGLang's layout. Its score state is raw, its position bias is our slot bias."""
 
-    def __init__(
-        self, module: object, case: Case, work: FlushWork, part: object, ratio: int
-    ) -> None:
+    def __init__(self, module: object, case: Case, work: FlushWork, part: object, ratio: int) -> None:
         step = work.step
         device = step.seq_lens.device
         dim = part.params.norm_weight.shape[0]
@@ -64,7 +62,7 @@ class _Compressor:
             # a token, and its kernels spend their time on the padding.
             self.plan = module.CompressorPrefillPlan.generate(
                 seq_lens=step.seq_lens.cpu(), extend_lens=step.extend_lens.cpu(), num_q_tokens=case.num_tokens, **common
-            )  # fmt: skip
+            )
         location = req_to_token[step.token_rows, step.positions].long()
         self.out_loc = location // ratio
         self.out = torch.zeros(self.plan[1].shape[0], dim, device=device)
@@ -74,18 +72,27 @@ class _Compressor:
     def run(self) -> None:
         """Compress, then norm, RoPE, quantise and store: two launches."""
         self.module.compress_forward(
-            self.state, self.part.kv_score, self.part.params.slot_bias, self.plan,
-            head_dim=self.dim, compress_ratio=self.ratio, out=self.out,
-        )  # fmt: skip
+            self.state,
+            self.part.kv_score,
+            self.part.params.slot_bias,
+            self.plan,
+            head_dim=self.dim,
+            compress_ratio=self.ratio,
+            out=self.out,
+        )
         self.module.compress_norm_rope_store(
-            self.out, self.plan, norm_weight=self.part.params.norm_weight, norm_eps=EPS, freq_cis=self.freqs,
-            out_loc=self.out_loc, kvcache=self.pool, page_size=self.page_size,
-        )  # fmt: skip
+            self.out,
+            self.plan,
+            norm_weight=self.part.params.norm_weight,
+            norm_eps=EPS,
+            freq_cis=self.freqs,
+            out_loc=self.out_loc,
+            kvcache=self.pool,
+            page_size=self.page_size,
+        )
 
 
-def prepare(
-    module: object, case: Case, work: FlushWork
-) -> tuple[Callable[[], None], list[_Compressor]]:
+def prepare(module: object, case: Case, work: FlushWork) -> tuple[Callable[[], None], list[_Compressor]]:
     """The layer's launches, and the objects behind them."""
     parts = [part for part in (work.main, work.index) if part is not None]
     compressors = []

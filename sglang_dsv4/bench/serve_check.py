@@ -3,26 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from sglang_dsv4.compare.ask import Scorer, make_questions
-from sglang_dsv4.compare.client import ServeClient
-from sglang_dsv4.compare.exact import exact_differences, expect_of_checkpoint
-from sglang_dsv4.compare.judge import Spread, Verdict, judge, spread_of
-from sglang_dsv4.compare.machine import environment
-from sglang_dsv4.compare.runs import Passes, write_answers
-from sglang_dsv4.compare.side import OURS, ROUNDED, THEIRS
-from sglang_dsv4.compare.verdicts import bound_of
+from sglang_dsv4.check.compare.ask import Scorer, make_questions
+from sglang_dsv4.check.compare.client import ServeClient
+from sglang_dsv4.check.compare.exact import exact_differences, expect_of_checkpoint
+from sglang_dsv4.check.compare.judge import Spread, Verdict, judge, spread_of
+from sglang_dsv4.check.compare.machine import environment
+from sglang_dsv4.check.compare.runs import Passes, write_answers
+from sglang_dsv4.check.compare.side import OURS, ROUNDED, THEIRS
+from sglang_dsv4.check.compare.verdicts import bound_of
 
 CONCURRENCY = 8
 NUM_EXACT = 8  # answers that transformers computes: on a CPU a second or two each
 
 
 async def check(
-    urls: dict[str, str],
-    count: int,
-    longest: int,
-    checkpoint: Path | None,
-    answers: Path,
-    device: str,
+    urls: dict[str, str], count: int, longest: int, checkpoint: Path | None, answers: Path, device: str
 ) -> dict[str, Any]:
     """Compare answers of ours, cold and at hits, with the reference's.
 
@@ -58,9 +53,7 @@ async def check(
     }
     exact = Spread()
     if checkpoint is not None and reference == THEIRS:
-        differences = exact_differences(
-            checkpoint, passes.questions, cold.answers, NUM_EXACT, device
-        )
+        differences = exact_differences(checkpoint, passes.questions, cold.answers, NUM_EXACT, device)
         exact = spread_of(differences)
         expect_of_checkpoint(exact, cold.answers, checkpoint)
     bound = bound_of(found[reference], judged, found.get(ROUNDED), scored, exact)
@@ -68,9 +61,14 @@ async def check(
     for run in judged:
         for number, answer in enumerate(run.answers):
             await judge(
-                verdict, f"{run.name}: question {number}", passes.questions[number],
-                cold.answers[number], answer, bound["bound"], scorer,
-            )  # fmt: skip
+                verdict,
+                f"{run.name}: question {number}",
+                passes.questions[number],
+                cold.answers[number],
+                answer,
+                bound["bound"],
+                scorer,
+            )
     for client in clients.values():
         await client.close()
     if verdict.typical > bound["typical_bound"]:

@@ -17,11 +17,11 @@ from sglang_dsv4.bench.serve_check import check
 from sglang_dsv4.bench.serve_cores import Cores, pin, pin_client, share_out
 from sglang_dsv4.bench.serve_report import rows, summarize, table
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
-from sglang_dsv4.compare.checkpoint import ready_checkpoint
-from sglang_dsv4.compare.client import ServeClient
-from sglang_dsv4.compare.machine import environment
-from sglang_dsv4.compare.options import add_server_options, begin, check_model
-from sglang_dsv4.compare.side import (
+from sglang_dsv4.check.compare.checkpoint import ready_checkpoint
+from sglang_dsv4.check.compare.client import ServeClient
+from sglang_dsv4.check.compare.machine import environment
+from sglang_dsv4.check.compare.options import add_server_options, begin, check_model
+from sglang_dsv4.check.compare.side import (
     NATIVE_ROWS,
     OURS,
     ROUNDED,
@@ -35,7 +35,7 @@ from sglang_dsv4.compare.side import (
     starting,
     wait_until_ready,
 )
-from sglang_dsv4.demo.server import ServerDiedError
+from sglang_dsv4.check.demo.server import ServerDiedError
 from sglang_dsv4.tiny.command import read_ratios
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
@@ -54,32 +54,18 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         description="Start SGLang with our cache and with its own, the same checkpoint and options, and send both the same "
         "requests in turns. The checkpoint has random weights and V4-Flash's widths, and is cut to a few layers and experts.",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write rounds, medians and where it was measured"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rounds, medians and where it was measured")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter requests")
-    parser.add_argument(
-        "--rounds", type=int, help=f"of each side (default: {ROUNDS}, with --quick or on a CPU 1)"
-    )
+    parser.add_argument("--rounds", type=int, help=f"of each side (default: {ROUNDS}, with --quick or on a CPU 1)")
     parser.add_argument("--only", default="", help="only scenarios whose name contains this text")
+    parser.add_argument("--sides", default=f"{OURS},{THEIRS}", help="which to start (default: %(default)s)")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint (default: one is written)")
     parser.add_argument(
-        "--sides", default=f"{OURS},{THEIRS}", help="which to start (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="checkpoint (default: one is written)"
-    )
-    parser.add_argument(
-        "--layers",
-        type=read_ratios,
-        metavar="RATIOS",
-        help="of that, by their ratios (default: thirteen, on a CPU five)",
+        "--layers", type=read_ratios, metavar="RATIOS", help="of that, by their ratios (default: thirteen, on a CPU five)"
     )
     parser.add_argument("--rows", help="--dsv4-kv-format of ours (default: the server's)")
     parser.add_argument(
-        "--mem-fraction",
-        type=float,
-        default=0.2,
-        help="of free memory, for each side's pools (default: %(default)s)",
+        "--mem-fraction", type=float, default=0.2, help="of free memory, for each side's pools (default: %(default)s)"
     )
     parser.add_argument(
         "--tokens",
@@ -141,9 +127,7 @@ def run(args: argparse.Namespace) -> int:
                 written = None if args.model else checkpoint
                 answers = folder / "answers.json"
                 with naming_the_dead([*servers, *([third] if third else [])]):
-                    report["check"] = asyncio.run(
-                        check(urls, *CHECKED[device], written, answers, device)
-                    )
+                    report["check"] = asyncio.run(check(urls, *CHECKED[device], written, answers, device))
             console.print(f"Checked: {report['check']}")
             cores = None if args.any_core else share_out(os.sched_getaffinity(0))
             report["cores"] = bind(servers, cores, console)
@@ -206,9 +190,13 @@ def make_sides(args: argparse.Namespace, device: str) -> list[Side]:
         wanted = [OURS]
     small = ("--max-total-tokens", "16384", "--swa-full-tokens-ratio", "0.5")
     common = (
-        "--max-running-requests", "64", "--grammar-backend", "none",
-        *(small if device == "cpu" else ("--cuda-graph-max-bs-decode", "64")), *shlex.split(args.options),
-    )  # fmt: skip
+        "--max-running-requests",
+        "64",
+        "--grammar-backend",
+        "none",
+        *(small if device == "cpu" else ("--cuda-graph-max-bs-decode", "64")),
+        *shlex.split(args.options),
+    )
     rows_option = ("--dsv4-kv-format", args.rows) if args.rows else ()
     ours = (*common, *rows_option, *shlex.split(args.our_options))
     return [Side(name, name == OURS, ours if name == OURS else common) for name in wanted]
@@ -220,9 +208,19 @@ def make_rounded(args: argparse.Namespace, device: str) -> Side | None:
     if device == "cpu" or args.rows == NATIVE_ROWS or len(wanted) < 2:
         return None
     options = (
-        "--max-total-tokens", "65536", "--swa-full-tokens-ratio", "0.5", "--mem-fraction-static", "0.8",
-        "--max-running-requests", "64", "--grammar-backend", "none", "--disable-cuda-graph", *shlex.split(args.options),
-    )  # fmt: skip
+        "--max-total-tokens",
+        "65536",
+        "--swa-full-tokens-ratio",
+        "0.5",
+        "--mem-fraction-static",
+        "0.8",
+        "--max-running-requests",
+        "64",
+        "--grammar-backend",
+        "none",
+        "--disable-cuda-graph",
+        *shlex.split(args.options),
+    )
     return Side(ROUNDED, True, (*options, "--dsv4-kv-format", NATIVE_ROWS))
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import psutil
 
-from sglang_dsv4.compare.side import SideServer
+from sglang_dsv4.check.compare.side import SideServer
 
 _SCHEDULER, _DETOKENIZER = "sglang::scheduler", "sglang::detokenizer"
 
@@ -42,9 +42,7 @@ def siblings(cpu: int) -> set[int]:
     return found
 
 
-def share_out(
-    available: Iterable[int], siblings_of: Callable[[int], set[int]] = siblings
-) -> Cores | None:
+def share_out(available: Iterable[int], siblings_of: Callable[[int], set[int]] = siblings) -> Cores | None:
     """Cores for a server and its client, or None where there are too few to keep any for one thread."""
     left, chosen = sorted(available), []
     taken: set[int] = set()

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from sglang_dsv4.compare.client import Reply
-from sglang_dsv4.compare.side import OURS, THEIRS
+from sglang_dsv4.check.compare.client import Reply
+from sglang_dsv4.check.compare.side import OURS, THEIRS
 
 # Metric, unit for a reader, and whether more of it is better.
 METRICS = (
@@ -64,9 +64,7 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def advantages(
-    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, float]]:
+def advantages(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By how much ours is better in rounds that followed each other, metric by metric: above 1 it is.
 
     A machine that is slower for a while is so for both rounds of a pair, but not for all of one side.
@@ -80,10 +78,7 @@ def advantages(
     """
     found = {}
     for name, _, more in METRICS:
-        pairs = [
-            (a[name], b[name]) if more else (b[name], a[name])
-            for a, b in zip(ours, theirs, strict=True)
-        ]
+        pairs = [(a[name], b[name]) if more else (b[name], a[name]) for a, b in zip(ours, theirs, strict=True)]
         if all(value for pair in pairs for value in pair):
             ratios = [better / worse for better, worse in pairs]
             low, high = interval(ratios)
@@ -138,9 +133,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
         for side in (OURS, THEIRS):
             if side in row:
                 numbers = [f"{row[side][name]:.1f}" for name, _, _ in METRICS]
-                result.add_row(
-                    row["work"], side, *numbers, f"{100 * row[side]['cached_share']:.0f} %"
-                )
+                result.add_row(row["work"], side, *numbers, f"{100 * row[side]['cached_share']:.0f} %")
         if "ours_is_better" in row:
             better = row["ours_is_better"]
             shares = [_share(better.get(name)) for name, _, _ in METRICS]

@@ -5,8 +5,8 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from sglang_dsv4.compare.client import ServeClient, Stream
-from sglang_dsv4.compare.prompts import Ids, random_ids
+from sglang_dsv4.check.compare.client import ServeClient, Stream
+from sglang_dsv4.check.compare.prompts import Ids, random_ids
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def long_prompt(prompt_tokens: int, new_tokens: int) -> Work:
     async def send(client: ServeClient) -> list[Stream]:
         return [await client.stream(prompt, new_tokens)]
 
-    return Work(
-        f"long-{prompt_tokens}", f"one prompt of {prompt_tokens:,} tokens, {new_tokens} new", send
-    )
+    return Work(f"long-{prompt_tokens}", f"one prompt of {prompt_tokens:,} tokens, {new_tokens} new", send)
 
 
 def agents(count: int, turns: int, system_tokens: int, turn_tokens: int, new_tokens: int) -> Work:
@@ -73,9 +71,7 @@ def agents(count: int, turns: int, system_tokens: int, turn_tokens: int, new_tok
                 found.append(answer)
             return found
 
-        return [
-            stream for streams in await asyncio.gather(*map(one_agent, said)) for stream in streams
-        ]
+        return [stream for streams in await asyncio.gather(*map(one_agent, said)) for stream in streams]
 
     about = (
         f"{count} agents, {turns} turns each, {system_tokens} tokens of system prompt shared, {turn_tokens} tokens and "
@@ -87,12 +83,7 @@ def agents(count: int, turns: int, system_tokens: int, turn_tokens: int, new_tok
 def all_work(quick: bool, device: str) -> list[Work]:
     """What ``bench serve`` measures; on a CPU so little that it ends within minutes."""
     if device == "cpu":
-        return [
-            chats(1, 2, 64, 8),
-            chats(4, 8, 64, 8),
-            long_prompt(1024, 4),
-            agents(4, 3, 300, 40, 8),
-        ]
+        return [chats(1, 2, 64, 8), chats(4, 8, 64, 8), long_prompt(1024, 4), agents(4, 3, 300, 40, 8)]
     if quick:
         return [
             *(chats(concurrency, max(4, 2 * concurrency), 512, 64) for concurrency in (1, 32)),

@@ -36,9 +36,15 @@ class PlanWork:
         """All that is written."""
         step = self.out
         return [
-            step.positions, step.token_rows, step.seq_lens, step.extend_lens, step.state_slots, step.history_pages,
-            step.window_pages, self.first_tokens,
-        ]  # fmt: skip
+            step.positions,
+            step.token_rows,
+            step.seq_lens,
+            step.extend_lens,
+            step.state_slots,
+            step.history_pages,
+            step.window_pages,
+            self.first_tokens,
+        ]
 
     def check(self) -> None:
         """Raise unless the kernel writes what the reference writes, and leaves alone what it leaves alone."""
@@ -74,18 +80,13 @@ def bytes_needed(case: Case) -> int:
     """Lengths and rows read and written, tokens written, and per page two far-off numbers read and two written."""
     pages = sum(-(-length // PAGE_TOKENS) for length in case.lengths)
     per_request = 8 + 4 + 8 + 4 * 8
-    return (
-        case.num_requests * per_request + case.num_tokens * 16 + pages * (2 * _SECTOR_BYTES + 2 * 8)
-    )
+    return case.num_requests * per_request + case.num_tokens * 16 + pages * (2 * _SECTOR_BYTES + 2 * 8)
 
 
 def cases(quick: bool) -> list[Case]:
     """Decode of short and long sequences, and prefill."""
-    sizes = [(1, 8), (256, 8)] if quick else [(1, 8), (1, 1024), (32, 32), (128, 8), (256, 8), (64, 128)]  # fmt: skip
-    found = [
-        Case(f"decode-b{b}-{size}k", tuple(1024 * size - 1 - 37 * i for i in range(b)), (1,) * b)
-        for b, size in sizes
-    ]
+    sizes = [(1, 8), (256, 8)] if quick else [(1, 8), (1, 1024), (32, 32), (128, 8), (256, 8), (64, 128)]
+    found = [Case(f"decode-b{b}-{size}k", tuple(1024 * size - 1 - 37 * i for i in range(b)), (1,) * b) for b, size in sizes]
     return [*found, prefill_case(8192), prefill_case(8192, 16), prefill_case(32768)]
 
 

@@ -102,6 +102,4 @@ def copy_bandwidth() -> float:
 def _summary(samples: Sequence[float]) -> Timing:
     ordered = sorted(samples)
     last = len(ordered) - 1
-    return Timing(
-        statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
-    )
+    return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])

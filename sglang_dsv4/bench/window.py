@@ -40,15 +40,8 @@ def run(case: Case, row_format: str, bandwidth: float) -> FlushRow:
     naive_window_store(step, kv, weight, EPS, table, theirs, fmt)
     share = differing({"pool": pool}, {"pool": theirs})["pool"]
     if share > _MAX_DIFFERING:
-        raise AssertionError(
-            f"window store: {100 * share:.3f} % of the bytes differ from the reference"
-        )
-    times = time_graphs(
-        {
-            "ours": [lambda work=work: call(*work) for work in works],
-            "warm": [lambda: call(kv, pool)],
-        }
-    )
+        raise AssertionError(f"window store: {100 * share:.3f} % of the bytes differ from the reference")
+    times = time_graphs({"ours": [lambda work=work: call(*work) for work in works], "warm": [lambda: call(kv, pool)]})
     eager = time_eager(lambda: naive_window_store(step, kv, weight, EPS, table, theirs, fmt))
     return FlushRow(
         op="window store",

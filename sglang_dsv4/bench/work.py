@@ -77,25 +77,9 @@ class FlushWork:
             return
         part = self.main
         if part.boundary is part.streams:
-            flush_hca(
-                self.step,
-                part.kv_score,
-                part.streams,
-                part.pool,
-                part.pool_format,
-                part.params,
-                self.workspace,
-            )
+            flush_hca(self.step, part.kv_score, part.streams, part.pool, part.pool_format, part.params, self.workspace)
         else:
-            flush_csa(
-                self.step,
-                part.kv_score,
-                part.streams,
-                part.boundary,
-                part.pool,
-                part.pool_format,
-                part.params,
-            )
+            flush_csa(self.step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
 
     def naive(self) -> None:
         """The same by the references."""
@@ -103,45 +87,27 @@ class FlushWork:
             if part is None:
                 continue
             if part.boundary is part.streams:
-                naive_flush_hca(
-                    self.step, part.kv_score, part.streams, part.pool, part.pool_format, part.params
-                )
+                naive_flush_hca(self.step, part.kv_score, part.streams, part.pool, part.pool_format, part.params)
             else:
-                naive_flush_csa(
-                    self.step,
-                    part.kv_score,
-                    part.streams,
-                    part.boundary,
-                    part.pool,
-                    part.pool_format,
-                    part.params,
-                )
+                naive_flush_csa(self.step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
 
     def copy(self) -> "FlushWork":
         """The same work on copies of all that is written."""
-        return FlushWork(
-            self.step, _copy(self.main), None if self.index is None else _copy(self.index)
-        )
+        return FlushWork(self.step, _copy(self.main), None if self.index is None else _copy(self.index))
 
     def outputs(self) -> dict[str, torch.Tensor]:
         """Everything that is written, by name."""
         found = {}
         for name, part in (("main", self.main), ("index", self.index)):
             if part is not None:
-                found |= {
-                    f"{name} pool": part.pool,
-                    f"{name} state": part.streams,
-                    f"{name} boundary": part.boundary,
-                }
+                found |= {f"{name} pool": part.pool, f"{name} state": part.streams, f"{name} boundary": part.boundary}
         return found
 
 
 def _copy(part: CsaFlush) -> CsaFlush:
     streams = part.streams.clone()
     boundary = streams if part.boundary is part.streams else part.boundary.clone()
-    return CsaFlush(
-        part.kv_score, streams, boundary, part.pool.clone(), part.pool_format, part.params
-    )
+    return CsaFlush(part.kv_score, streams, boundary, part.pool.clone(), part.pool_format, part.params)
 
 
 def zero_pool(fmt: RowFormat, num_rows: int, device: torch.device) -> torch.Tensor:
@@ -150,12 +116,7 @@ def zero_pool(fmt: RowFormat, num_rows: int, device: torch.device) -> torch.Tens
 
 
 def make_flush_work(
-    case: Case,
-    layer: str,
-    row_format: str,
-    dtype: torch.dtype,
-    step: StepTensors,
-    table: torch.Tensor,
+    case: Case, layer: str, row_format: str, dtype: torch.dtype, step: StepTensors, table: torch.Tensor
 ) -> FlushWork:
     """Random inputs and states of a layer.
 
@@ -167,10 +128,7 @@ def make_flush_work(
         step (StepTensors): of `make_step`.
         table (torch.Tensor): RoPE table.
     """
-    rows, keys = (
-        ROW_FORMATS[row_format],
-        INDEX_FORMATS["fp8" if row_format.startswith("fp8") else row_format],
-    )
+    rows, keys = (ROW_FORMATS[row_format], INDEX_FORMATS["fp8" if row_format.startswith("fp8") else row_format])
     device = table.device
     num_pages = step.num_window_rows // PAGE_TOKENS
 

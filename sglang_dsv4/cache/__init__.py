@@ -2,10 +2,10 @@
 
 from sglang_dsv4.cache.cache import CompressedKVCache
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
-from sglang_dsv4.cache.pages import ExternalPages, PageAllocator, PageTables
+from sglang_dsv4.cache.pages.allocator import ExternalPages, PageAllocator, PageTables
+from sglang_dsv4.cache.pages.request import Request, Snapshot
+from sglang_dsv4.cache.persist.prune import prune_saved
 from sglang_dsv4.cache.plan import StepPlan
-from sglang_dsv4.cache.prune import prune_saved
-from sglang_dsv4.cache.request import Request, Snapshot
 from sglang_dsv4.cache.storage import Capacity
 from sglang_dsv4.cache.view import LayerView
 

@@ -5,25 +5,19 @@ from collections.abc import Sequence
 import torch
 
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache import integrity, report
-from sglang_dsv4.cache.copies import plan_copies
 from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
+from sglang_dsv4.cache.inspect import integrity, report
 from sglang_dsv4.cache.layer import LayerCache
-from sglang_dsv4.cache.ledger import Ledger
 from sglang_dsv4.cache.ops import make_ops
-from sglang_dsv4.cache.pages import (
-    ExternalPages,
-    PageAllocator,
-    PageOwner,
-    PageTables,
-    stack_tables,
-)
+from sglang_dsv4.cache.pages.allocator import ExternalPages, PageAllocator, PageOwner, PageTables, stack_tables
+from sglang_dsv4.cache.pages.copy_on_write import plan_copies
+from sglang_dsv4.cache.pages.request import Request
+from sglang_dsv4.cache.pages.requests import Ledger
+from sglang_dsv4.cache.pages.step_undo import UndoCopies
+from sglang_dsv4.cache.persist.rows import Transfer
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
-from sglang_dsv4.cache.request import Request
 from sglang_dsv4.cache.sequences import CacheSequences
 from sglang_dsv4.cache.storage import CacheStorage, Capacity
-from sglang_dsv4.cache.transfer import Transfer
-from sglang_dsv4.cache.undo import UndoCopies
 from sglang_dsv4.cache.view import LayerView
 from sglang_dsv4.errors import StalePlanError
 from sglang_dsv4.spec import CacheSpec
@@ -64,14 +58,7 @@ class CompressedKVCache(CacheSequences):
         self.ops = make_ops(kernels, spec, pages.capacity, self.device, index_heads)
         self.storage = CacheStorage(spec, pages.capacity, self.device)
         self.layers = tuple(
-            LayerCache(
-                spec,
-                layer,
-                storage,
-                self.storage.rope_tables[layer.rope],
-                self.storage.num_window_rows,
-                self.ops,
-            )
+            LayerCache(spec, layer, storage, self.storage.rope_tables[layer.rope], self.storage.num_window_rows, self.ops)
             for layer, storage in zip(spec.layers, self.storage.layers, strict=True)
         )
         self._ledger = Ledger(spec, pages) if isinstance(pages, PageAllocator) else None
@@ -149,9 +136,7 @@ class CompressedKVCache(CacheSequences):
         A sequence may start only at a page boundary, with all earlier pages complete. Its state slot needs no reset.
         """
         if not isinstance(self.pages, ExternalPages):
-            raise TypeError(
-                f"plan_tables: expected a cache over ExternalPages, got {type(self.pages).__name__}"
-            )
+            raise TypeError(f"plan_tables: expected a cache over ExternalPages, got {type(self.pages).__name__}")
         step = StepTensors(
             positions=positions.long(),
             token_rows=token_rows.long(),
@@ -168,9 +153,7 @@ class CompressedKVCache(CacheSequences):
     def plan_step(self, step: StepTensors) -> StepPlan:
         """Prepare a step over pages that somebody else owns, whose tensors are filled already; as `plan_tables`."""
         if not isinstance(self.pages, ExternalPages):
-            raise TypeError(
-                f"plan_step: expected a cache over ExternalPages, got {type(self.pages).__name__}"
-            )
+            raise TypeError(f"plan_step: expected a cache over ExternalPages, got {type(self.pages).__name__}")
         return StepPlan(step=step, window=self.spec.window, owner=self)
 
     def append(
@@ -202,9 +185,7 @@ class CompressedKVCache(CacheSequences):
         for part, value in parts.items():
             cache.check(plan, part, value)
             if (layer_id, part) in plan.appended:
-                raise StalePlanError(
-                    f"layer {layer_id} {part}: expected once per step, got a second append"
-                )
+                raise StalePlanError(f"layer {layer_id} {part}: expected once per step, got a second append")
         if plan.items:
             self._begin(plan)
         if plan.copies is not None and not any(done == layer_id for done, _ in plan.appended):
@@ -244,9 +225,7 @@ class CompressedKVCache(CacheSequences):
         """
         self._check_current(plan)
         if plan.num_tokens and (layer_id, "index") not in plan.appended:
-            raise StalePlanError(
-                f"layer {layer_id}: expected its index keys appended before select, got none"
-            )
+            raise StalePlanError(f"layer {layer_id}: expected its index keys appended before select, got none")
         return self._layer(layer_id).select(plan, index_q, index_weights, out, numbering)
 
     def commit(self, plan: StepPlan) -> None:
@@ -264,9 +243,7 @@ class CompressedKVCache(CacheSequences):
             if (cache.layer.layer_id, part) not in plan.appended
         ]
         if missing and plan.num_tokens:
-            raise StalePlanError(
-                f"commit: expected every part of every layer appended, missing (layer, part) {missing}"
-            )
+            raise StalePlanError(f"commit: expected every part of every layer appended, missing (layer, part) {missing}")
         self._begin(plan)
         ledger.commit(plan)
         self._after()
@@ -292,12 +269,10 @@ class CompressedKVCache(CacheSequences):
     def report(self) -> report.CacheReport:
         """Where the bytes are; equal to what is really allocated."""
         beside = {"undo": self._undo.nbytes, "scratch": self.ops.nbytes}
-        return report.build_report(
-            self.spec, self.storage, self.pages, self._ledger, beside, self._bytes_copied
-        )
+        return report.build_report(self.spec, self.storage, self.pages, self._ledger, beside, self._bytes_copied)
 
     def check_integrity(self, *, memory: bool = False) -> None:
-        """Check the invariants of `sglang_dsv4.cache.integrity`.
+        """Check the invariants of `sglang_dsv4.cache.inspect.integrity`.
 
         Args:
             memory (bool): also read everything that a request could read, and require it to be finite.
@@ -307,9 +282,7 @@ class CompressedKVCache(CacheSequences):
         """
         ledger = self.ledger
         requests = ledger.requests
-        integrity.check_pages(
-            self.spec, ledger.allocator, requests, ledger.snapshots, ledger.grants
-        )
+        integrity.check_pages(self.spec, ledger.allocator, requests, ledger.snapshots, ledger.grants)
         if memory:
             integrity.check_memory(self.spec, self.layers, requests)
 
@@ -346,11 +319,7 @@ class CompressedKVCache(CacheSequences):
             return torch.tensor(values, dtype=torch.int64, device=self.device)
 
         rows = [row for row, item in enumerate(planned) for _ in range(item.num_new_tokens)]
-        positions = [
-            item.request.seq_len + offset
-            for item in planned
-            for offset in range(item.num_new_tokens)
-        ]
+        positions = [item.request.seq_len + offset for item in planned for offset in range(item.num_new_tokens)]
         return StepTensors(
             positions=tensor(positions),
             token_rows=tensor(rows),

@@ -4,11 +4,7 @@ import torch
 
 
 def check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
     """Raise unless ``tensor`` has exactly this shape, one of these dtypes, and lives on this device.
 

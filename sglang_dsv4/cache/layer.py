@@ -45,9 +45,7 @@ class LayerCache:
         """Raise unless the layer has this part and the input fits it; changes nothing."""
         layer, device = self.layer, self.storage.pool.device
         if part not in self.parts:
-            raise ValueError(
-                f"layer {layer.layer_id} ({layer.kind}): expected parts {self.parts}, got {part!r}"
-            )
+            raise ValueError(f"layer {layer.layer_id} ({layer.kind}): expected parts {self.parts}, got {part!r}")
         name = f"layer {layer.layer_id} {part}"
         dim = self.spec.index_dim if part == "index" else self.spec.head_dim
         check_tensor(f"{name} norm_weight", given.norm_weight, (dim,), _FLOATS, device)
@@ -89,14 +87,7 @@ class LayerCache:
         main, index = self._compressor(parts, "main"), self._compressor(parts, "index")
         if storage.accumulators is not None:
             if main is not None:
-                ops.flush_hca(
-                    plan,
-                    main.kv_score,
-                    storage.accumulators,
-                    storage.pool,
-                    rows,
-                    self._params("main", main),
-                )
+                ops.flush_hca(plan, main.kv_score, storage.accumulators, storage.pool, rows, self._params("main", main))
         elif main is not None or index is not None:
             ops.flush_csa(plan, self._csa("main", main), self._csa("index", index))
 
@@ -121,40 +112,25 @@ class LayerCache:
     ) -> torch.Tensor:
         """Choose the CSA entries of each new token; see `CompressedKVCache.select`."""
         if self.storage.index_pool is None:
-            raise ValueError(
-                f"layer {self.layer.layer_id}: expected a CSA layer, got {self.layer.kind!r}"
-            )
+            raise ValueError(f"layer {self.layer.layer_id}: expected a CSA layer, got {self.layer.kind!r}")
         num_tokens, heads = index_weights.shape
         name, device = f"layer {self.layer.layer_id} index_q", self.storage.pool.device
         check_tensor(name, index_q, (num_tokens, heads, self.spec.index_dim), _FLOATS, device)
         if num_tokens != plan.num_tokens:
             raise ValueError(f"{name}: expected {plan.num_tokens} tokens, got {num_tokens}")
         if out is not None and len(out) != num_tokens:
-            raise ValueError(
-                f"layer {self.layer.layer_id} out: expected {num_tokens} tokens, got {len(out)}"
-            )
+            raise ValueError(f"layer {self.layer.layer_id} out: expected {num_tokens} tokens, got {len(out)}")
         return self.ops.select(
-            plan,
-            index_q,
-            index_weights,
-            self.storage.index_pool,
-            self.cos_sin,
-            self.layer.ratio,
-            out,
-            numbering,
+            plan, index_q, index_weights, self.storage.index_pool, self.cos_sin, self.layer.ratio, out, numbering
         )
 
     @staticmethod
-    def _compressor(
-        parts: Mapping[str, WindowInput | CompressorInput], part: str
-    ) -> CompressorInput | None:
+    def _compressor(parts: Mapping[str, WindowInput | CompressorInput], part: str) -> CompressorInput | None:
         given = parts.get(part)
         return given if isinstance(given, CompressorInput) else None
 
     def _params(self, part: str, given: CompressorInput) -> CompressorParams:
-        return CompressorParams(
-            given.slot_bias, given.norm_weight, given.eps, self.cos_sin, rotate=part == "index"
-        )
+        return CompressorParams(given.slot_bias, given.norm_weight, given.eps, self.cos_sin, rotate=part == "index")
 
     def _csa(self, part: str, given: CompressorInput | None) -> CsaFlush | None:
         if given is None:
@@ -166,9 +142,7 @@ class LayerCache:
     def _overlapping(self, part: str) -> tuple[StreamStorage, torch.Tensor, RowFormat]:
         storage = self.storage
         if part == "index":
-            assert storage.index is not None and storage.index_pool is not None, (
-                "a CSA layer has an indexer"
-            )
+            assert storage.index is not None and storage.index_pool is not None, "a CSA layer has an indexer"
             return storage.index, storage.index_pool, self.spec.index_keys
         assert storage.main is not None, "a CSA layer has streams"
         return storage.main, storage.pool, self.spec.rows

@@ -69,10 +69,17 @@ def gather_keys(pool: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def select_long(
-    step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, index_pool: torch.Tensor,
-    cos_sin: torch.Tensor, ratio: int, out: torch.Tensor, workspace: IndexWorkspace, pad: bool,
+    step: StepTensors,
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    index_pool: torch.Tensor,
+    cos_sin: torch.Tensor,
+    ratio: int,
+    out: torch.Tensor,
+    workspace: IndexWorkspace,
+    pad: bool,
     numbering: StepTensors | None,
-) -> None:  # fmt: skip
+) -> None:
     """`dsv4_kernels.index_score.fused.select_entries` for a step that `takes` takes; arguments as there.
 
     Not for graphs: the layer's keys are gathered, and DeepGEMM makes its scores, in new memory, which goes back when the layer
@@ -90,14 +97,30 @@ def select_long(
         count = min(size, num_tokens - first)
         # What it numbers, tiles of our own kernel's scores, is nobody's here.
         index_query(
-            step, index_q, index_weights, cos_sin, ratio, k, workspace.query.view(torch.uint8), workspace.weights,
-            workspace.first_tiles, 1, FP8_INDEX.group_rows, first, count,
-        )  # fmt: skip
+            step,
+            index_q,
+            index_weights,
+            cos_sin,
+            ratio,
+            k,
+            workspace.query.view(torch.uint8),
+            workspace.weights,
+            workspace.first_tiles,
+            1,
+            FP8_INDEX.group_rows,
+            first,
+            count,
+        )
         part = slice(first, first + count)
         scores = score(
-            workspace.query[:count], keys, workspace.weights[:count], begins[part], ends[part], clean_logits=False,
+            workspace.query[:count],
+            keys,
+            workspace.weights[:count],
+            begins[part],
+            ends[part],
+            clean_logits=False,
             max_seqlen_k=entries,
-        )  # fmt: skip
+        )
         scores, best = scores[:, :entries], maxima[:count]
         group_maxima(step.positions, first, ratio, scores, best, GROUP * k)
         listing = step if numbering is None else numbering

@@ -36,12 +36,7 @@ class CacheOps(Protocol):
         """Bytes of scratch that the operations hold."""
 
     def store_window(
-        self,
-        plan: StepPlan,
-        given: WindowInput,
-        cos_sin: torch.Tensor,
-        pool: torch.Tensor,
-        fmt: RowFormat,
+        self, plan: StepPlan, given: WindowInput, cos_sin: torch.Tensor, pool: torch.Tensor, fmt: RowFormat
     ) -> None:
         """Norm, rotate and store the window rows of the new tokens."""
 
@@ -73,13 +68,7 @@ class CacheOps(Protocol):
         """Pool rows of the entries that each new token attends to; see `CompressedKVCache.select`."""
 
 
-def make_ops(
-    name: str,
-    spec: CacheSpec,
-    capacity: Capacity,
-    device: torch.device,
-    index_heads: int | None = None,
-) -> CacheOps:
+def make_ops(name: str, spec: CacheSpec, capacity: Capacity, device: torch.device, index_heads: int | None = None) -> CacheOps:
     """The operations of a cache.
 
     Args:
@@ -116,12 +105,7 @@ class TorchOps:
         self._spec = spec
 
     def store_window(
-        self,
-        plan: StepPlan,
-        given: WindowInput,
-        cos_sin: torch.Tensor,
-        pool: torch.Tensor,
-        fmt: RowFormat,
+        self, plan: StepPlan, given: WindowInput, cos_sin: torch.Tensor, pool: torch.Tensor, fmt: RowFormat
     ) -> None:
         step, kv = plan.unpadded(given.kv)
         naive_window_store(step, kv, given.norm_weight, given.eps, cos_sin, pool, fmt)
@@ -130,15 +114,7 @@ class TorchOps:
         for part in (main, index):
             if part is not None:
                 step, kv_score = plan.unpadded(part.kv_score)
-                naive_flush_csa(
-                    step,
-                    kv_score,
-                    part.streams,
-                    part.boundary,
-                    part.pool,
-                    part.pool_format,
-                    part.params,
-                )
+                naive_flush_csa(step, kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
 
     def flush_hca(
         self,
@@ -185,15 +161,11 @@ class TorchOps:
         topk = self._spec.index_topk
         if plan.num_tokens == 0 or int(plan.num_visible(ratio).max()) <= topk:
             return listing.every_entry_indices(ratio)  # nothing to choose: scoring is skipped
-        chosen = torch.full(
-            (plan.num_tokens, topk), -1, dtype=torch.int64, device=index_pool.device
-        )
+        chosen = torch.full((plan.num_tokens, topk), -1, dtype=torch.int64, device=index_pool.device)
         for row in range(len(plan.step.seq_lens)):
             tokens = torch.nonzero(plan.step.token_rows == row).flatten()
             if len(tokens):
-                self._select_row(
-                    plan, row, tokens, index_q, index_weights, index_pool, cos_sin, ratio, chosen
-                )
+                self._select_row(plan, row, tokens, index_q, index_weights, index_pool, cos_sin, ratio, chosen)
         return listing.entry_indices(chosen, ratio)
 
     def _select_row(

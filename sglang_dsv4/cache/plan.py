@@ -6,8 +6,8 @@ from functools import cached_property
 import torch
 
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache.pages import PageGrant
-from sglang_dsv4.cache.request import Request
+from sglang_dsv4.cache.pages.allocator import PageGrant
+from sglang_dsv4.cache.pages.request import Request
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ class StepPlan:
         positions = self.step.positions.unsqueeze(1)  # [T, 1]
         first = (positions - self.window + 1).clamp_min(0)
         reached = first + torch.arange(self.window, device=positions.device)
-        slots = self.step.window_slots(
-            self.step.token_rows.unsqueeze(1), reached.minimum(positions)
-        )
+        slots = self.step.window_slots(self.step.token_rows.unsqueeze(1), reached.minimum(positions))
         return slots.masked_fill(reached > positions, -1)
 
     def num_visible(self, ratio: int) -> torch.Tensor:
@@ -100,9 +98,7 @@ class StepPlan:
         """Pool rows of chosen entries: ``[T, K]`` entry numbers, -1 for none, to ``[T, K]`` rows, -1 for none."""
         if entries.shape[1] == 0:
             return entries
-        slots = self.step.entry_slots(
-            self.step.token_rows.unsqueeze(1), entries.clamp_min(0), ratio
-        )
+        slots = self.step.entry_slots(self.step.token_rows.unsqueeze(1), entries.clamp_min(0), ratio)
         return slots.masked_fill(entries < 0, -1)
 
     def visible_entries(self, ratio: int) -> torch.Tensor:

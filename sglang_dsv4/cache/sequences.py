@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from sglang_dsv4.cache import archive
-from sglang_dsv4.cache.ledger import Ledger
-from sglang_dsv4.cache.pages import PageOwner
-from sglang_dsv4.cache.request import Request, Snapshot
+from sglang_dsv4.cache.pages.allocator import PageOwner
+from sglang_dsv4.cache.pages.request import Request, Snapshot
+from sglang_dsv4.cache.pages.requests import Ledger
+from sglang_dsv4.cache.persist import request as archive
+from sglang_dsv4.cache.persist.rows import Transfer
 from sglang_dsv4.cache.storage import CacheStorage
-from sglang_dsv4.cache.transfer import Transfer
 from sglang_dsv4.spec import CacheSpec
 
 
@@ -34,9 +34,7 @@ class CacheSequences:
             TypeError: somebody else owns them.
         """
         if self._ledger is None:
-            raise TypeError(
-                f"expected a cache that owns its pages, got one over {type(self.pages).__name__}"
-            )
+            raise TypeError(f"expected a cache that owns its pages, got one over {type(self.pages).__name__}")
         return self._ledger
 
     def open(self) -> Request:

@@ -22,27 +22,11 @@ _COMMON: dict[str, Any] = {
     "index_head_dim": 128,
     "rope_theta": 10000,
     "compress_rope_theta": 160000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "original_max_position_embeddings": 65536,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
+    "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1},
 }
 RELEASED: dict[str, dict[str, Any]] = {
-    "flash": {
-        **_COMMON,
-        "num_hidden_layers": 43,
-        "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0],
-        "index_topk": 512,
-    },
-    "pro": {
-        **_COMMON,
-        "num_hidden_layers": 61,
-        "compress_ratios": [128, 128, *([4, 128] * 29), 4, 0],
-        "index_topk": 1024,
-    },
+    "flash": {**_COMMON, "num_hidden_layers": 43, "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0], "index_topk": 512},
+    "pro": {**_COMMON, "num_hidden_layers": 61, "compress_ratios": [128, 128, *([4, 128] * 29), 4, 0], "index_topk": 1024},
 }
 CONTEXT_TOKENS = 1 << 20
 
@@ -81,11 +65,7 @@ class ServerSize:
     def capacity(self, page_tokens: int) -> Capacity:
         """Pages and slots of the cache that SGLang has the plug-in make."""
         return serving_capacity(
-            page_tokens,
-            self.tokens,
-            int(self.tokens * self.window_share),
-            self.requests + 1,
-            self.context_tokens,
+            page_tokens, self.tokens, int(self.tokens * self.window_share), self.requests + 1, self.context_tokens
         )
 
 
@@ -114,11 +94,7 @@ def size_of(spec: CacheSpec, size: ServerSize) -> int:
 
 
 def most_tokens(
-    spec: CacheSpec,
-    memory_bytes: int,
-    requests: int,
-    window_share: float,
-    context_tokens: int = CONTEXT_TOKENS,
+    spec: CacheSpec, memory_bytes: int, requests: int, window_share: float, context_tokens: int = CONTEXT_TOKENS
 ) -> int:
     """The most tokens, in whole pages, whose cache fits into ``memory_bytes``; 0 where not even a page does."""
 

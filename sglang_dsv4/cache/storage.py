@@ -97,44 +97,28 @@ class CacheStorage:
         for layer in self.layers:
             for name, tensors in layer.tensors().items():
                 totals[name] += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        totals["rope_tables"] = sum(
-            table.untyped_storage().nbytes() for table in self.rope_tables.values()
-        )
+        totals["rope_tables"] = sum(table.untyped_storage().nbytes() for table in self.rope_tables.values())
         return totals
 
 
-def _allocate_layer(
-    spec: CacheSpec, layer: LayerSpec, capacity: Capacity, device: torch.device
-) -> LayerStorage:
+def _allocate_layer(spec: CacheSpec, layer: LayerSpec, capacity: Capacity, device: torch.device) -> LayerStorage:
     window_rows = capacity.window_pages * spec.page_tokens
     entries = capacity.history_pages * (spec.page_tokens // layer.ratio) if layer.ratio else 0
     rows, keys = spec.rows, spec.index_keys
     return LayerStorage(
         pool=empty(rows.pool_shape(window_rows + entries), rows.storage_dtype, device),
-        index_pool=empty(keys.pool_shape(entries), keys.storage_dtype, device)
-        if layer.indexed
-        else None,
-        main=_allocate_streams(spec, layer, spec.head_dim, capacity, device)
-        if layer.overlap
-        else None,
-        index=_allocate_streams(spec, layer, spec.index_dim, capacity, device)
-        if layer.indexed
-        else None,
+        index_pool=empty(keys.pool_shape(entries), keys.storage_dtype, device) if layer.indexed else None,
+        main=_allocate_streams(spec, layer, spec.head_dim, capacity, device) if layer.overlap else None,
+        index=_allocate_streams(spec, layer, spec.index_dim, capacity, device) if layer.indexed else None,
         accumulators=(
-            empty(
-                (capacity.state_slots, spec.accumulator_rows, 3, spec.head_dim),
-                torch.float32,
-                device,
-            )
+            empty((capacity.state_slots, spec.accumulator_rows, 3, spec.head_dim), torch.float32, device)
             if layer.kind == "hca"
             else None
         ),
     )
 
 
-def _allocate_streams(
-    spec: CacheSpec, layer: LayerSpec, dim: int, capacity: Capacity, device: torch.device
-) -> StreamStorage:
+def _allocate_streams(spec: CacheSpec, layer: LayerSpec, dim: int, capacity: Capacity, device: torch.device) -> StreamStorage:
     ring = spec.stream_rows(layer.ratio)
     return StreamStorage(
         streams=empty((capacity.state_slots, ring, CSA_PARTS * dim), torch.float32, device),

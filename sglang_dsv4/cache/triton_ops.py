@@ -27,13 +27,7 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(
-        self,
-        spec: CacheSpec,
-        capacity: Capacity,
-        device: torch.device,
-        index_heads: int | None = None,
-    ) -> None:
+    def __init__(self, spec: CacheSpec, capacity: Capacity, device: torch.device, index_heads: int | None = None) -> None:
         self._spec = spec
         self._device = device
         # No step has more new tokens than the window pages hold.
@@ -58,12 +52,7 @@ class TritonOps:
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def store_window(
-        self,
-        plan: StepPlan,
-        given: WindowInput,
-        cos_sin: torch.Tensor,
-        pool: torch.Tensor,
-        fmt: RowFormat,
+        self, plan: StepPlan, given: WindowInput, cos_sin: torch.Tensor, pool: torch.Tensor, fmt: RowFormat
     ) -> None:
         window_store(plan.step, given.kv, given.norm_weight, given.eps, cos_sin, pool, fmt)
 
@@ -73,15 +62,7 @@ class TritonOps:
             return
         for part in (main, index):
             if part is not None:
-                flush_csa(
-                    plan.step,
-                    part.kv_score,
-                    part.streams,
-                    part.boundary,
-                    part.pool,
-                    part.pool_format,
-                    part.params,
-                )
+                flush_csa(plan.step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
 
     def flush_hca(
         self,
@@ -111,9 +92,8 @@ class TritonOps:
         heads = index_q.shape[1]
         if self._has_deep_gemm and takes(plan.step, heads, ratio, out.shape[1]):
             select_long(
-                plan.step, index_q, index_weights, index_pool, cos_sin, ratio, out,
-                self._index_scratch(heads), pad, numbering,
-            )  # fmt: skip
+                plan.step, index_q, index_weights, index_pool, cos_sin, ratio, out, self._index_scratch(heads), pad, numbering
+            )
         elif plan.num_tokens:
             select_entries(
                 plan.step,
@@ -135,7 +115,5 @@ class TritonOps:
         if self._index is None:
             tokens = min(self._max_tokens, _MAX_SCORED_TOKENS)
             scores = max(self._max_entries, min(_MAX_SCORES, tokens * self._max_entries))
-            self._index = index_workspace(
-                tokens, scores, heads, self._spec.index_topk, self._spec.index_keys, self._device
-            )
+            self._index = index_workspace(tokens, scores, heads, self._spec.index_topk, self._spec.index_keys, self._device)
         return self._index

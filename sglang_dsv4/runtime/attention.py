@@ -24,22 +24,14 @@ class StepInProgress:
             RuntimeError: the model was called by somebody else than the runtime.
         """
         if self.plan is None:
-            raise RuntimeError(
-                "the model's attention belongs to a Runtime: expected a call through it, got a direct one"
-            )
+            raise RuntimeError("the model's attention belongs to a Runtime: expected a call through it, got a direct one")
         return self.plan
 
 
 class CachedAttention:
     """Stands in for ``DeepseekV4Attention.forward``: tokens of many sequences, packed into one row, without a mask."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        cache: CompressedKVCache,
-        attention: Attention,
-        step: StepInProgress,
-    ) -> None:
+    def __init__(self, module: nn.Module, cache: CompressedKVCache, attention: Attention, step: StepInProgress) -> None:
         self._module = module
         self._cache = cache
         self._attention = attention
@@ -68,9 +60,7 @@ class CachedAttention:
         q = module.q_b_norm(module.q_b_proj(latent).view(num_tokens, -1, module.head_dim))
         self._append(plan, x)
         selected = self._select(plan, x, latent) if self._layer.indexed else None
-        out = self._attention.run(
-            self._layer.layer_id, naive_rope(q, cos_sin).to(x.dtype), module.sinks, selected
-        )
+        out = self._attention.run(self._layer.layer_id, naive_rope(q, cos_sin).to(x.dtype), module.sinks, selected)
         out = naive_rope(out, cos_sin, inverse=True).to(x.dtype)  # [T, H, 512]
         grouped = out.reshape(1, num_tokens, module.config.o_groups, -1)
         return module.o_b_proj(module.o_a_proj(grouped).flatten(2)), None

@@ -35,9 +35,7 @@ class Checkpoint:
     eos_ids: frozenset[int]
 
 
-def load_checkpoint(
-    checkpoint: str | Path, device: torch.device, dtype: str | torch.dtype
-) -> Checkpoint:
+def load_checkpoint(checkpoint: str | Path, device: torch.device, dtype: str | torch.dtype) -> Checkpoint:
     """Load a model and its tokenizer.
 
     Args:
@@ -58,18 +56,12 @@ def load_checkpoint(
     options = {"experts_implementation": "eager"} if device.type == "cpu" else {}
     try:
         with _no_progress_bar():
-            model, info = DeepseekV4ForCausalLM.from_pretrained(
-                checkpoint, dtype=wanted, output_loading_info=True, **options
-            )
+            model, info = DeepseekV4ForCausalLM.from_pretrained(checkpoint, dtype=wanted, output_loading_info=True, **options)
     except OSError as error:
-        raise UnsupportedError(
-            f"{name}: expected the weights of a DeepSeek-V4 model, got: {_first_line(error)}"
-        ) from error
+        raise UnsupportedError(f"{name}: expected the weights of a DeepSeek-V4 model, got: {_first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
-            raise UnsupportedError(
-                f"{name}: expected every tensor to load, got {kind}: {sorted(map(str, info[kind]))[:3]}"
-            )
+            raise UnsupportedError(f"{name}: expected every tensor to load, got {kind}: {sorted(map(str, info[kind]))[:3]}")
     for module in model.modules():
         if isinstance(module, DeepseekV4RMSNorm):
             # transformers keeps these weights in fp32, and their product would meet bf16 matrices.
@@ -82,13 +74,9 @@ def _check_config(checkpoint: str | Path) -> None:
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(
-            f"{checkpoint}: expected a DeepSeek-V4 checkpoint, got: {_first_line(error)}"
-        ) from error
+        raise UnsupportedError(f"{checkpoint}: expected a DeepSeek-V4 checkpoint, got: {_first_line(error)}") from error
     if config.model_type != _MODEL_TYPE:
-        raise UnsupportedError(
-            f"{checkpoint}: expected model_type {_MODEL_TYPE!r}, got {config.model_type!r}"
-        )
+        raise UnsupportedError(f"{checkpoint}: expected model_type {_MODEL_TYPE!r}, got {config.model_type!r}")
 
 
 def _load_tokenizer(checkpoint: str | Path) -> Any:

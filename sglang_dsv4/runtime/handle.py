@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sglang_dsv4.cache import Snapshot
 from sglang_dsv4.errors import TruncateError, UnknownRequestError
 from sglang_dsv4.runtime.output import Completion, Stop
-from sglang_dsv4.runtime.picture import Picture
 from sglang_dsv4.runtime.sequence import LiveSequence
+from sglang_dsv4.runtime.show.picture import Picture
 
 if TYPE_CHECKING:
     from sglang_dsv4.runtime.runtime import Runtime
@@ -51,9 +51,7 @@ class HandleSnapshot:
             UnknownRequestError: the snapshot was released.
         """
         if not self._release.alive:
-            raise UnknownRequestError(
-                f"{self}: expected a snapshot that is held, got a released one"
-            )
+            raise UnknownRequestError(f"{self}: expected a snapshot that is held, got a released one")
         return self._kept, LiveSequence(list(self.tokens), logits=self._logits)
 
     def __repr__(self) -> str:
@@ -71,9 +69,7 @@ class Handle:
         stream (bool | Sink): where generated text goes as it comes, unless `generate` is told otherwise.
     """
 
-    def __init__(
-        self, runtime: "Runtime", sequence: LiveSequence, stream: bool | Sink = False
-    ) -> None:
+    def __init__(self, runtime: "Runtime", sequence: LiveSequence, stream: bool | Sink = False) -> None:
         self._runtime = runtime
         self._sequence = sequence
         self._stream = stream
@@ -129,9 +125,7 @@ class Handle:
         runtime.collect()
         assert sequence.request is not None, "a live handle has a request"
         request = runtime.cache.fork(sequence.request)
-        twin = LiveSequence(
-            list(sequence.tokens), request, sequence.logits, cached_tokens=sequence.num_fed
-        )
+        twin = LiveSequence(list(sequence.tokens), request, sequence.logits, cached_tokens=sequence.num_fed)
         return runtime.adopt(twin, self._stream)
 
     def append(self, text_or_ids: str | Sequence[int]) -> "Handle":
@@ -177,9 +171,7 @@ class Handle:
         """
         wanted = self._stream if stream is None else stream
         sink = _print if wanted is True else wanted or None
-        return self._runtime.generate(
-            [self], n, temperature=temperature, seed=seed, stop=stop, sink=sink, progress=False
-        )[0]
+        return self._runtime.generate([self], n, temperature=temperature, seed=seed, stop=stop, sink=sink, progress=False)[0]
 
     def truncate(self, n: int) -> "Handle":
         """Roll the sequence back to its first ``n`` tokens; moves nothing.

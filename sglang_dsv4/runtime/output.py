@@ -60,13 +60,7 @@ class Output:
         sink (Callable[[str], None] | None): gets the text piece by piece.
     """
 
-    def __init__(
-        self,
-        text: Text,
-        rule: StopRule,
-        max_new_tokens: int,
-        sink: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, text: Text, rule: StopRule, max_new_tokens: int, sink: Callable[[str], None] | None = None) -> None:
         self.tokens: list[int] = []
         self.stopped = False
         self._max_new_tokens = max_new_tokens

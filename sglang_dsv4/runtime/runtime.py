@@ -7,22 +7,22 @@ from typing import Any
 import torch
 
 from sglang_dsv4.cache import CompressedKVCache, Request, Snapshot, prune_saved
-from sglang_dsv4.cache.prune import Pruned
+from sglang_dsv4.cache.persist.prune import Pruned
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError
 from sglang_dsv4.runtime.checkpoint import load_checkpoint
 from sglang_dsv4.runtime.handle import Handle, HandleSnapshot, Sink
-from sglang_dsv4.runtime.index import PrefixIndex
 from sglang_dsv4.runtime.job import Job
 from sglang_dsv4.runtime.model import CachedModel
 from sglang_dsv4.runtime.output import Completion, Output, Stop, StopRule
-from sglang_dsv4.runtime.picture import Picture, draw_sequence
-from sglang_dsv4.runtime.progress import token_progress
-from sglang_dsv4.runtime.report import RuntimeReport, make_report
-from sglang_dsv4.runtime.room import make_room
+from sglang_dsv4.runtime.prefix_cache.eviction import make_room
+from sglang_dsv4.runtime.prefix_cache.index import PrefixIndex
 from sglang_dsv4.runtime.sampling import Sampler
 from sglang_dsv4.runtime.saved import pack_sequence, unpack_sequence
 from sglang_dsv4.runtime.scheduler import Scheduler, Share
 from sglang_dsv4.runtime.sequence import LiveSequence
+from sglang_dsv4.runtime.show.picture import Picture, draw_sequence
+from sglang_dsv4.runtime.show.progress import token_progress
+from sglang_dsv4.runtime.show.report import RuntimeReport, make_report
 from sglang_dsv4.runtime.text import Text
 from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
 
@@ -66,9 +66,7 @@ class Runtime:
         **spec_options: Any,
     ) -> None:
         if chunk_tokens <= 0 or max_ends < 0:
-            raise ValueError(
-                f"expected chunk_tokens > 0 and max_ends >= 0, got {chunk_tokens} and {max_ends}"
-            )
+            raise ValueError(f"expected chunk_tokens > 0 and max_ends >= 0, got {chunk_tokens} and {max_ends}")
         loaded = load_checkpoint(checkpoint, torch.device(device), dtype)
         config = loaded.model.config
         self.spec = CacheSpec.from_hf(config, **_spec_options(**spec_options))
@@ -182,9 +180,7 @@ class Runtime:
         sequence = unpack_sequence(extra, request.seq_len, self.cache.device)
         if sequence is None:
             self.cache.close(request)
-            raise SavedFileError(
-                f"{path}: expected a sequence that Runtime.save wrote, got no tokens"
-            )
+            raise SavedFileError(f"{path}: expected a sequence that Runtime.save wrote, got no tokens")
         sequence.request = request
         sequence.cached_tokens = request.seq_len
         return self.adopt(sequence)
@@ -296,10 +292,7 @@ class Runtime:
 
 
 def _spec_options(
-    row_format: str = "bf16",
-    index_format: str | None = None,
-    max_draft_tokens: int = 8,
-    **rest: Any,
+    row_format: str = "bf16", index_format: str | None = None, max_draft_tokens: int = 8, **rest: Any
 ) -> dict[str, Any]:
     # One draft token more than the user asked for: the token before the new end is fed again, for its logits.
     return {

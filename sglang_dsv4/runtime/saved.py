@@ -19,9 +19,7 @@ def pack_sequence(sequence: LiveSequence) -> dict[str, str]:
     return packed
 
 
-def unpack_sequence(
-    packed: dict[str, str], num_fed: int, device: torch.device
-) -> LiveSequence | None:
+def unpack_sequence(packed: dict[str, str], num_fed: int, device: torch.device) -> LiveSequence | None:
     """The sequence, without its request; None where `pack_sequence` did not make the strings.
 
     Args:

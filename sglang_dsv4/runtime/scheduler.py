@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from sglang_dsv4.cache import StepPlan
 from sglang_dsv4.errors import OutOfPagesError
-from sglang_dsv4.runtime.index import PrefixIndex
 from sglang_dsv4.runtime.interrupt import held_interrupts
 from sglang_dsv4.runtime.job import Job
 from sglang_dsv4.runtime.model import CachedModel
+from sglang_dsv4.runtime.prefix_cache.index import PrefixIndex
 from sglang_dsv4.runtime.sequence import LiveSequence
 
 Share = tuple[Job, int]  # a job, and how many of its tokens a step feeds
@@ -27,25 +27,14 @@ class Scheduler:
         after_step (Callable[[], None]): called after each step.
     """
 
-    def __init__(
-        self,
-        model: CachedModel,
-        index: PrefixIndex,
-        chunk_tokens: int,
-        after_step: Callable[[], None],
-    ) -> None:
+    def __init__(self, model: CachedModel, index: PrefixIndex, chunk_tokens: int, after_step: Callable[[], None]) -> None:
         self._model = model
         self._cache = model.cache
         self._index = index
         self._chunk_tokens = chunk_tokens
         self._after_step = after_step
 
-    def run(
-        self,
-        jobs: Sequence[Job],
-        others: Iterable[LiveSequence],
-        on_step: Callable[[Sequence[Share]], None],
-    ) -> None:
+    def run(self, jobs: Sequence[Job], others: Iterable[LiveSequence], on_step: Callable[[Sequence[Share]], None]) -> None:
         """Work until every job is done.
 
         Args:
@@ -104,9 +93,7 @@ class Scheduler:
                 victim = run.preempt()
                 if victim is None:
                     tokens = len(run.running[0].sequence.tokens)
-                    raise OutOfPagesError(
-                        f"a sequence of {tokens} tokens does not fit beside what is held: {error}"
-                    ) from error
+                    raise OutOfPagesError(f"a sequence of {tokens} tokens does not fit beside what is held: {error}") from error
                 self._close(victim)
                 continue
             return shares, plan
@@ -164,9 +151,7 @@ class Scheduler:
 class _Run:
     """The jobs of one call: those that wait, and those that take part."""
 
-    def __init__(
-        self, index: PrefixIndex, waiting: deque[Job], others: tuple[LiveSequence, ...]
-    ) -> None:
+    def __init__(self, index: PrefixIndex, waiting: deque[Job], others: tuple[LiveSequence, ...]) -> None:
         self.waiting = waiting
         self.running: list[Job] = []
         self._index = index

@@ -48,9 +48,7 @@ def write_tiny_checkpoint(path: Path, spec: TinySpec) -> None:
 def holds_checkpoint(path: Path, spec: TinySpec) -> bool:
     """Whether ``path`` holds a complete checkpoint of exactly ``spec``, written by this version."""
     manifest = path / MANIFEST
-    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")) == manifest_of(
-        spec
-    )
+    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")) == manifest_of(spec)
 
 
 def manifest_of(spec: TinySpec) -> dict[str, Any]:
@@ -64,9 +62,7 @@ def _claim(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise NotADirectoryError(
-            f"{path}: expected a directory to write the checkpoint to, got a file"
-        )
+        raise NotADirectoryError(f"{path}: expected a directory to write the checkpoint to, got a file")
     found = sorted(entry.name for entry in path.iterdir())
     if found and MANIFEST not in found:
         raise FileExistsError(
@@ -77,10 +73,7 @@ def _claim(path: Path) -> None:
 
 def _index(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return {
-        "metadata": {"total_size": total},
-        "weight_map": dict.fromkeys(sorted(tensors), WEIGHTS),
-    }
+    return {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(tensors), WEIGHTS)}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -16,26 +16,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="write a tiny random-weight DeepSeek-V4 checkpoint",
         description="Write a tiny random-weight DeepSeek-V4 checkpoint that SGLang and transformers both load.",
     )
-    parser.add_argument(
-        "directory",
-        type=Path,
-        metavar="DIR",
-        help="made if missing; must be empty or an earlier one",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=default.seed,
-        metavar="N",
-        help="of the weights (default: %(default)s)",
-    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="made if missing; must be empty or an earlier one")
+    parser.add_argument("--seed", type=int, default=default.seed, metavar="N", help="of the weights (default: %(default)s)")
     parser.add_argument(
         "--layers",
         type=read_ratios,
         default=default.compress_ratios,
         metavar="RATIOS",
-        help="one ratio per layer: 0 window only, 4 CSA, 128 HCA "
-        f"(default: {','.join(map(str, default.compress_ratios))})",
+        help=f"one ratio per layer: 0 window only, 4 CSA, 128 HCA (default: {','.join(map(str, default.compress_ratios))})",
     )
     parser.add_argument(
         "--index-topk",
@@ -78,6 +66,4 @@ def read_ratios(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers separated by commas, such as 0,4,128, got {text!r}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, such as 0,4,128, got {text!r}") from None

@@ -71,18 +71,25 @@ class TinySpec:
             raise ValueError("compress_ratios: expected at least one layer, got none")
         for layer_id, ratio in enumerate(self.compress_ratios):
             if ratio not in allowed:
-                raise ValueError(
-                    f"compress_ratios[{layer_id}]: expected one of {allowed}, got {ratio}"
-                )
-        for name in ("index_topk", "hidden_size", "num_heads", "o_groups", "o_lora_rank", "q_lora_rank",
-                     "index_n_heads", "num_experts", "experts_per_token", "moe_width", "max_positions",
-                     "rope_factor"):  # fmt: skip
+                raise ValueError(f"compress_ratios[{layer_id}]: expected one of {allowed}, got {ratio}")
+        for name in (
+            "index_topk",
+            "hidden_size",
+            "num_heads",
+            "o_groups",
+            "o_lora_rank",
+            "q_lora_rank",
+            "index_n_heads",
+            "num_experts",
+            "experts_per_token",
+            "moe_width",
+            "max_positions",
+            "rope_factor",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.num_heads % self.o_groups:
-            raise ValueError(
-                f"o_groups: expected a divisor of num_heads={self.num_heads}, got {self.o_groups}"
-            )
+            raise ValueError(f"o_groups: expected a divisor of num_heads={self.num_heads}, got {self.o_groups}")
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token: expected at most num_experts={self.num_experts}, got {self.experts_per_token}"
@@ -90,9 +97,7 @@ class TinySpec:
         if self.scales not in SCALES:
             raise ValueError(f"scales: expected one of {', '.join(SCALES)}, got {self.scales}")
         if not 0 <= self.num_hash_layers <= self.num_layers:
-            raise ValueError(
-                f"num_hash_layers: expected 0 .. {self.num_layers}, got {self.num_hash_layers}"
-            )
+            raise ValueError(f"num_hash_layers: expected 0 .. {self.num_layers}, got {self.num_hash_layers}")
 
     @property
     def num_layers(self) -> int:
@@ -163,12 +168,7 @@ class TinySpec:
 
     def generation_config(self) -> dict[str, Any]:
         """``generation_config.json``: greedy unless a request says otherwise."""
-        return {
-            "bos_token_id": BOS_ID,
-            "eos_token_id": EOS_ID,
-            "pad_token_id": PAD_ID,
-            "do_sample": False,
-        }
+        return {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False}
 
 
 # By name, what `make-tiny --shape` offers. `heads64` has as many heads as GPU kernels want and little else; `flash` has
@@ -176,13 +176,7 @@ class TinySpec:
 # GPUs, where servers compute in bf16.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "heads64": {
-        "num_heads": 64,
-        "o_groups": 8,
-        "o_lora_rank": 64,
-        "index_n_heads": 64,
-        "scales": "calm",
-    },
+    "heads64": {"num_heads": 64, "o_groups": 8, "o_lora_rank": 64, "index_n_heads": 64, "scales": "calm"},
     "flash": {
         "hidden_size": 4096,
         "num_heads": 64,

@@ -59,11 +59,7 @@ class _Source:
 
     def choices(self, rows: int, count: int, below: int) -> torch.Tensor:
         """``[rows, count]`` int64: distinct numbers under ``below`` in every row."""
-        return (
-            torch.rand(rows, below, generator=self._generator)
-            .argsort(dim=1)[:, :count]
-            .contiguous()
-        )
+        return torch.rand(rows, below, generator=self._generator).argsort(dim=1)[:, :count].contiguous()
 
 
 def draw_weights(spec: TinySpec) -> dict[str, torch.Tensor]:
@@ -114,10 +110,7 @@ def _attention(source: _Source, spec: TinySpec, ratio: int) -> Iterator[NamedTen
     yield "attn.wkv.weight", source.linear(spec.head_dim, hidden)
     yield "attn.kv_norm.weight", source.norm(spec.head_dim, scales.window_key_norm)
     group_width = heads * spec.head_dim // spec.o_groups
-    yield (
-        "attn.wo_a.weight",
-        source.linear(spec.o_groups * spec.o_lora_rank, group_width, scales.attention_gain),
-    )
+    yield ("attn.wo_a.weight", source.linear(spec.o_groups * spec.o_lora_rank, group_width, scales.attention_gain))
     yield "attn.wo_b.weight", source.linear(hidden, spec.o_groups * spec.o_lora_rank)
     yield "attn.attn_sink", source.normal(heads, std=SINK_STD, mean=SINK_MEAN)
     if ratio == WINDOW_ONLY_RATIO:
@@ -125,19 +118,12 @@ def _attention(source: _Source, spec: TinySpec, ratio: int) -> Iterator[NamedTen
     key_norm = scales.csa_key_norm if ratio == CSA_RATIO else scales.hca_key_norm
     yield from _compressor(source, "attn.compressor.", hidden, spec.head_dim, ratio, key_norm)
     if ratio == CSA_RATIO:
-        yield (
-            "attn.indexer.wq_b.weight",
-            source.linear(spec.index_n_heads * spec.index_dim, spec.q_lora_rank),
-        )
+        yield ("attn.indexer.wq_b.weight", source.linear(spec.index_n_heads * spec.index_dim, spec.q_lora_rank))
         yield "attn.indexer.weights_proj.weight", source.linear(spec.index_n_heads, hidden)
-        yield from _compressor(
-            source, "attn.indexer.compressor.", hidden, spec.index_dim, ratio, key_norm
-        )
+        yield from _compressor(source, "attn.indexer.compressor.", hidden, spec.index_dim, ratio, key_norm)
 
 
-def _compressor(
-    source: _Source, prefix: str, hidden: int, dim: int, ratio: int, key_norm: float
-) -> Iterator[NamedTensor]:
+def _compressor(source: _Source, prefix: str, hidden: int, dim: int, ratio: int, key_norm: float) -> Iterator[NamedTensor]:
     """CSA has two streams side by side: columns ``[:dim]`` feed the next block's entry, ``[dim:]`` the own block's."""
     width = 2 * dim if ratio == CSA_RATIO else dim
     yield prefix + "wkv.weight", source.linear(width, hidden)
@@ -151,10 +137,7 @@ def _experts(source: _Source, spec: TinySpec, *, hashed: bool) -> Iterator[Named
     yield "ffn_norm.weight", source.norm(hidden)
     yield "ffn.gate.weight", source.linear(spec.num_experts, hidden, 2.0)
     if hashed:
-        yield (
-            "ffn.gate.tid2eid",
-            source.choices(spec.vocab_size, spec.experts_per_token, spec.num_experts),
-        )
+        yield ("ffn.gate.tid2eid", source.choices(spec.vocab_size, spec.experts_per_token, spec.num_experts))
     else:
         yield "ffn.gate.bias", source.normal(spec.num_experts, std=0.1)
     routed_gain = SCALES[spec.scales].routed_expert_gain

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from sglang_dsv4.attention import EagerAttention, FixedShape, device, lists
+from sglang_dsv4.attention import EagerAttention, FixedShape, device
+from sglang_dsv4.attention import row_list_kinds as lists
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables
@@ -49,9 +50,7 @@ FLASHINFER = None
 
 
 def make_work(kind, heads=8, row_format="bf16", starts=(1000, 300, 5), extends=(3, 1, 2)):
-    return AttentionWork(
-        AttentionCase(kind, starts, extends, heads, 64), 2, row_format, torch.device("cpu")
-    )
+    return AttentionWork(AttentionCase(kind, starts, extends, heads, 64), 2, row_format, torch.device("cpu"))
 
 
 def errors(work, out, layer_id, queries=None):
@@ -60,20 +59,13 @@ def errors(work, out, layer_id, queries=None):
     for query in range(len(out)) if queries is None else queries:
         angles = table[work.plan.step.positions[query]]
         rows = work.rows(layer_id, query)
-        found.append(
-            worst(out[query], exact(work.q[layer_id][query], rows, work.sink, SCALE, angles))
-        )
+        found.append(worst(out[query], exact(work.q[layer_id][query], rows, work.sink, SCALE, angles)))
     return found
 
 
 def check_values():
     """Every kind, format and schedule, few and many heads; a shifted selection is noticed."""
-    for kind, row_format in (
-        ("window", "bf16"),
-        ("csa", "bf16"),
-        ("csa", "fp8_584"),
-        ("hca", "bf16"),
-    ):
+    for kind, row_format in (("window", "bf16"), ("csa", "bf16"), ("csa", "fp8_584"), ("hca", "bf16")):
         for heads in (8, 128) if (kind, row_format) == ("csa", "bf16") else (8,):
             work = make_work(kind, heads, row_format)
             for schedule in ("own", "stock"):
@@ -129,11 +121,7 @@ def check_fixed_shape():
         assert kept[0] == kept[1]
         assert Event.waits - waits == (1 if schedule == "stock" else 0)
         check_workspace(work, attention, plan)
-        refused(
-            lambda a=attention, w=work: a.plan(w.plan),
-            ValueError,
-            "expected 8 tokens, the fixed shape, got 6",
-        )
+        refused(lambda a=attention, w=work: a.plan(w.plan), ValueError, "expected 8 tokens, the fixed shape, got 6")
 
 
 def check_all_kinds_share_a_workspace():
@@ -155,9 +143,7 @@ def check_all_kinds_share_a_workspace():
         )
         attention.plan(plan)
         eager = EagerAttention(cache)
-        eager.plan(
-            replace(plan, step=replace(plan.step, positions=plan.step.positions.clamp_min(0)))
-        )
+        eager.plan(replace(plan, step=replace(plan.step, positions=plan.step.positions.clamp_min(0))))
         q, sink = torch.randn(3, 4, 512).bfloat16(), torch.randn(4)
         chosen = eager._plan.entry_indices(eager._plan.visible_entries(4)[:, :16], 4)
         for layer_id, selected in ((0, None), (1, chosen), (2, None)):
@@ -181,16 +167,8 @@ def check_workspace(work, attention, plan):
     assert smaller.chunks["csa"][0].flat.data_ptr() == place
     larger = make(work.cache, 8, fixed=FixedShape(8, 1 << 20), workspace=shared)
     larger.plan(plan)  # a window and 64 entries, as before
-    refused(
-        lambda: shared.buffer("lists csa", 1 << 20, torch.int32),
-        ValueError,
-        "plan the largest shape first",
-    )
-    refused(
-        lambda: make(work.cache, 16, workspace=shared),
-        ValueError,
-        "workspace: expected one for 16 heads, got 8",
-    )
+    refused(lambda: shared.buffer("lists csa", 1 << 20, torch.int32), ValueError, "plan the largest shape first")
+    refused(lambda: make(work.cache, 16, workspace=shared), ValueError, "workspace: expected one for 16 heads, got 8")
 
 
 def refused(call, kind, text):
@@ -207,57 +185,24 @@ def check_refusals():
     """What cannot be done is refused before anything is launched."""
     work = make_work("csa")
     make = FLASHINFER.FlashInferAttention
-    for options, text in (
-        ({"schedule": "stock"}, ""),
-        ({"backend": "fa4"}, "backend: expected auto, fa2, or fa3 on SM90"),
-    ):
+    for options, text in (({"schedule": "stock"}, ""), ({"backend": "fa4"}, "backend: expected auto, fa2, or fa3 on SM90")):
         if text:
             refused(lambda o=options: make(work.cache, 8, **o), UnsupportedError, text)
             continue
         attention = make(work.cache, 8, **options)
-        refused(
-            lambda a=attention: a.plan(work.plan),
-            ValueError,
-            "expected the lengths of a step over external pages",
-        )
-    refused(
-        lambda: make(work.cache, 129), UnsupportedError, "expected 1 .. 128 query heads, got 129"
-    )
+        refused(lambda a=attention: a.plan(work.plan), ValueError, "expected the lengths of a step over external pages")
+    refused(lambda: make(work.cache, 129), UnsupportedError, "expected 1 .. 128 query heads, got 129")
     exact_rows = make_work("csa", row_format="fp32")
-    refused(
-        lambda: make(exact_rows.cache, 8),
-        UnsupportedError,
-        "expected bf16 or fp8_584 rows, got fp32",
-    )
+    refused(lambda: make(exact_rows.cache, 8), UnsupportedError, "expected bf16 or fp8_584 rows, got fp32")
     attention = make(work.cache, 8)
     attention.plan(work.plan)
     launches = flashinfer_model.MODULE.launches
     q, sink, selected = work.q[0], work.sink, work.selected[0]
-    refused(
-        lambda: attention.run(0, q.float(), sink, selected),
-        ValueError,
-        "expected bfloat16 [T, 8, 512], got torch.float32",
-    )
-    refused(
-        lambda: attention.run(0, q[:, :4], sink, selected),
-        ValueError,
-        "expected bfloat16 [T, 8, 512]",
-    )
-    refused(
-        lambda: attention.run(0, q[:2], sink, selected),
-        ValueError,
-        "layer 0 q: expected 6 tokens, got 2",
-    )
-    refused(
-        lambda: attention.run(0, q, sink),
-        ValueError,
-        "expected selected rows exactly in CSA layers, got none",
-    )
-    refused(
-        lambda: attention.run(0, q, sink, selected[:3]),
-        ValueError,
-        "selected rows: expected 6 tokens, got 3",
-    )
+    refused(lambda: attention.run(0, q.float(), sink, selected), ValueError, "expected bfloat16 [T, 8, 512], got torch.float32")
+    refused(lambda: attention.run(0, q[:, :4], sink, selected), ValueError, "expected bfloat16 [T, 8, 512]")
+    refused(lambda: attention.run(0, q[:2], sink, selected), ValueError, "layer 0 q: expected 6 tokens, got 2")
+    refused(lambda: attention.run(0, q, sink), ValueError, "expected selected rows exactly in CSA layers, got none")
+    refused(lambda: attention.run(0, q, sink, selected[:3]), ValueError, "selected rows: expected 6 tokens, got 3")
     assert flashinfer_model.MODULE.launches == launches
 
 
@@ -267,11 +212,7 @@ def check_versions():
     package.__version__ = "0.6.19"
     try:
         assert make(work.cache, 8).schedule == "stock"
-        refused(
-            lambda: make(work.cache, 8, schedule="own"),
-            UnsupportedError,
-            "whose plan layout is known, got 0.6.19",
-        )
+        refused(lambda: make(work.cache, 8, schedule="own"), UnsupportedError, "whose plan layout is known, got 0.6.19")
     finally:
         package.__version__ = "0.6.18"
     plan = flashinfer_model.Module.plan

@@ -52,9 +52,7 @@ class Module:
             ranges = [(0, half), (half, length)] if split else [(0, length)]
             for number, (start, end) in enumerate(ranges):
                 row = number * num_heads if split else -1
-                works[(i + number) % lanes].append(
-                    (int(qo_indptr[i]), int(kv_indptr[i]), row, 1, length, 0, start, end)
-                )
+                works[(i + number) % lanes].append((int(qo_indptr[i]), int(kv_indptr[i]), row, 1, length, 0, start, end))
             if split:
                 merge = [i * num_heads, (i + 1) * num_heads, 0, 2 * num_heads, num_heads]
         flat = [work for lane in works for work in lane]
@@ -68,29 +66,40 @@ class Module:
             begins.append(begins[-1] + len(lane))
         values = [*columns[:3], *([value] for value in merge), *columns[3:8], begins]
         for offset, numbers in zip(offsets, values, strict=True):
-            ints[offset : offset + 4 * len(numbers)] = torch.tensor(
-                numbers, dtype=torch.int32
-            ).view(torch.uint8)
+            ints[offset : offset + 4 * len(numbers)] = torch.tensor(numbers, dtype=torch.int32).view(torch.uint8)
         lse_offset = 2 * lanes * blocks * 64 * 512 * 2
         return [blocks, lanes, *offsets, 0, lse_offset]
 
     def run(  # noqa: PLR0913 FlashInfer's own signature
-        self, floats, ints, plan_info, q, q_pe, ckv, kpe, kv_indices, out, lse, mask_mode, num_heads, page_size, sm_scale,
-        base_e, ckv_scale, kpe_scale, ckv_scale_arr,
-    ):  # fmt: skip
+        self,
+        floats,
+        ints,
+        plan_info,
+        q,
+        q_pe,
+        ckv,
+        kpe,
+        kv_indices,
+        out,
+        lse,
+        mask_mode,
+        num_heads,
+        page_size,
+        sm_scale,
+        base_e,
+        ckv_scale,
+        kpe_scale,
+        ckv_scale_arr,
+    ):
         """The persistent kernel."""
         assert len(plan_info) == FIELDS and all(isinstance(value, int) for value in plan_info)
         assert mask_mode == MaskMode.NON_CAUSAL.value and page_size == 1 and base_e
         assert (ckv_scale, kpe_scale, ckv_scale_arr) == (1.0, 1.0, None)
-        assert (
-            q.dtype == ckv.dtype == out.dtype == torch.bfloat16 and kv_indices.dtype == torch.int32
-        )
+        assert q.dtype == ckv.dtype == out.dtype == torch.bfloat16 and kv_indices.dtype == torch.int32
         assert q_pe.shape[-1] == kpe.shape[-1] == 0 and ckv.shape[1:] == (1, 512)
         self.launches += 1
         blocks, lanes = plan_info[:2]
-        assert blocks * lanes <= self.num_sms, (
-            "a cooperative launch needs every block on the chip at once"
-        )
+        assert blocks * lanes <= self.num_sms, "a cooperative launch needs every block on the chip at once"
         assert blocks * 64 >= num_heads
         heads = num_heads
 
@@ -112,9 +121,7 @@ class Module:
             seen = torch.arange(begin + start, begin + start + tiles * TILE)
             listed = torch.where(seen < bound, kv_indices[seen.clamp_max(len(kv_indices) - 1)], 0)
             rows = ckv[listed.long(), 0].double()
-            if (
-                tiles and not (seen[-TILE:] < bound).all()
-            ):  # the last tile alone is filled with zeros
+            if tiles and not (seen[-TILE:] < bound).all():  # the last tile alone is filled with zeros
                 rows[-TILE:][seen[-TILE:] >= bound] = 0.0
             logits = q[query].double() @ rows.T * sm_scale
             logits[:, seen >= begin + end] = -math.inf
@@ -137,9 +144,7 @@ class Module:
                 rows = range(begin + local, end, stride)
                 parts = torch.stack([partial_lse[row] for row in rows]).double()
                 merged = torch.logsumexp(parts * math.log(2), 0)
-                values = torch.stack(
-                    [partial[1024 * r : 1024 * (r + 1)].view(torch.bfloat16) for r in rows]
-                )
+                values = torch.stack([partial[1024 * r : 1024 * (r + 1)].view(torch.bfloat16) for r in rows])
                 weights = (parts * math.log(2) - merged).exp()
                 out[query, head] = (weights.unsqueeze(1) * values.double()).sum(0).to(out.dtype)
                 lse[query, head] = merged.float()
@@ -154,55 +159,79 @@ class BatchMLAPagedAttentionWrapper:
     made = 0
 
     def __init__(
-        self, float_workspace_buffer, use_cuda_graph=False, qo_indptr=None, kv_indptr=None, kv_indices=None,
-        kv_len_arr=None, backend="auto",
-    ):  # fmt: skip
+        self,
+        float_workspace_buffer,
+        use_cuda_graph=False,
+        qo_indptr=None,
+        kv_indptr=None,
+        kv_indices=None,
+        kv_len_arr=None,
+        backend="auto",
+    ):
         type(self).made += 1
         assert backend in ("fa2", "fa3")
-        self._floats, self._graph, self._kv_indices_buf = (
-            float_workspace_buffer,
-            use_cuda_graph,
-            kv_indices,
-        )
+        self._floats, self._graph, self._kv_indices_buf = (float_workspace_buffer, use_cuda_graph, kv_indices)
         self._buffers = (qo_indptr, kv_indptr, kv_len_arr)
         self._int_workspace_buffer = torch.full((8 << 20,), 0xFF, dtype=torch.uint8)
 
     def plan(  # noqa: PLR0913 FlashInfer's own signature
-        self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal,
-        sm_scale, q_data_type, kv_data_type,
-    ):  # fmt: skip
+        self,
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        kv_len_arr,
+        num_heads,
+        head_dim_ckv,
+        head_dim_kpe,
+        page_size,
+        causal,
+        sm_scale,
+        q_data_type,
+        kv_data_type,
+    ):
         """Plan; lengths must be on the host."""
         for tensor in (qo_indptr, kv_indptr, kv_len_arr):
             assert tensor.device.type == "cpu" and tensor.dtype == torch.int32
         assert (head_dim_ckv, head_dim_kpe, page_size, causal) == (512, 0, 1, False)
         assert len(qo_indptr) == len(kv_indptr) == len(kv_len_arr) + 1
         if self._graph:
-            for buffer, given in zip(
-                self._buffers, (qo_indptr, kv_indptr, kv_len_arr), strict=True
-            ):
+            for buffer, given in zip(self._buffers, (qo_indptr, kv_indptr, kv_len_arr), strict=True):
                 buffer.copy_(given)
             self._kv_indices_buf[: len(kv_indices)].copy_(kv_indices)
         else:
             self._kv_indices_buf = kv_indices
         self._scale, self._heads = sm_scale, num_heads
-        self._plan_info = MODULE.plan(
-            self._int_workspace_buffer, qo_indptr, kv_indptr, kv_len_arr, num_heads
-        )
+        self._plan_info = MODULE.plan(self._int_workspace_buffer, qo_indptr, kv_indptr, kv_len_arr, num_heads)
 
     def run(self, q, q_pe, ckv, kpe, out, lse, return_lse, return_lse_base_on_e):
         """Run."""
         assert return_lse
         MODULE.run(
-            self._floats, self._int_workspace_buffer, self._plan_info, q, q_pe, ckv, kpe, self._kv_indices_buf, out, lse,
-            0, self._heads, 1, self._scale, return_lse_base_on_e, 1.0, 1.0, None,
-        )  # fmt: skip
+            self._floats,
+            self._int_workspace_buffer,
+            self._plan_info,
+            q,
+            q_pe,
+            ckv,
+            kpe,
+            self._kv_indices_buf,
+            out,
+            lse,
+            0,
+            self._heads,
+            1,
+            self._scale,
+            return_lse_base_on_e,
+            1.0,
+            1.0,
+            None,
+        )
 
 
 def install(version="0.6.18"):
     """Put the stand-in where `import flashinfer` finds it."""
     package, mla, core, utils = (
-        types.ModuleType(name)
-        for name in ("flashinfer", "flashinfer.mla", "flashinfer.mla._core", "flashinfer.utils")
+        types.ModuleType(name) for name in ("flashinfer", "flashinfer.mla", "flashinfer.mla._core", "flashinfer.utils")
     )
     package.__version__ = version
     package.mla, package.utils, mla._core = mla, utils, core

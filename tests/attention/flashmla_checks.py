@@ -14,7 +14,8 @@ import torch
 
 from dsv4_kernels.row_codec import naive_put_row_bytes
 from dsv4_kernels.row_lists import naive_row_lists
-from sglang_dsv4.attention import FixedShape, HostLengths, decoded, device
+from sglang_dsv4.attention import FixedShape, HostLengths, device
+from sglang_dsv4.attention import decoded_prefill as decoded
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
 from tests.attention import flashmla_model
@@ -123,9 +124,7 @@ def check_short_steps(device="cpu"):
         kept = []
         for _ in range(2):
             attention.plan(work.plan, work.lengths)
-            assert (
-                attention.numbering is not None and max(errors(attention, work, 0, (0, 279))) <= 1
-            )
+            assert attention.numbering is not None and max(errors(attention, work, 0, (0, 279))) <= 1
             kept.append(dict(attention.buffers()))
             one = slice(0, 3)
             step = work.plan.step
@@ -157,11 +156,7 @@ def check_fixed_shape(device="cpu"):
     assert kept[0] == kept[1] and {5 * 4, 5 * 448 * 4} == set(kept[0].values()), kept
 
 
-CHECKS = {
-    "long steps": check_long_steps,
-    "short steps": check_short_steps,
-    "fixed shape": check_fixed_shape,
-}
+CHECKS = {"long steps": check_long_steps, "short steps": check_short_steps, "fixed shape": check_fixed_shape}
 
 
 def main():

@@ -3,13 +3,7 @@
 import pytest
 import torch
 
-from sglang_dsv4.attention import (
-    Capabilities,
-    EagerAttention,
-    choose,
-    choose_attention,
-    make_attention,
-)
+from sglang_dsv4.attention import Capabilities, EagerAttention, choose, choose_attention, make_attention
 from sglang_dsv4.attention.device import Device, device_of
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import UnsupportedError
@@ -53,11 +47,7 @@ def test_the_fastest_possible_is_chosen(by_name, options, expected):
     assert chosen == expected
     assert reason.startswith("the fastest for ")
     for name in choose.NAMES:  # whatever is faster and was passed over is explained
-        passed = ["flashmla", "flashinfer", "eager"].index(name) < [
-            "flashmla",
-            "flashinfer",
-            "eager",
-        ].index(expected)
+        passed = ["flashmla", "flashinfer", "eager"].index(name) < ["flashmla", "flashinfer", "eager"].index(expected)
         assert (f"{name}: expected" in reason) == passed
 
 
@@ -73,9 +63,13 @@ def test_the_fastest_possible_is_chosen(by_name, options, expected):
         ("flashmla", {"sm": 90}, "attention flashmla: expected the package sgl-flash-mla, got none"),
         ("flashmla", {"sm": 100, "flashmla": "1.0.0"}, "expected a CUDA device of SM90, got cuda:0 (SM100)"),
         ("flashmla", {"sm": 90, "flashmla": "1.0.0"}, "expected fp8_584 rows, got bf16"),
-        ("flashmla", {"sm": 90, "flashmla": "1.0.0", "row_format": "fp8_584", "heads": 8}, "expected 64 or 128 query heads, got 8"),
+        (
+            "flashmla",
+            {"sm": 90, "flashmla": "1.0.0", "row_format": "fp8_584", "heads": 8},
+            "expected 64 or 128 query heads, got 8",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_impossible_is_refused_with_a_reason(by_name, name, options, fault):
     with pytest.raises(UnsupportedError) as refusal:
         choose_attention(name, capabilities(**options))

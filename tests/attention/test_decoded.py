@@ -9,7 +9,7 @@ from dsv4_kernels.page_decode import naive_page_decode
 from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.row_lists import naive_row_lists
 from sglang_dsv4.attention import HostLengths
-from sglang_dsv4.attention.decoded import choose_decoded, count_pages, decoded_step
+from sglang_dsv4.attention.decoded_prefill import choose_decoded, count_pages, decoded_step
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.cache import CompressedKVCache
 from tests.attention.flashmla_checks import EXTENDS, STARTS, forget_unlisted
@@ -29,9 +29,8 @@ def decode(pool, spec, ratio, step, decoded):
     """The decoded rows of a layer."""
     rows = torch.full((decoded.num_rows(ratio), 512), -7.0, dtype=torch.bfloat16)
     naive_page_decode(
-        pool, spec.rows, decoded.window_pages, decoded.history_pages, step.page_tokens, ratio, step.num_window_rows,
-        rows,
-    )  # fmt: skip
+        pool, spec.rows, decoded.window_pages, decoded.history_pages, step.page_tokens, ratio, step.num_window_rows, rows
+    )
     return rows
 
 
@@ -57,9 +56,7 @@ def faults(work, decoded):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("starts", "extends"),
-    [(STARTS, EXTENDS), ((0,), (600,)), ((127, 128, 900, 0), (3, 1, 0, 257)), ((5, 0), (0, 1))],
-    ids=str,
+    ("starts", "extends"), [(STARTS, EXTENDS), ((0,), (600,)), ((127, 128, 900, 0), (3, 1, 0, 257)), ((5, 0), (0, 1))], ids=str
 )
 def test_lists_name_the_same_rows_in_the_same_order(kind, starts, extends):
     work = make_work(kind, starts, extends)
@@ -102,7 +99,7 @@ def test_page_counts():
         ((3964 * 256,), (8192,), True),
         ((3964 * 256 + 1,), (8192,), False),
     ],
-)  # fmt: skip
+)
 def test_when_rows_are_decoded(ends, extends, decoded):
     """By the lengths alone; a request without new tokens changes nothing."""
     spec = make_spec(("fp8_584", "fp8"))

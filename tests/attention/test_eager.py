@@ -47,16 +47,11 @@ class Model:
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
             else:
-                torch.nn.init.normal_(
-                    parameter, std=1.0 if "bias" in name or "sinks" in name else 0.2
-                )
+                torch.nn.init.normal_(parameter, std=1.0 if "bias" in name or "sinks" in name else 0.2)
         self.x = torch.randn(1, LENGTH, 64)
         self.positions = torch.arange(LENGTH).unsqueeze(0)
         rotary = DeepseekV4RotaryEmbedding(self.config)
-        self.rope = {
-            kind: rotary(self.x, position_ids=self.positions, layer_type=kind)
-            for kind in ("main", "compress")
-        }
+        self.rope = {kind: rotary(self.x, position_ids=self.positions, layer_type=kind) for kind in ("main", "compress")}
 
     @torch.no_grad()
     def forward(self, round_rows=False):
@@ -64,17 +59,10 @@ class Model:
         distance = self.positions[0].unsqueeze(1) - self.positions[0]
         mask = torch.where((distance >= 0) & (distance < 128), 0.0, float("-inf"))[None, None]
         captured, hooks = [], []
-        hooks.append(
-            self.module.o_a_proj.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
-        )
+        hooks.append(self.module.o_a_proj.register_forward_pre_hook(lambda _, args: captured.append(args[0])))
         if round_rows:
-            norms = [self.module.kv_norm] + (
-                [self.module.compressor.kv_norm] if self.module.compressor else []
-            )
-            hooks += [
-                norm.register_forward_hook(lambda *args: args[2].bfloat16().float())
-                for norm in norms
-            ]
+            norms = [self.module.kv_norm] + ([self.module.compressor.kv_norm] if self.module.compressor else [])
+            hooks += [norm.register_forward_hook(lambda *args: args[2].bfloat16().float()) for norm in norms]
         self.module(self.x, self.rope, self.positions, mask)
         for hook in hooks:
             hook.remove()
@@ -85,9 +73,7 @@ class Model:
         module = self.module
         latent = module.q_a_norm(module.q_a_proj(self.x))
         q = module.q_b_norm(module.q_b_proj(latent).view(1, LENGTH, 4, 512).transpose(1, 2))
-        return apply_rotary_pos_emb(q, *self.rope[module.rope_layer_type])[0].transpose(
-            0, 1
-        ), latent[0]
+        return apply_rotary_pos_emb(q, *self.rope[module.rope_layer_type])[0].transpose(0, 1), latent[0]
 
 
 def compressor_input(compressor, x, dim):
@@ -121,16 +107,12 @@ def run_ours(model, layer_id, cuts, index_topk=512, shift=0):
                 index_q = indexer.q_b_proj(latent[begin:end]).view(-1, 8, 128)
                 weights = indexer.scorer.weights_proj(x) * (128**-0.5 * 8**-0.5)
                 selected = cache.select(layer_id, plan, index_q, weights)
-                chosen.append(
-                    selected - cache.storage.num_window_rows
-                )  # pages are handed out in order: entry numbers
+                chosen.append(selected - cache.storage.num_window_rows)  # pages are handed out in order: entry numbers
             attention.plan(plan)
             out = attention.run(layer_id, q[begin:end], module.sinks, selected)
         table = cache.storage.rope_tables[spec.layers[layer_id].rope]
         outputs.append(naive_rope(out, table[torch.arange(begin, end) + shift], inverse=True))
-        for other, layer in enumerate(
-            cache.layers
-        ):  # the other layers of the step, so that it can be committed
+        for other, layer in enumerate(cache.layers):  # the other layers of the step, so that it can be committed
             plan.appended.update((other, part) for part in layer.parts)
         cache.commit(plan)
     return torch.cat(outputs), chosen
@@ -138,9 +120,7 @@ def run_ours(model, layer_id, cuts, index_topk=512, shift=0):
 
 @pytest.mark.parametrize("layer_id", range(3), ids=KINDS)
 @pytest.mark.parametrize(
-    "cuts",
-    [[LENGTH], [3, 1, 124, 1, 127, 1, 134], [1] * 20 + [LENGTH - 20]],
-    ids=["full", "cut", "decode"],
+    "cuts", [[LENGTH], [3, 1, 124, 1, 127, 1, 134], [1] * 20 + [LENGTH - 20]], ids=["full", "cut", "decode"]
 )
 def test_matches_transformers(layer_id, cuts):
     """At most twice as wrong as transformers itself when its rows are rounded to bf16, plus fp32 noise."""
@@ -202,9 +182,7 @@ def test_selected_rows_are_asked_for_exactly_in_csa_layers():
     attention, request = EagerAttention(cache), cache.open()
     attention.plan(cache.plan([(request, 2)]))
     q, sink = torch.randn(2, 4, 512), torch.zeros(4)
-    with pytest.raises(
-        ValueError, match="layer 1: expected selected rows exactly in CSA layers, got none"
-    ):
+    with pytest.raises(ValueError, match="layer 1: expected selected rows exactly in CSA layers, got none"):
         attention.run(1, q, sink)
     with pytest.raises(ValueError, match="got some"):
         attention.run(0, q, sink, torch.zeros(2, 1, dtype=torch.int64))

@@ -8,7 +8,8 @@ import torch
 
 from dsv4_kernels.layout import FP8_584_ROW
 from dsv4_kernels.row_codec import naive_load_rows
-from sglang_dsv4.attention import FixedShape, lists
+from sglang_dsv4.attention import FixedShape
+from sglang_dsv4.attention import row_list_kinds as lists
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
 from sglang_dsv4.errors import UnsupportedError
@@ -165,9 +166,7 @@ def test_a_query_alone_gives_what_it_gives_in_a_batch(schedule, kind, heads):
     together, step = run(attention, work, 0), work.plan.step
     same = []
     for begin, end in ((3, 4), (0, 2), (5, 38)):
-        part = replace(
-            step, positions=step.positions[begin:end], token_rows=step.token_rows[begin:end]
-        )
+        part = replace(step, positions=step.positions[begin:end], token_rows=step.token_rows[begin:end])
         attention.plan(replace(work.plan, step=part), work.lengths)
         chosen = None if work.selected[0] is None else work.selected[0][begin:end]
         found = attention.run(0, work.q[0][begin:end], work.sink, chosen, undo_rope=True)
@@ -190,18 +189,11 @@ def pad(work, fixed, fill):
     step = replace(
         step,
         positions=torch.cat([step.positions, torch.full((missing,), -1, device=device)]),
-        token_rows=torch.cat(
-            [step.token_rows, torch.zeros(missing, dtype=torch.int64, device=device)]
-        ),
+        token_rows=torch.cat([step.token_rows, torch.zeros(missing, dtype=torch.int64, device=device)]),
     )
-    q = [
-        torch.cat([q, torch.full((missing, *q.shape[1:]), fill, device=device).to(q.dtype)])
-        for q in work.q
-    ]
+    q = [torch.cat([q, torch.full((missing, *q.shape[1:]), fill, device=device).to(q.dtype)]) for q in work.q]
     selected = [
-        None
-        if chosen is None
-        else torch.cat([chosen, chosen.new_full((missing, chosen.shape[1]), -1)])
+        None if chosen is None else torch.cat([chosen, chosen.new_full((missing, chosen.shape[1]), -1)])
         for chosen in work.selected
     ]
     return replace(work.plan, step=step), q, selected
@@ -255,10 +247,7 @@ def test_the_host_planner_is_refused_in_a_capture():
     attention = make(work, "stock", fixed=FIXED)
     attention.plan(plan, work.lengths)
     graph = torch.cuda.CUDAGraph()
-    with (
-        pytest.raises(ValueError, match="expected no capture of its stream"),
-        torch.cuda.graph(graph),
-    ):
+    with pytest.raises(ValueError, match="expected no capture of its stream"), torch.cuda.graph(graph):
         attention.plan(plan, work.lengths)
 
 
@@ -306,9 +295,7 @@ def test_a_million_tokens_and_a_pool_beyond_32_bits():
         attention = make(work, schedule)
         attention.plan(work.plan, work.lengths)
         assert max(errors(run(attention, work, 0), work, 0)) <= 1
-    longest = AttentionWork(
-        AttentionCase("hca", ((1 << 20) - 1, 5), (1, 1)), 2, "bf16", torch.device("cuda")
-    )
+    longest = AttentionWork(AttentionCase("hca", ((1 << 20) - 1, 5), (1, 1)), 2, "bf16", torch.device("cuda"))
     attention = make(longest)
     attention.plan(longest.plan, longest.lengths)
     assert max(errors(run(attention, longest, 1), longest, 1)) <= 1

@@ -33,9 +33,7 @@ def test_packed_rows_match_fp64(kind, heads):
     work = make_work(kind, heads, "fp8_584")
     if not hopper():
         with pytest.raises(UnsupportedError, match="attention flashmla: "):
-            choose_attention(
-                "flashmla", find_capabilities(work.cache.device, work.cache.spec.row_format, heads)
-            )
+            choose_attention("flashmla", find_capabilities(work.cache.device, work.cache.spec.row_format, heads))
         return
     attention = make_flashmla(work)
     attention.plan(work.plan, work.lengths)
@@ -141,9 +139,7 @@ def test_prefill_kernel_in_a_graph_with_padding(kind):
 def test_what_is_chosen():
     for row_format in ("bf16", "fp8_584"):
         work = make_work("csa", row_format=row_format)
-        chosen, reason = choose_attention(
-            None, find_capabilities(work.cache.device, work.cache.spec.row_format, 64)
-        )
+        chosen, reason = choose_attention(None, find_capabilities(work.cache.device, work.cache.spec.row_format, 64))
         expected = "flashmla" if hopper() and row_format == "fp8_584" else "flashinfer"
         assert chosen.name == expected and f"the fastest for {row_format} rows on cuda" in reason
 

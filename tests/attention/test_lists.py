@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sglang_dsv4.attention import HostLengths
-from sglang_dsv4.attention.lists import MAX_CHUNK_TOKENS, chunks, host_positions, kinds_of
-from sglang_dsv4.attention.schedule import OwnSchedule, Partials, check_stock_plan, read_stock_plan
+from sglang_dsv4.attention.flashinfer_schedule import OwnSchedule, Partials, check_stock_plan, read_stock_plan
+from sglang_dsv4.attention.row_list_kinds import MAX_CHUNK_TOKENS, chunks, host_positions, kinds_of
 from sglang_dsv4.cache import CompressedKVCache
 from tests.attention.flashinfer_model import MAX_WORKS, Module
 from tests.cache.driver import make_spec
@@ -13,9 +13,7 @@ from tests.cache.driver import make_spec
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "width"), [(0, 128), (1, 640), (20_000, 640), (9_000, 8320), (300, 1 << 20)]
-)
+@pytest.mark.parametrize(("tokens", "width"), [(0, 128), (1, 640), (20_000, 640), (9_000, 8320), (300, 1 << 20)])
 @pytest.mark.parametrize("row_bytes", [0, 1024])
 def test_chunks_cover_every_query_once_and_fit(tokens, width, row_bytes):
     parts = list(chunks(tokens, width, decoded_row_bytes=row_bytes))
@@ -34,10 +32,7 @@ def test_host_positions():
     first, second = cache.open(), cache.open()
     plan = cache.plan([(first, 3), (second, 260)])
     assert torch.equal(host_positions(plan, None), plan.step.positions)
-    assert torch.equal(
-        host_positions(plan, HostLengths((3, 4), (3, 4)))[:8],
-        torch.tensor([0, 1, 2, 0, 1, 2, 3, -1]),
-    )
+    assert torch.equal(host_positions(plan, HostLengths((3, 4), (3, 4)))[:8], torch.tensor([0, 1, 2, 0, 1, 2, 3, -1]))
     with pytest.raises(ValueError, match="expected lengths of at most 263 new tokens, got 264"):
         host_positions(plan, HostLengths((264,), (264,)))
 
@@ -56,12 +51,7 @@ def test_our_schedule_lies_where_its_plan_says(heads):
     blocks, lanes, *offsets = own.plan_info
     assert (blocks, lanes) == ((2, 66) if heads == 128 else (1, 132))
     fields = dict(zip(("query", "list_begin", "partial_row"), offsets, strict=False))
-    fields |= {
-        "list_length": offsets[9],
-        "key_begin": offsets[11],
-        "key_end": offsets[12],
-        "lane_begin": offsets[13],
-    }
+    fields |= {"list_length": offsets[9], "key_begin": offsets[11], "key_end": offsets[12], "lane_begin": offsets[13]}
     ranges = []
     for name, offset in fields.items():
         view = getattr(own.work, name)
@@ -69,9 +59,7 @@ def test_our_schedule_lies_where_its_plan_says(heads):
         ranges.append((offset, offset + view.nbytes))
     ranges.sort()
     assert all(end <= begin for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False))
-    ones, zeros = (
-        own.ints[at : at + 4 * 116].view(torch.int32) for at in (offsets[8], offsets[10])
-    )
+    ones, zeros = (own.ints[at : at + 4 * 116].view(torch.int32) for at in (offsets[8], offsets[10]))
     assert (ones == 1).all() and not zeros.any()
     assert offsets[3:8] == [offsets[10]] * 5
     assert partials.partial.shape == (2 * lanes, heads, 512)

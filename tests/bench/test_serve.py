@@ -17,10 +17,10 @@ from rich.console import Console
 
 from sglang_dsv4.bench import serve_command, serve_report
 from sglang_dsv4.bench.serve_work import agents, all_work, chats
+from sglang_dsv4.check.compare import side as side_module
+from sglang_dsv4.check.compare.client import Reply, ServeClient, Stream, StreamError
+from sglang_dsv4.check.compare.side import OURS, THEIRS, Side, SideServer, same_share
 from sglang_dsv4.cli import main
-from sglang_dsv4.compare import side as side_module
-from sglang_dsv4.compare.client import Reply, ServeClient, Stream, StreamError
-from sglang_dsv4.compare.side import OURS, THEIRS, Side, SideServer, same_share
 
 
 def event(*token_ids, prompt=10, cached=4):
@@ -37,7 +37,7 @@ def stream(*pieces):
 
 def test_the_time_of_every_token_is_that_of_the_piece_in_which_its_event_ends():
     third = event(5, 6, 7, 8)
-    found = stream((1.5, event(5)), (1.6, event(5, 6) + third[:9]), (2.0, third[9:] + b"data: [DONE]\n\n"))  # fmt: skip
+    found = stream((1.5, event(5)), (1.6, event(5, 6) + third[:9]), (2.0, third[9:] + b"data: [DONE]\n\n"))
     reply = found.reply()
     assert reply.arrivals == ((1.5, 1), (1.6, 2), (2.0, 4))
     assert reply.first_token_s == 0.5
@@ -65,14 +65,10 @@ def reply_at(sent_s, *arrivals, prompt=100, cached=0):
 
 
 def test_a_round_is_summed_up():
-    numbers = serve_report.summarize(
-        [reply_at(0.0, (0.5, 1), (1.0, 2)), reply_at(1.0, (1.2, 1), (1.6, 3), cached=50)]
-    )
+    numbers = serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2)), reply_at(1.0, (1.2, 1), (1.6, 3), cached=50)])
     assert numbers["output_tokens_per_s"] == pytest.approx(5 / 1.6)
     assert (numbers["ttft_p50_ms"], numbers["ttft_p99_ms"]) == pytest.approx((500, 500))
-    assert numbers["itl_p50_ms"] == pytest.approx(200) and numbers["itl_p99_ms"] == pytest.approx(
-        500
-    )
+    assert numbers["itl_p50_ms"] == pytest.approx(200) and numbers["itl_p99_ms"] == pytest.approx(500)
     assert numbers["cached_share"] == 0.25
 
 
@@ -107,9 +103,7 @@ def test_rounds_are_compared_in_pairs():
     assert better["output_tokens_per_s"] == pytest.approx(better["ttft_p50_ms"])
 
 
-@pytest.mark.parametrize(
-    ("count", "rank"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (40, 13)]
-)
+@pytest.mark.parametrize(("count", "rank"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (40, 13)])
 def test_the_interval_holds_the_median_as_often_as_it_says(count, rank):
     """By counting: of all ways in which values can lie about the median, those that the interval covers."""
     values = [float(i * i) for i in range(count)]
@@ -194,10 +188,7 @@ def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
 
     monkeypatch.setattr(serve_command, "_round", one_round)
     monkeypatch.setattr(serve_command, "ServeClient", Client)
-    servers = [
-        SimpleNamespace(side=Side(name, True, ()), url=name, paused=partial(paused, name))
-        for name in (OURS, THEIRS)
-    ]
+    servers = [SimpleNamespace(side=Side(name, True, ()), url=name, paused=partial(paused, name)) for name in (OURS, THEIRS)]
     args = argparse.Namespace(quick=False, only="chat-8", rounds=None, json=None)
     report = {"rounds": []}
     console = Console(file=io.StringIO())
@@ -245,12 +236,7 @@ def test_the_sides_differ_by_the_flag_alone(tmp_path):
     sides = serve_command.make_sides(args, "cuda")
     assert [side.name for side in sides] == [OURS, THEIRS]
     commands = [
-        [
-            part
-            for part in SideServer(side, tmp_path, tmp_path, "cuda")._command
-            if not part.isdigit()
-        ]
-        for side in sides
+        [part for part in SideServer(side, tmp_path, tmp_path, "cuda")._command if not part.isdigit()] for side in sides
     ]
     assert [part for part in commands[0] if part != "--enable-dsv4-compressed-kv"] == commands[1]
     assert [side.name for side in serve_command.make_sides(args, "cpu")] == [OURS]
@@ -309,7 +295,7 @@ def test_a_paused_server_stands_still_with_its_children(tmp_path):
         (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
         (["--sides", "mine"], "--sides: expected some of ours,sglang, got mine"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_refused_before_anything_starts(tmp_path, capsys, options, fault):
     build = tmp_path / "build"
     assert main(["bench", "serve", "--device", "cpu", "--build-dir", str(build), *options]) == 1

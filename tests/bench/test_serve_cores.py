@@ -33,7 +33,7 @@ def test_no_busy_thread_shares_a_core_with_another(siblings_of):
 
 @pytest.mark.parametrize(
     ("available", "siblings_of"), [(range(2), neighbours), (range(7), lambda cpu: {cpu}), (range(8), neighbours)]
-)  # fmt: skip
+)
 def test_too_few_are_not_shared_out(available, siblings_of):
     assert share_out(available, siblings_of) is None
 
@@ -90,11 +90,7 @@ def bound(monkeypatch):
 
 def test_every_thread_of_a_server_is_bound(bound):
     cores = share_out(range(16), neighbours)
-    names = {
-        "sglang::scheduler": cores.scheduler,
-        "sglang::detokenizer": cores.detokenizer,
-        "other": None,
-    }
+    names = {"sglang::scheduler": cores.scheduler, "sglang::detokenizer": cores.detokenizer, "other": None}
     with running(*names) as server:
         pin(server, cores)
         mains = {server.group: cores.server}
@@ -107,13 +103,8 @@ def test_every_thread_of_a_server_is_bound(bound):
         assert bound[thread] == (set(cores.others) if main is None else {main})
 
 
-@pytest.mark.parametrize(
-    "names", [("sglang::scheduler",), ("sglang::scheduler",) * 2 + ("sglang::detokenizer",)]
-)
+@pytest.mark.parametrize("names", [("sglang::scheduler",), ("sglang::scheduler",) * 2 + ("sglang::detokenizer",)])
 def test_a_server_of_other_processes_is_refused_before_anything_is_bound(bound, names):
-    with (
-        running(*names) as server,
-        pytest.raises(ValueError, match="expected one process sglang::.*got [02]; --any-core"),
-    ):
+    with running(*names) as server, pytest.raises(ValueError, match="expected one process sglang::.*got [02]; --any-core"):
         pin(server, share_out(range(16), neighbours))
     assert not bound

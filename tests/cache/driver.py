@@ -21,13 +21,7 @@ CONFIG = {
     "index_head_dim": 128,
     "rope_theta": 10000,
     "compress_rope_theta": 160000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "original_max_position_embeddings": 65536,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
+    "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1},
 }
 FORMATS = [("bf16", "bf16"), ("fp8_584", "fp8"), ("fp32", "fp32")]
 
@@ -47,23 +41,18 @@ class TokenInputs:
         given = self.parts[layer_id][part]
         if isinstance(given, WindowInput):
             return WindowInput(given.kv[begin:end], given.norm_weight, given.eps)
-        return CompressorInput(
-            given.kv_score[begin:end], given.slot_bias, given.norm_weight, given.eps
-        )
+        return CompressorInput(given.kv_score[begin:end], given.slot_bias, given.norm_weight, given.eps)
 
     def to(self, device: str) -> "TokenInputs":
         """The same inputs on a device."""
 
         def moved(given):
             fields = {
-                name: value.to(device) if isinstance(value, torch.Tensor) else value
-                for name, value in vars(given).items()
+                name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(given).items()
             }
             return type(given)(**fields)
 
-        return TokenInputs(
-            tuple({part: moved(given) for part, given in layer.items()} for layer in self.parts)
-        )
+        return TokenInputs(tuple({part: moved(given) for part, given in layer.items()} for layer in self.parts))
 
 
 def random_weights(spec: CacheSpec, seed: int = 7) -> list[dict[str, tuple]]:
@@ -74,15 +63,9 @@ def random_weights(spec: CacheSpec, seed: int = 7) -> list[dict[str, tuple]]:
         parts = {"window": (torch.rand(512, generator=generator) + 0.5, None)}
         if layer.ratio:
             slots = 2 * layer.ratio if layer.overlap else layer.ratio
-            parts["main"] = (
-                torch.rand(512, generator=generator) + 0.5,
-                torch.randn(slots, 512, generator=generator),
-            )
+            parts["main"] = (torch.rand(512, generator=generator) + 0.5, torch.randn(slots, 512, generator=generator))
         if layer.indexed:
-            parts["index"] = (
-                torch.rand(128, generator=generator) + 0.5,
-                torch.randn(8, 128, generator=generator),
-            )
+            parts["index"] = (torch.rand(128, generator=generator) + 0.5, torch.randn(8, 128, generator=generator))
         weights.append(parts)
     return weights
 
@@ -114,16 +97,11 @@ def _joined(given: Sequence[WindowInput | CompressorInput]) -> WindowInput | Com
     return CompressorInput(kv_score, first.slot_bias, first.norm_weight, first.eps)
 
 
-def append_all(
-    cache: CompressedKVCache, plan: StepPlan, cuts: Sequence[tuple[TokenInputs, int, int]]
-) -> None:
+def append_all(cache: CompressedKVCache, plan: StepPlan, cuts: Sequence[tuple[TokenInputs, int, int]]) -> None:
     """Append every part of every layer; ``cuts`` are (sequence, begin, end) in the plan's order."""
     for layer_id, layer in enumerate(cache.layers):
         parts = {
-            part: _joined(
-                [sequence.cut(layer_id, part, begin, end) for sequence, begin, end in cuts]
-            )
-            for part in layer.parts
+            part: _joined([sequence.cut(layer_id, part, begin, end) for sequence, begin, end in cuts]) for part in layer.parts
         }
         cache.append(layer_id, plan, **parts)
 
@@ -131,9 +109,7 @@ def append_all(
 def feed(cache: CompressedKVCache, items: Sequence[tuple[Request, TokenInputs, int]]) -> StepPlan:
     """One step: each request gets its sequence's next tokens."""
     plan = cache.plan([(request, count) for request, _, count in items])
-    cuts = [
-        (sequence, request.seq_len, request.seq_len + count) for request, sequence, count in items
-    ]
+    cuts = [(sequence, request.seq_len, request.seq_len + count) for request, sequence, count in items]
     append_all(cache, plan, cuts)
     cache.commit(plan)
     return plan
@@ -170,9 +146,7 @@ def table_bytes(
             entries = torch.arange(seq_len // ratio)
             per_page = page_tokens // ratio
             rows = history[entries // per_page] * per_page + entries % per_page
-            found[layer_id, "entries"] = raw_rows(
-                storage.pool, cache.storage.num_window_rows + rows, spec.rows
-            )
+            found[layer_id, "entries"] = raw_rows(storage.pool, cache.storage.num_window_rows + rows, spec.rows)
             if storage.index_pool is not None:
                 found[layer_id, "index keys"] = raw_rows(storage.index_pool, rows, spec.index_keys)
     return found

@@ -16,9 +16,7 @@ FP32 = (300 + 3 * 4096) * 2.0**-24
 def _rotate(rows: torch.Tensor, positions: torch.Tensor, layer: LayerSpec) -> torch.Tensor:
     pair = torch.arange(32, dtype=torch.float64)
     freq = layer.rope.theta ** (-2 * pair / 64)
-    ramp = ((pair - 15) / 10).clamp(
-        0, 1
-    )  # 32 and 1 rotations over 65,536 positions: pairs 15 to 25
+    ramp = ((pair - 15) / 10).clamp(0, 1)  # 32 and 1 rotations over 65,536 positions: pairs 15 to 25
     freq = freq * (1 - ramp) + freq / 16 * ramp
     turn = torch.polar(torch.ones(len(rows), 32, dtype=torch.float64), positions[:, None] * freq)
     pairs = torch.view_as_complex(rows[:, -64:].reshape(len(rows), 32, 2).contiguous())
@@ -43,9 +41,7 @@ def entries(given: CompressorInput, layer: LayerSpec, rotate: bool) -> torch.Ten
         kv, gate = rows.unbind(2)
         gate = gate + bias
     raw = (gate.softmax(1) * kv).sum(1)
-    normed = (
-        raw / (raw.square().mean(-1, keepdim=True) + given.eps).sqrt() * given.norm_weight.double()
-    )
+    normed = raw / (raw.square().mean(-1, keepdim=True) + given.eps).sqrt() * given.norm_weight.double()
     found = _rotate(normed, torch.arange(count) * m, layer)
     return found @ _signs(dim) / dim**0.5 if rotate else found
 

@@ -31,9 +31,7 @@ class Scorer:
 
 
 def long_world(device="cpu"):
-    return make_world(
-        FP8_INDEX, ((2500, 30),), 64, device=device, exact=True, page_tokens=256, dtype=torch.bfloat16
-    )  # fmt: skip
+    return make_world(FP8_INDEX, ((2500, 30),), 64, device=device, exact=True, page_tokens=256, dtype=torch.bfloat16)
 
 
 def check_select(device="cpu"):

@@ -44,9 +44,7 @@ class Oracle:
         return self._known[key]
 
     def _run(self, tokens):
-        cache = CompressedKVCache.create(
-            self.spec, num_pages=max(1, -(-len(tokens) // 128)), max_requests=1
-        )
+        cache = CompressedKVCache.create(self.spec, num_pages=max(1, -(-len(tokens) // 128)), max_requests=1)
         request = cache.open()
         if tokens:
             feed(cache, [(request, self.text.inputs(tokens), len(tokens))])
@@ -94,11 +92,7 @@ class CacheMachine(RuleBasedStateMachine):
     done: Counter = Counter()
     oracles: dict = {}
 
-    @initialize(
-        formats=st.sampled_from(FORMATS),
-        page_tokens=st.sampled_from(sorted(PAGES)),
-        draft=st.integers(0, MAX_DRAFT),
-    )
+    @initialize(formats=st.sampled_from(FORMATS), page_tokens=st.sampled_from(sorted(PAGES)), draft=st.integers(0, MAX_DRAFT))
     def start(self, formats, page_tokens, draft):
         spec = make_spec(formats, page_tokens=page_tokens, max_draft_tokens=draft)
         self.cache = CompressedKVCache.create(spec, num_pages=PAGES[page_tokens], max_requests=4)
@@ -199,9 +193,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.finish()
                 self.count("decode")
 
-    @precondition(
-        lambda self: self.step is None and self.tokens and self.cache.spec.max_draft_tokens
-    )
+    @precondition(lambda self: self.step is None and self.tokens and self.cache.spec.max_draft_tokens)
     @rule(pick=picks, data=st.data(), salt=salts)
     def verify(self, pick, data, salt):
         """A draft of n tokens of which k are accepted."""
@@ -216,10 +208,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.count("verify")
 
     @precondition(lambda self: self.step is None and self.tokens)
-    @rule(
-        batch=st.lists(st.tuples(picks, st.builds(words, counts, salts)), min_size=1, max_size=3),
-        parts=st.integers(1, 6),
-    )
+    @rule(batch=st.lists(st.tuples(picks, st.builds(words, counts, salts)), min_size=1, max_size=3), parts=st.integers(1, 6))
     def begin_step(self, batch, parts):
         """A batch that other rules get in between of."""
         items = {self.request(pick): new for pick, new in batch}

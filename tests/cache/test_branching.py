@@ -6,14 +6,7 @@ import torch
 from dsv4_kernels.memory import set_poison
 from sglang_dsv4.cache import CompressedKVCache, CompressorInput, WindowInput
 from sglang_dsv4.errors import OutOfPagesError, StalePlanError, TruncateError, UnknownRequestError
-from tests.cache.driver import (
-    TokenInputs,
-    append_all,
-    feed,
-    make_spec,
-    random_sequence,
-    reachable_bytes,
-)
+from tests.cache.driver import TokenInputs, append_all, feed, make_spec, random_sequence, reachable_bytes
 
 DRAFT = 5
 VOCABULARY = 7
@@ -39,13 +32,9 @@ class Words:
         def pick(given):
             if isinstance(given, WindowInput):
                 return WindowInput(given.kv[picked], given.norm_weight, given.eps)
-            return CompressorInput(
-                given.kv_score[picked], given.slot_bias, given.norm_weight, given.eps
-            )
+            return CompressorInput(given.kv_score[picked], given.slot_bias, given.norm_weight, given.eps)
 
-        parts = tuple(
-            {part: pick(given) for part, given in layer.items()} for layer in self.table.parts
-        )
+        parts = tuple({part: pick(given) for part, given in layer.items()} for layer in self.table.parts)
         return TokenInputs(parts)
 
     def append(self, cache, request, tokens, new):
@@ -61,9 +50,7 @@ class Words:
         key = tuple(tokens)
         if key not in self._known:
             fresh = CompressedKVCache.create(
-                cache.spec,
-                num_pages=max(1, -(-len(tokens) // cache.spec.page_tokens)),
-                max_requests=1,
+                cache.spec, num_pages=max(1, -(-len(tokens) // cache.spec.page_tokens)), max_requests=1
             )
             request = fresh.open()
             if tokens:
@@ -104,13 +91,7 @@ def test_two_sharers_that_write_in_one_step(cache):
     tokens = text.append(cache, first, [], words(200))
     twins = [first, cache.fork(first), cache.fork(first)]
     texts = [[*tokens, *words(7 + 60 * i, i)] for i in range(3)]
-    feed(
-        cache,
-        [
-            (twin, text.inputs(both), len(both) - 200)
-            for twin, both in zip(twins, texts, strict=True)
-        ],
-    )
+    feed(cache, [(twin, text.inputs(both), len(both) - 200) for twin, both in zip(twins, texts, strict=True)])
     cache.check_integrity(memory=True)
     for twin, both in zip(twins, texts, strict=True):
         assert reachable_bytes(cache, twin) == text.expected(cache, both)
@@ -145,10 +126,7 @@ def test_truncate_too_far_says_where_it_could_go(cache):
     taken = cache.snapshot(request)
     text.append(cache, request, tokens, words(50))
     for length in (194, 201, -1):
-        with pytest.raises(
-            TruncateError,
-            match=rf"length of 195 .. 200, or a snapshot \(taken at \[150\]\), got {length}",
-        ):
+        with pytest.raises(TruncateError, match=rf"length of 195 .. 200, or a snapshot \(taken at \[150\]\), got {length}"):
             cache.truncate(request, length)
     assert request.seq_len == 200
     cache.truncate(request, 195)
@@ -183,14 +161,8 @@ def test_released_and_foreign_snapshots_are_refused(cache):
     request = cache.open()
     taken = cache.snapshot(request)
     cache.release(taken)
-    for action in (
-        lambda: cache.release(taken),
-        lambda: cache.restore(taken),
-        lambda: cache.truncate(request, taken),
-    ):
-        with pytest.raises(
-            UnknownRequestError, match="expected a snapshot taken by this cache and not released"
-        ):
+    for action in (lambda: cache.release(taken), lambda: cache.restore(taken), lambda: cache.truncate(request, taken)):
+        with pytest.raises(UnknownRequestError, match="expected a snapshot taken by this cache and not released"):
             action()
 
 

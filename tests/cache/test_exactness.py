@@ -6,15 +6,7 @@ import pytest
 import torch
 
 from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables
-from tests.cache.driver import (
-    FORMATS,
-    append_all,
-    feed,
-    make_spec,
-    random_sequence,
-    reachable_bytes,
-    table_bytes,
-)
+from tests.cache.driver import FORMATS, append_all, feed, make_spec, random_sequence, reachable_bytes, table_bytes
 
 NEAR = [length + delta for length in (128, 256, 384) for delta in range(-5, 6)]
 LENGTHS = sorted({*range(1, 21), *NEAR, *random.Random(1).sample(range(21, 700), 6)})
@@ -46,15 +38,10 @@ def test_full_forwards_agree_on_their_common_entries(case):
     spec, _, full = case
     for length, found in full.items():
         for layer in spec.layers:
-            if (
-                layer.ratio and not spec.rows.scale_bytes
-            ):  # fp8 bytes are read back as all data, then all scales
+            if layer.ratio and not spec.rows.scale_bytes:  # fp8 bytes are read back as all data, then all scales
                 stored = found[layer.layer_id, "entries"]
                 assert len(stored) == length // layer.ratio * spec.rows.row_bytes
-                assert full[LONGEST][layer.layer_id, "entries"].startswith(stored), (
-                    length,
-                    layer.layer_id,
-                )
+                assert full[LONGEST][layer.layer_id, "entries"].startswith(stored), (length, layer.layer_id)
 
 
 def test_token_by_token(case):
@@ -63,10 +50,7 @@ def test_token_by_token(case):
     cache = make_cache(spec, len(LENGTHS))
     handles = {length: cache.open() for length in LENGTHS}
     for position in range(LONGEST):
-        feed(
-            cache,
-            [(handle, sequence, 1) for length, handle in handles.items() if length > position],
-        )
+        feed(cache, [(handle, sequence, 1) for length, handle in handles.items() if length > position])
     cache.check_integrity(memory=True)
     for length, handle in handles.items():
         assert reachable_bytes(cache, handle) == full[length], length
@@ -84,14 +68,7 @@ def test_random_chunks_in_random_batches(case, seed):
         rng.shuffle(running)
         batch = running[: rng.randint(1, len(running))]
         items = [
-            (
-                handle,
-                sequence,
-                min(
-                    length - handle.seq_len,
-                    rng.choice([0, 1, 1, 2, 3, 4, 5, 7, 64, 127, 128, 200, 300]),
-                ),
-            )
+            (handle, sequence, min(length - handle.seq_len, rng.choice([0, 1, 1, 2, 3, 4, 5, 7, 64, 127, 128, 200, 300])))
             for length, handle in batch
         ]
         feed(cache, items)
@@ -141,9 +118,7 @@ def test_after_a_prefix_hit(case, seed):
 
     prefix = [0, 1, 2, 3]
     run(sequence, 0, 0, 512, prefix)  # whoever computed the prefix
-    run(
-        other, 1, 0, 339, [4, 5, 6, 7]
-    )  # leaves three tokens of an open block, and an HCA accumulator, in state row 1
+    run(other, 1, 0, 339, [4, 5, 6, 7])  # leaves three tokens of an open block, and an HCA accumulator, in state row 1
     for index, length in enumerate(lengths):
         hit = (length - 1) // page_tokens * page_tokens
         own = [4 + 4 * index + k for k in range(4)]
@@ -184,9 +159,7 @@ def test_without_boundary_state_the_first_entry_after_a_hit_is_wrong(case):
     found = table_bytes(cache, 261, table, table)
     assert found[1, "entries"] != full[261][1, "entries"]
     assert found[1, "index keys"] != full[261][1, "index keys"]
-    assert (
-        found[2, "entries"] == full[261][2, "entries"]
-    )  # HCA has nothing pending at a page boundary
+    assert found[2, "entries"] == full[261][2, "entries"]  # HCA has nothing pending at a page boundary
 
 
 def test_reusing_a_slot_leaves_no_trace(case):

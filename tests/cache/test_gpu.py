@@ -7,23 +7,14 @@ import torch
 
 from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4.cache import CompressedKVCache
-from tests.cache.driver import (
-    FORMATS,
-    append_all,
-    feed,
-    make_spec,
-    random_sequence,
-    reachable_bytes,
-)
+from tests.cache.driver import FORMATS, append_all, feed, make_spec, random_sequence, reachable_bytes
 
 pytestmark = pytest.mark.gpu
 LENGTH = 700
 
 
 def make_cache(spec, kernels="auto"):
-    return CompressedKVCache.create(
-        spec, num_pages=40, max_requests=6, device="cuda", checks="memory", kernels=kernels
-    )
+    return CompressedKVCache.create(spec, num_pages=40, max_requests=6, device="cuda", checks="memory", kernels=kernels)
 
 
 def cold_bytes(spec, sequence, length):
@@ -58,15 +49,10 @@ def test_every_cut_gives_the_bytes_of_a_cold_run(formats, draft):
         else:
             most = rng.choice([1, 1, 4, 130, 300])
             chosen = rng.sample(live, rng.randint(1, len(live)))
-            items = [
-                (request, sequence, min(rng.randint(1, most), LENGTH - request.seq_len))
-                for request, sequence in chosen
-            ]
+            items = [(request, sequence, min(rng.randint(1, most), LENGTH - request.seq_len)) for request, sequence in chosen]
             feed(cache, items)
     for request, sequence in live:
-        assert reachable_bytes(cache, request) == cold_bytes(spec, sequence, request.seq_len), (
-            request
-        )
+        assert reachable_bytes(cache, request) == cold_bytes(spec, sequence, request.seq_len), request
     other = cold_bytes(spec, sequences[1], live[0][0].seq_len)
     assert reachable_bytes(cache, live[0][0]) != other
 

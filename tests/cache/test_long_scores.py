@@ -65,9 +65,7 @@ def test_the_operations_ask_it_where_it_is_installed(monkeypatch, installed):
     monkeypatch.setattr(triton_ops, "takes", lambda step, heads, ratio, k: heads == 8)
     monkeypatch.setattr(triton_ops, "select_long", lambda *_: done.append("DeepGEMM"))
     monkeypatch.setattr(triton_ops, "select_entries", lambda *_, **__: done.append("ours"))
-    ops = triton_ops.TritonOps(
-        make_spec(("fp8_584", "fp8")), Capacity(4, 4, 2, 1024), torch.device("cpu")
-    )
+    ops = triton_ops.TritonOps(make_spec(("fp8_584", "fp8")), Capacity(4, 4, 2, 1024), torch.device("cpu"))
     assert ("DeepGEMM" in ops.index_scores) == installed
     plan = type("Plan", (), {"num_tokens": 3, "step": None})
     for heads in (8, 4):

@@ -17,13 +17,28 @@ PROFILES = {"repeatable": (30, 50, 800), "long": (700, 50, 20_000)}
 examples, steps, MIN_DONE = PROFILES[settings.get_current_profile_name()]
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(
-    max_examples=examples, stateful_step_count=steps, deadline=None
-)
+TestCacheMachine.settings = settings(max_examples=examples, stateful_step_count=steps, deadline=None)
 RULES = [
-    "extend", "decode", "verify", "begin a step", "go on with a step", "finish a step", "abandon a step", "open", "fork",
-    "truncate", "snapshot", "restore", "rewind", "release", "save", "load", "close", "evict", "refused: in a step",
-]  # fmt: skip
+    "extend",
+    "decode",
+    "verify",
+    "begin a step",
+    "go on with a step",
+    "finish a step",
+    "abandon a step",
+    "open",
+    "fork",
+    "truncate",
+    "snapshot",
+    "restore",
+    "rewind",
+    "release",
+    "save",
+    "load",
+    "close",
+    "evict",
+    "refused: in a step",
+]
 # So few examples may leave these out; `tests.cache.test_steps` has programs of them.
 RARE = {"go on with a step", "finish a step", "abandon a step", "evict", "refused: in a step"}
 
@@ -51,10 +66,7 @@ def test_the_oracle_notices_a_wrong_entry(formats):
     layer = cache.layers[1]
     rows, keys = cache.spec.rows, cache.spec.index_keys
     row = request.pages.history[1] * 32 + 3
-    for pool, fmt, at in (
-        (layer.storage.pool, rows, layer.num_window_rows + row),
-        (layer.storage.index_pool, keys, row),
-    ):
+    for pool, fmt, at in ((layer.storage.pool, rows, layer.num_window_rows + row), (layer.storage.index_pool, keys, row)):
         group, first = divmod(at, fmt.group_rows)
         stored = pool[group].clone()
         width = stored.numel() if fmt.group_rows == 1 else fmt.data_bytes

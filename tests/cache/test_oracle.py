@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4CSACompressor,
-    DeepseekV4HCACompressor,
-)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACompressor, DeepseekV4HCACompressor
 
 from dsv4_kernels.hadamard import naive_hadamard
 from dsv4_kernels.row_codec import naive_load_rows
@@ -67,9 +64,7 @@ def fill(model, length, swap_halves=False):
         if swap_halves and kv_score.shape[1] == 4 * dim:
             kv_score = kv_score.view(length, 2, 2, dim).flip(2).reshape(length, -1)
             bias = bias.view(2, -1, dim).flip(0).reshape(-1, dim)
-        return CompressorInput(
-            kv_score, bias, module.kv_norm.weight.detach(), module.kv_norm.variance_epsilon
-        )
+        return CompressorInput(kv_score, bias, module.kv_norm.weight.detach(), module.kv_norm.variance_epsilon)
 
     window = WindowInput(torch.randn(length, 512), torch.ones(512), 1e-6)
     cache.append(0, plan, window=window)
@@ -87,9 +82,7 @@ def stored(cache, request, layer_id, index=False):
     rows = torch.tensor(request.pages.history)[entries // per_page] * per_page + entries % per_page
     if index:
         return naive_load_rows(layer.storage.index_pool, rows, cache.spec.index_keys)
-    return naive_load_rows(
-        layer.storage.pool, cache.storage.num_window_rows + rows, cache.spec.rows
-    )
+    return naive_load_rows(layer.storage.pool, cache.storage.num_window_rows + rows, cache.spec.rows)
 
 
 def transformers_entries(module, x, index=False):
@@ -164,14 +157,8 @@ ANGLE_ERROR = 1024 * 3 * 2.0**-24
 def test_entries_match_transformers(model, length):
     csa, hca, x = model
     cache, request = fill(model, length)
-    assert (
-        excess(stored(cache, request, 1), transformers_entries(csa, x[:, :length]), ANGLE_ERROR)
-        <= 0
-    )
-    assert (
-        excess(stored(cache, request, 2), transformers_entries(hca, x[:, :length]), ANGLE_ERROR)
-        <= 0
-    )
+    assert excess(stored(cache, request, 1), transformers_entries(csa, x[:, :length]), ANGLE_ERROR) <= 0
+    assert excess(stored(cache, request, 2), transformers_entries(hca, x[:, :length]), ANGLE_ERROR) <= 0
     keys = naive_hadamard(transformers_entries(csa.indexer, x[:, :length], index=True))
     assert excess(stored(cache, request, 1, index=True), keys, ANGLE_ERROR) <= 0
 
@@ -184,9 +171,7 @@ def test_entries_match_fp64(model, length):
     assert excess(stored(cache, request, 1), fp64_entries(csa, x, True, 512), ANGLE_ERROR) <= 0
     assert excess(stored(cache, request, 2), fp64_entries(hca, x, False, 512), ANGLE_ERROR) <= 0
     keys = fp64_entries(csa.indexer, x, True, 128)
-    signs = torch.tensor(
-        [[(-1.0) ** bin(i & j).count("1") for j in range(128)] for i in range(128)]
-    ).double()
+    signs = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(128)] for i in range(128)]).double()
     assert excess(stored(cache, request, 1, index=True), keys @ signs / 128**0.5, ANGLE_ERROR) <= 0
 
 
@@ -208,13 +193,9 @@ def test_each_trap_is_noticed(model, broken):
         wrong = fp64_entries(csa, x, True, 512)
         csa.position_bias.data.copy_(kept)
     elif broken == "previous_block":
-        wrong = torch.cat(
-            [fp64_entries(csa, x[:, 4 * i : 4 * i + 4], True, 512) for i in range(160)]
-        )
+        wrong = torch.cat([fp64_entries(csa, x[:, 4 * i : 4 * i + 4], True, 512) for i in range(160)])
     else:
-        wrong = torch.stack(
-            [rotate(rotate_back(row, 4 * i), 4 * i + 3) for i, row in enumerate(expected)]
-        )
+        wrong = torch.stack([rotate(rotate_back(row, 4 * i), 4 * i + 3) for i, row in enumerate(expected)])
     found = stored(cache, request, 1)
     assert all(excess(found[i : i + 1], wrong[i : i + 1], ANGLE_ERROR) > 0 for i in range(1, 160))
 

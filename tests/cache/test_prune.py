@@ -116,9 +116,7 @@ def test_the_command(branches, capsys):
     _, _, folder = branches
     (folder / "a").unlink()
     assert main(["prune", str(folder), "--dry-run"]) == 0
-    assert (
-        "2 sequences need" in (shown := capsys.readouterr().out) and "would remove 3 files" in shown
-    )
+    assert "2 sequences need" in (shown := capsys.readouterr().out) and "would remove 3 files" in shown
     assert main(["prune", str(folder)]) == 0
     assert "removed 3 files" in capsys.readouterr().out
     shutil.rmtree(folder / "dsv4kv-pages")

@@ -31,16 +31,20 @@ def allocated(cache):
 
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
 def test_total_is_what_is_allocated(formats):
-    cache = CompressedKVCache.create(
-        make_spec(formats), num_pages=7, max_requests=3, num_window_pages=5
-    )
+    cache = CompressedKVCache.create(make_spec(formats), num_pages=7, max_requests=3, num_window_pages=5)
     report = cache.report()
     assert report.total_bytes == allocated(cache)
     assert sum(report.bytes_by_pool.values()) == report.total_bytes
     assert set(report.bytes_by_pool) == {
-        "row_pools", "index_keys", "stream_state", "boundary_state", "rope_tables", "snapshots", "undo",
+        "row_pools",
+        "index_keys",
+        "stream_state",
+        "boundary_state",
+        "rope_tables",
+        "snapshots",
+        "undo",
         "scratch",
-    }  # fmt: skip
+    }
     assert sum(report.bytes_in_row_pools.values()) == report.bytes_by_pool["row_pools"]
     # Per layer: the last group of 64 rows may be part empty; and each group of 64 fp8 rows is padded by 64 bytes.
     padding = 3 * 64 * cache.spec.rows.row_bytes + report.bytes_by_pool["row_pools"] * 64 / 37440
@@ -52,25 +56,15 @@ def test_one_more_page_or_slot_costs_what_the_report_says(formats):
     """Sizes per page and request, against the difference between two caches; 64 pages, so that groups fill."""
 
     def total(history=64, window=64, slots=3):
-        cache = CompressedKVCache.create(
-            make_spec(formats), num_pages=history, max_requests=slots, num_window_pages=window
-        )
+        cache = CompressedKVCache.create(make_spec(formats), num_pages=history, max_requests=slots, num_window_pages=window)
         pools = cache.report().bytes_by_pool
         return sum(size for name, size in pools.items() if name != "rope_tables"), cache.report()
 
     base, report = total()
     assert total(slots=4)[0] - base == report.stream_bytes_per_request
     padding = 1.002  # fp8 groups are padded by 64 bytes of 37,440
-    assert (
-        64 * report.history_page_bytes
-        <= total(history=128)[0] - base
-        <= padding * 64 * report.history_page_bytes
-    )
-    assert (
-        64 * report.window_page_bytes
-        <= total(window=128)[0] - base
-        <= padding * 64 * report.window_page_bytes
-    )
+    assert 64 * report.history_page_bytes <= total(history=128)[0] - base <= padding * 64 * report.history_page_bytes
+    assert 64 * report.window_page_bytes <= total(window=128)[0] - base <= padding * 64 * report.window_page_bytes
 
 
 def test_requests_are_listed_with_their_shares():
@@ -82,10 +76,7 @@ def test_requests_are_listed_with_their_shares():
     assert share.tokens_to_flush == {4: 1, 128: 125}
     assert (share.shared_pages, share.own_bytes) == (0, share.page_bytes + share.stream_bytes)
     assert share.window_pages == 2
-    assert (
-        share.page_bytes
-        == 3 * cache.report().history_page_bytes + 2 * cache.report().window_page_bytes
-    )
+    assert share.page_bytes == 3 * cache.report().history_page_bytes + 2 * cache.report().window_page_bytes
 
 
 def test_shared_pages_and_snapshots_are_counted():
@@ -134,15 +125,12 @@ def test_the_sums_are_what_torch_allocated(formats):
     own = sum(share.own_bytes - share.stream_bytes for share in shares)
     counts = report.counts
     shared = (
-        counts["history_pages_shared"] * report.history_page_bytes
-        + counts["window_pages_shared"] * report.window_page_bytes
+        counts["history_pages_shared"] * report.history_page_bytes + counts["window_pages_shared"] * report.window_page_bytes
     )
     in_use = (counts["history_pages"] - counts["history_pages_free"]) * report.history_page_bytes
     in_use += (counts["window_pages"] - counts["window_pages_free"]) * report.window_page_bytes
     assert own + shared == in_use
-    assert (
-        sum(share.shared_pages for share in shares) == 2 * 5 + 2
-    )  # the fork's, and the snapshot's
+    assert sum(share.shared_pages for share in shares) == 2 * 5 + 2  # the fork's, and the snapshot's
 
 
 def test_the_walk_finds_what_a_report_left_out():

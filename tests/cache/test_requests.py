@@ -7,12 +7,7 @@ import torch
 
 from dsv4_kernels.memory import set_poison
 from sglang_dsv4.cache import CompressedKVCache, WindowInput
-from sglang_dsv4.errors import (
-    CacheInvariantError,
-    OutOfPagesError,
-    StalePlanError,
-    UnknownRequestError,
-)
+from sglang_dsv4.errors import CacheInvariantError, OutOfPagesError, StalePlanError, UnknownRequestError
 from tests.cache.driver import append_all, feed, make_spec, random_sequence, reachable_bytes
 
 
@@ -23,10 +18,7 @@ def state_of(cache):
         list(pages.history.free),
         list(pages.window.free),
         list(pages.slots.free),
-        [
-            (r.req_id, r.seq_len, list(r.pages.history), list(r.pages.window))
-            for r in cache.ledger.requests
-        ],
+        [(r.req_id, r.seq_len, list(r.pages.history), list(r.pages.window)) for r in cache.ledger.requests],
         cache.ledger.epoch,
     )
 
@@ -113,11 +105,7 @@ def test_an_appended_plan_must_be_committed_abandoned_or_closed(cache):
     ("field", "error", "message"),
     [
         ("shape", ValueError, r"layer 0 window kv: expected shape \(4, 512\), got \(3, 512\)"),
-        (
-            "dtype",
-            TypeError,
-            r"layer 0 window kv: expected torch.float32 or torch.bfloat16, got torch.float16",
-        ),
+        ("dtype", TypeError, r"layer 0 window kv: expected torch.float32 or torch.bfloat16, got torch.float16"),
         ("part", ValueError, r"layer 0 \(window\): expected parts \('window',\), got 'main'"),
         ("layer", ValueError, r"layer_id: expected 0 .. 2, got 3"),
     ],
@@ -127,9 +115,7 @@ def test_wrong_input_is_named_and_nothing_is_written(cache, field, error, messag
     plan = cache.plan([(request, 4)])
     sequence = random_sequence(cache.spec, 4)
     window = sequence.parts[0]["window"]
-    before = [
-        t.clone() for layer in cache.storage.layers for ts in layer.tensors().values() for t in ts
-    ]
+    before = [t.clone() for layer in cache.storage.layers for ts in layer.tensors().values() for t in ts]
     with pytest.raises(error, match=message):
         if field == "shape":
             cache.append(0, plan, window=WindowInput(window.kv[:3], window.norm_weight, 1e-6))
@@ -140,10 +126,7 @@ def test_wrong_input_is_named_and_nothing_is_written(cache, field, error, messag
         else:
             cache.append(3, plan, window=window)
     after = [t for layer in cache.storage.layers for ts in layer.tensors().values() for t in ts]
-    assert all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(before, after, strict=True)
-    )
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, after, strict=True))
     assert not plan.appended
 
 
@@ -190,15 +173,11 @@ def test_pages_are_conserved_over_a_thousand_opens_and_closes():
     running, opened = [], 0
     while opened < 1000 or running:
         if opened < 1000 and len(running) < 8 and rng.random() < 0.7:
-            running.append(
-                (cache.open(), rng.choice(sequences), rng.choice([1, 2, 3, 5, 9, 130, 300, 700]))
-            )
+            running.append((cache.open(), rng.choice(sequences), rng.choice([1, 2, 3, 5, 9, 130, 300, 700])))
             opened += 1
         if running and rng.random() < 0.25:
             chosen = rng.sample(running, rng.randint(1, len(running)))
-            items = [
-                (r, s, rng.choice([0, n - r.seq_len, 1])) for r, s, n in chosen if r.seq_len < n
-            ]
+            items = [(r, s, rng.choice([0, n - r.seq_len, 1])) for r, s, n in chosen if r.seq_len < n]
             try:
                 feed(cache, items)
             except OutOfPagesError:
@@ -255,12 +234,7 @@ def test_each_page_invariant_is_checked_under_its_label(cache, label, damage):
         ("I6", 0, "window row", lambda layer, slot: layer.pool[slot["window"]]),
         ("I6", 1, "entry", lambda layer, slot: layer.pool[slot["entry"]]),
         ("I6", 1, "index key", lambda layer, slot: layer.index_pool[slot["key"]]),
-        (
-            "I7",
-            1,
-            "main stream row",
-            lambda layer, slot: layer.main.streams[slot["state"], 300 % 8],
-        ),
+        ("I7", 1, "main stream row", lambda layer, slot: layer.main.streams[slot["state"], 300 % 8]),
         ("I7", 2, "accumulator", lambda layer, slot: layer.accumulators[slot["state"], 0, 1]),
     ],
 )
@@ -303,7 +277,5 @@ def test_a_plan_of_another_cache_is_refused():
 
 def test_select_before_append_is_refused(cache):
     plan = cache.plan([(cache.open(), 8)])
-    with pytest.raises(
-        StalePlanError, match="layer 1: expected its index keys appended before select"
-    ):
+    with pytest.raises(StalePlanError, match="layer 1: expected its index keys appended before select"):
         cache.select(1, plan, torch.zeros(8, 4, 128), torch.zeros(8, 4))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from sglang_dsv4.cache import CompressedKVCache
-from sglang_dsv4.cache import saved as saved_module
-from sglang_dsv4.cache.contents import history_shapes, state_shapes, window_shapes
+from sglang_dsv4.cache.persist import format as saved_module
+from sglang_dsv4.cache.persist.contents import history_shapes, state_shapes, window_shapes
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError, StalePlanError
 from tests.cache.driver import FORMATS, make_spec, reachable_bytes
 from tests.cache.test_branching import DRAFT, Words, make_cache, words
@@ -109,9 +109,7 @@ def test_ten_branches_store_their_common_pages_once(tmp_path):
     assert len(blobs(tmp_path)) <= 5 + 2 + 10 * 3
     before = len(blobs(tmp_path))
     cache.save(trunk, tmp_path / "trunk.dsv4kv")
-    assert (
-        len(blobs(tmp_path)) - before <= 3
-    )  # its history is there; its two window pages and its state are not
+    assert len(blobs(tmp_path)) - before <= 3  # its history is there; its two window pages and its state are not
 
 
 def test_ten_branches_of_10000_tokens_take_little_more_than_one(tmp_path):
@@ -181,14 +179,8 @@ def flip(path, at):
 
 DAMAGES = {
     "no file": (lambda p: p.unlink(), "expected a saved sequence, found no such file"),
-    "cut manifest": (
-        lambda p: p.write_text(p.read_text()[:200]),
-        "damaged, it cannot be read as JSON",
-    ),
-    "other json": (
-        lambda p: p.write_text("[1]"),
-        "expected a sglang-dsv4 saved sequence, got something else",
-    ),
+    "cut manifest": (lambda p: p.write_text(p.read_text()[:200]), "damaged, it cannot be read as JSON"),
+    "other json": (lambda p: p.write_text("[1]"), "expected a sglang-dsv4 saved sequence, got something else"),
     "changed manifest": (
         lambda p: p.write_text(p.read_text().replace('"seq_len": 300', '"seq_len": 301')),
         "damaged, its checksum does not match",
@@ -196,10 +188,7 @@ DAMAGES = {
     "newer version": (lambda p: edit(p, version=2), "expected format version 1, got 2"),
     "page counts": (lambda p: edit(p, seq_len=600, min_len=595), "expected 5 history pages"),
     "no field": (lambda p: edit(p, window=None), "expected names of pages, got None"),
-    "no number": (
-        lambda p: edit(p, seq_len="300"),
-        "seq_len: expected a number of tokens, got '300'",
-    ),
+    "no number": (lambda p: edit(p, seq_len="300"), "seq_len: expected a number of tokens, got '300'"),
     "a path": (lambda p: edit(p, state="../a"), "expected names of pages, got '../a'"),
     "cut too far": (lambda p: edit(p, min_len=294), "cut back by at most 5 tokens, got one of 300"),
     "not cut at all": (lambda p: edit(p, min_len=301), "got one of 300 tokens with min_len 301"),
@@ -212,10 +201,7 @@ DAMAGES = {
         "tensor layer.1.entries: expected none, got",
     ),
     "missing page": (lambda p: blobs(p.parent)[1].unlink(), "page missing: expected"),
-    "cut page": (
-        lambda p: blobs(p.parent)[1].write_bytes(blobs(p.parent)[1].read_bytes()[:50]),
-        "is damaged",
-    ),
+    "cut page": (lambda p: blobs(p.parent)[1].write_bytes(blobs(p.parent)[1].read_bytes()[:50]), "is damaged"),
     "flipped bit": (lambda p: flip(blobs(p.parent)[2], -3), "is damaged: tensor layer"),
     "flipped header": (lambda p: flip(blobs(p.parent)[2], 20), "is damaged"),
 }
@@ -258,9 +244,7 @@ def test_the_shapes_checked_are_those_saved(formats, length):
         spec, transfer, min_len = cache.spec, cache._transfer, request.min_len
         pairs = [(transfer.read_state(request), state_shapes(spec, length, min_len))]
         for index, page in enumerate(request.pages.window):
-            pairs.append(
-                (transfer.read_history(request, index), history_shapes(spec, length, index))
-            )
+            pairs.append((transfer.read_history(request, index), history_shapes(spec, length, index)))
             if page >= 0:
                 shapes = window_shapes(spec, length, min_len, index)
                 pairs.append((transfer.read_window(request, index), shapes))
@@ -286,15 +270,11 @@ def test_each_damage_is_one_sentence_and_changes_nothing(kept, damage):
 
 def test_another_spec_is_named(kept):
     _, _, path = kept
-    other = CompressedKVCache.create(
-        make_spec(page_tokens=256, max_draft_tokens=DRAFT), num_pages=4, max_requests=1
-    )
+    other = CompressedKVCache.create(make_spec(page_tokens=256, max_draft_tokens=DRAFT), num_pages=4, max_requests=1)
     with pytest.raises(SavedFileError, match="of another spec: page_tokens: expected 256, got 128"):
         other.load(path)
     other = make_cache(("fp8_584", "fp8"))
-    with pytest.raises(
-        SavedFileError, match="of another spec: row_format: expected fp8_584, got bf16"
-    ):
+    with pytest.raises(SavedFileError, match="of another spec: row_format: expected fp8_584, got bf16"):
         other.load(path)
 
 
@@ -330,9 +310,7 @@ def test_a_full_disk_leaves_nothing_behind(kept, tmp_path, monkeypatch):
             break
         assert "cannot be written, nothing was saved" in str(caught.value)
         assert [p for p in folder.rglob("*") if p.is_file()] == []
-    assert (
-        full_after > 7
-    )  # three history pages, two window pages, the state, the folder, the manifest
+    assert full_after > 7  # three history pages, two window pages, the state, the folder, the manifest
     again, _ = cache.load(folder / "b.dsv4kv")
     assert reachable_bytes(cache, again) == reachable_bytes(cache, request)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-from sglang_dsv4.cache.report import stream_bytes_per_request, window_page_bytes
+from sglang_dsv4.cache.inspect.report import stream_bytes_per_request, window_page_bytes
 from sglang_dsv4.cache.sizing import RELEASED
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
@@ -15,9 +15,7 @@ FLASH, PRO = RELEASED["flash"], RELEASED["pro"]
 
 
 def kinds(spec):
-    return {
-        kind: sum(layer.kind == kind for layer in spec.layers) for kind in ("window", "csa", "hca")
-    }
+    return {kind: sum(layer.kind == kind for layer in spec.layers) for kind in ("window", "csa", "hca")}
 
 
 def test_layers_of_flash_and_pro():
@@ -42,11 +40,7 @@ def test_bytes_per_token(config, formats, bytes_per_token):
 def test_state_of_flash():
     """1.84 MB of streams a request; 20 KiB of boundary state per CSA layer and page, beside the window rows."""
     spec = CacheSpec.from_hf(FLASH, row_format="fp8_584", index_format="fp8")
-    assert (
-        stream_bytes_per_request(spec)
-        == 21 * 8 * 4 * (512 + 128) * 4 + 20 * 3 * 512 * 4
-        == 1_843_200
-    )
+    assert stream_bytes_per_request(spec) == 21 * 8 * 4 * (512 + 128) * 4 + 20 * 3 * 512 * 4 == 1_843_200
     assert window_page_bytes(spec) == 43 * 256 * 584 + 21 * 20 * 1024
 
 
@@ -54,14 +48,8 @@ def test_state_of_flash():
 def test_mapping_json_and_transformers_give_one_spec(config):
     mapping = CacheSpec.from_hf(config)
     assert CacheSpec.from_hf(json.loads(json.dumps(config))) == mapping
-    given = {
-        key: value for key, value in config.items() if key not in ("model_type", "compress_ratios")
-    }
-    names = {
-        0: "sliding_attention",
-        4: "compressed_sparse_attention",
-        128: "heavily_compressed_attention",
-    }
+    given = {key: value for key, value in config.items() if key not in ("model_type", "compress_ratios")}
+    names = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
     layers = [names[r] for r in config["compress_ratios"][: config["num_hidden_layers"]]]
     assert CacheSpec.from_hf(DeepseekV4Config(**given, layer_types=layers)) == mapping
 
@@ -69,16 +57,7 @@ def test_mapping_json_and_transformers_give_one_spec(config):
 def test_digest_tells_specs_apart():
     spec = CacheSpec.from_hf(FLASH)
     assert spec.digest() == CacheSpec.from_hf(FLASH).digest()
-    assert (
-        len(
-            {
-                spec.digest(),
-                CacheSpec.from_hf(PRO).digest(),
-                CacheSpec.from_hf(FLASH, page_tokens=128).digest(),
-            }
-        )
-        == 3
-    )
+    assert len({spec.digest(), CacheSpec.from_hf(PRO).digest(), CacheSpec.from_hf(FLASH, page_tokens=128).digest()}) == 3
 
 
 def changed(**fields):
@@ -90,24 +69,12 @@ def changed(**fields):
     [
         (changed(compress_ratios=[0, 2, 128]), {}, r"compress_ratios\[1\] is 2: .*V4\.1"),
         (changed(compress_ratios=[0, 4, 1]), {}, r"compress_ratios\[2\] is 1: .*V4\.1"),
-        (
-            changed(compress_ratios=[0, 8, 128]),
-            {},
-            r"compress_ratios\[1\]: expected 0, 4 or 128, got 8",
-        ),
+        (changed(compress_ratios=[0, 8, 128]), {}, r"compress_ratios\[1\]: expected 0, 4 or 128, got 8"),
         (changed(compress_ratios=[0]), {}, "expected at least 3 layers, got 1"),
         (changed(head_dim=128), {}, "head_dim: expected 512"),
         (changed(index_topk=None), {}, "config.index_topk: expected by DeepSeek-V4"),
-        (
-            {"model_type": "llama"},
-            {},
-            "model_type: expected a DeepSeek-V4 configuration, got 'llama'",
-        ),
-        (
-            CONFIG,
-            {"row_format": "fp4"},
-            r"row_format: expected one of \['bf16', 'fp32', 'fp8_584'\], got 'fp4'",
-        ),
+        ({"model_type": "llama"}, {}, "model_type: expected a DeepSeek-V4 configuration, got 'llama'"),
+        (CONFIG, {"row_format": "fp4"}, r"row_format: expected one of \['bf16', 'fp32', 'fp8_584'\], got 'fp4'"),
         (CONFIG, {"index_format": "fp4"}, "index_format: expected one of"),
     ],
 )
@@ -117,8 +84,7 @@ def test_what_is_not_supported_is_named(config, options, message):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("page_tokens", 64), ("page_tokens", 192), ("window", 0), ("max_draft_tokens", -1)],
+    ("option", "value"), [("page_tokens", 64), ("page_tokens", 192), ("window", 0), ("max_draft_tokens", -1)]
 )
 def test_values_out_of_range(option, value):
     config = changed(sliding_window=value) if option == "window" else CONFIG

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang_dsv4.cache.undo import UndoCopies
+from sglang_dsv4.cache.pages.step_undo import UndoCopies
 from sglang_dsv4.errors import StalePlanError
 from tests.cache.driver import FORMATS, append_all, feed, reachable_bytes
 from tests.cache.test_branching import DRAFT, Words, make_cache, words
@@ -226,11 +226,7 @@ def test_a_request_that_leaves_a_step_ends_it():
     cache.close(goes)
     cache.truncate(rewinds, kept)
     cache.check_integrity()
-    for action in (
-        lambda: cache.append(2, plan),
-        lambda: cache.commit(plan),
-        lambda: cache.view(0, plan),
-    ):
+    for action in (lambda: cache.append(2, plan), lambda: cache.commit(plan), lambda: cache.view(0, plan)):
         with pytest.raises(StalePlanError, match="was closed or cut back; expected abandon"):
             action()
     cache.abandon(plan)
@@ -254,11 +250,7 @@ def test_what_cannot_be_abandoned():
     plan = cache.plan([(request, 4)])
     append_all(cache, plan, [(text.inputs(words(8)), 4, 8)])
     cache.abandon(plan)
-    for action in (
-        cache.abandon,
-        cache.commit,
-        lambda p: append_all(cache, p, [(text.inputs(words(4)), 0, 4)]),
-    ):
+    for action in (cache.abandon, cache.commit, lambda p: append_all(cache, p, [(text.inputs(words(4)), 0, 4)])):
         with pytest.raises(StalePlanError, match=r"over|abandoned"):
             action(plan)
     with pytest.raises(StalePlanError, match="another cache's"):

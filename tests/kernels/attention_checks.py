@@ -21,16 +21,7 @@ from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope import Splits, naive_sink_rope
 from dsv4_kernels.sink_rope import fused as sink_rope_fused
 from dsv4_kernels.sink_rope.fused import sink_rope
-from tests.kernels.attention_world import (
-    CSA,
-    HCA,
-    KINDS,
-    POSITIONS,
-    fill_pool,
-    make_selected,
-    make_step,
-    make_work,
-)
+from tests.kernels.attention_world import CSA, HCA, KINDS, POSITIONS, fill_pool, make_selected, make_step, make_work
 from tests.kernels.interpreting import make_checks
 
 INF, NAN = math.inf, math.nan
@@ -44,29 +35,16 @@ def check_row_lists(device="cpu"):
             width = kind.width(max(POSITIONS) + 1)
             for dtype in (torch.int32, torch.int64):
                 wide = make_selected(step, CSA, dtype).repeat_interleave(2, 1)
-                selected = (
-                    wide.as_strided((len(wide), CSA.most), (wide.stride(0), 1))
-                    if kind is CSA
-                    else None
-                )
-                for options in (
-                    {},
-                    {"pad": True},
-                    {"window": False},
-                    {"pad": True, "lengths": True},
-                ):
-                    found = torch.full(
-                        (len(POSITIONS), width + 5), -9, dtype=torch.int32, device=device
-                    )
+                selected = wide.as_strided((len(wide), CSA.most), (wide.stride(0), 1)) if kind is CSA else None
+                for options in ({}, {"pad": True}, {"window": False}, {"pad": True, "lengths": True}):
+                    found = torch.full((len(POSITIONS), width + 5), -9, dtype=torch.int32, device=device)
                     expected = found.clone()
                     lengths = [None, None]
                     if options.pop("lengths", False):
                         filled = torch.full_like(found[0, :1], -9).repeat(2, len(found) + 1)
                         lengths = [filled[0, :-1], filled[1, :-1]]
                     row_lists(step, kind, found[:, :width], selected, lengths=lengths[0], **options)
-                    naive_row_lists(
-                        step, kind, expected[:, :width], selected, lengths=lengths[1], **options
-                    )
+                    naive_row_lists(step, kind, expected[:, :width], selected, lengths=lengths[1], **options)
                     case = f"{kind.name} {page_tokens} {dtype} {options}"
                     assert torch.equal(found, expected), case
                     if lengths[0] is not None:
@@ -91,12 +69,7 @@ def splits_of(tokens, heads, dim, counts, device, dtype=torch.bfloat16):
             partial_lse[slots, 1] = -INF  # a head without keys at all
         lane += count
     ints = {"dtype": torch.int32, "device": device}
-    return Splits(
-        torch.tensor(first, **ints),
-        torch.tensor(counts, **ints),
-        partial.to(device),
-        partial_lse.to(device),
-    )
+    return Splits(torch.tensor(first, **ints), torch.tensor(counts, **ints), partial.to(device), partial_lse.to(device))
 
 
 def check_sink_rope(device="cpu"):
@@ -131,9 +104,7 @@ def check_sink_rope(device="cpu"):
                 if cos_sin is not None:
                     wrong = out.float()
                     naive_sink_rope(wrong, lse, given_sink, positions + 1, cos_sin, splits)
-                    assert ((found.float() - wrong).abs() > allowed).any(), (
-                        "a wrong position was not seen"
-                    )
+                    assert ((found.float() - wrong).abs() > allowed).any(), "a wrong position was not seen"
                 if tuning is not None and device == "cpu":
                     break
 
@@ -214,9 +185,7 @@ def check_page_decode(device="cpu"):
             same = torch.equal(found[~missing], expected[~missing])
             assert same, (page_tokens, ratio, window)
             if count and stored == 1.0:
-                page_decode(
-                    pool, FP8_584_ROW, pages[0].flip(0), pages[1].flip(0), *shape, found[:count]
-                )
+                page_decode(pool, FP8_584_ROW, pages[0].flip(0), pages[1].flip(0), *shape, found[:count])
                 wrong += not torch.equal(found, expected)
     assert wrong, "another order of pages was not seen"
     for fmt, rows, text in ((BF16_ROW, 256, "expected fp8_584 rows"), (FP8_584_ROW, 3, "rows: ")):

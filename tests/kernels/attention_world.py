@@ -25,9 +25,7 @@ def make_step(positions, page_tokens=256, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     count, longest = len(positions), max([*positions, 0]) + 1
     pages = -(-longest // page_tokens)
-    tables = [
-        torch.randperm(count * pages, generator=generator).view(count, pages) for _ in range(2)
-    ]
+    tables = [torch.randperm(count * pages, generator=generator).view(count, pages) for _ in range(2)]
     position = torch.tensor(positions, dtype=torch.int64)
     unreached = torch.arange(pages) * page_tokens > position.unsqueeze(1)
     outdated = (torch.arange(pages) + 1) * page_tokens <= position.unsqueeze(1) - 127
@@ -54,9 +52,7 @@ def make_selected(step, kind, dtype=torch.int64, seed=0):
         visible = (int(positions[token]) + 1) // kind.ratio
         entries = torch.randperm(visible, generator=generator)[:count].sort().values
         rows = torch.full_like(entries, token)
-        slots = step.entry_slots(
-            rows.to(step.positions.device), entries.to(step.positions.device), kind.ratio
-        )
+        slots = step.entry_slots(rows.to(step.positions.device), entries.to(step.positions.device), kind.ratio)
         chosen[token, :count] = slots.cpu()
     return chosen.to(dtype).to(step.positions.device)
 
@@ -84,9 +80,7 @@ def make_work(num_tokens, num_lanes, device="cpu", fill=-7):
         return torch.full((count,), fill, dtype=torch.int32, device=device)
 
     works = max_works(num_tokens, num_lanes)
-    return WorkLists(
-        *(ints(works) for _ in range(6)), ints(num_lanes + 1), ints(num_tokens), ints(num_tokens)
-    )
+    return WorkLists(*(ints(works) for _ in range(6)), ints(num_lanes + 1), ints(num_tokens), ints(num_tokens))
 
 
 def exact_attention(q, pool, fmt, lists, lengths):
@@ -118,15 +112,11 @@ def run_schedule(q, pool, lists, work, dtype=torch.float32):
     for i in range(lane_begin[-1]):
         token, begin, slot, length, start, end = (
             int(column[i])
-            for column in (
-                work.query, work.list_begin, work.partial_row, work.list_length, work.key_begin, work.key_end,
-            )
-        )  # fmt: skip
+            for column in (work.query, work.list_begin, work.partial_row, work.list_length, work.key_begin, work.key_end)
+        )
         assert start % 64 == 0 and end <= length
         mine = flat[begin + start : begin + end].view(1, -1)
-        piece, piece_lse = exact_attention(
-            q[token : token + 1], pool, BF16_ROW, mine, torch.tensor([end - start])
-        )
+        piece, piece_lse = exact_attention(q[token : token + 1], pool, BF16_ROW, mine, torch.tensor([end - start]))
         if slot < 0:
             assert lse[token].isnan().all(), "written twice"
             out[token], lse[token] = piece[0].to(dtype), piece_lse[0].float()

@@ -8,34 +8,20 @@ from dsv4_kernels.flush import CompressorParams
 from dsv4_kernels.flush.naive import naive_flush_csa, naive_flush_hca
 from dsv4_kernels.flush_csa import CsaFlush, flush_csa, flush_csa_layer
 from dsv4_kernels.flush_hca import flush_hca, hca_workspace
-from dsv4_kernels.layout import (
-    BF16_INDEX,
-    BF16_ROW,
-    FP8_584_ROW,
-    FP8_INDEX,
-    FP32_INDEX,
-    FP32_ROW,
-    INDEX_DIM,
-)
+from dsv4_kernels.layout import BF16_INDEX, BF16_ROW, FP8_584_ROW, FP8_INDEX, FP32_INDEX, FP32_ROW, INDEX_DIM
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.step import StepTensors
 from dsv4_kernels.window_store import naive_window_store
 from dsv4_kernels.window_store.fused import window_store
 
 CSA_RATIO, HCA_RATIO, DIM, EPS = 4, 128, 512, 1e-6
-FORMATS = {
-    "fp32": (FP32_ROW, FP32_INDEX),
-    "bf16": (BF16_ROW, BF16_INDEX),
-    "fp8": (FP8_584_ROW, FP8_INDEX),
-}
+FORMATS = {"fp32": (FP32_ROW, FP32_INDEX), "bf16": (BF16_ROW, BF16_INDEX), "fp8": (FP8_584_ROW, FP8_INDEX)}
 
 
 def nan_pool(fmt, num_rows, device):
     """A pool of 0xFF bytes: NaN in every format."""
     groups, elements = fmt.pool_shape(num_rows)
-    raw = torch.full(
-        (groups, elements * fmt.storage_dtype.itemsize), 0xFF, dtype=torch.uint8, device=device
-    )
+    raw = torch.full((groups, elements * fmt.storage_dtype.itemsize), 0xFF, dtype=torch.uint8, device=device)
     return raw.view(fmt.storage_dtype)
 
 
@@ -57,30 +43,20 @@ class World:
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape, scale=1.0):
-            return (
-                (scale * torch.randn(*shape, generator=generator))
-                .to(self.input_dtype)
-                .to(self.device)
-            )
+            return (scale * torch.randn(*shape, generator=generator)).to(self.input_dtype).to(self.device)
 
         widths = {"window": DIM, "main": 4 * DIM, "index": 4 * INDEX_DIM, "hca": 2 * DIM}
         self.inputs = {
-            name: [normal(length, width, scale=self.spread) for length in self.lengths]
-            for name, width in widths.items()
+            name: [normal(length, width, scale=self.spread) for length in self.lengths] for name, width in widths.items()
         }
         count = len(self.lengths)
         self.pages_each = -(-max(self.lengths) // self.page_tokens)
         self.num_pages = count * self.pages_each + 3
         shuffled = [torch.randperm(self.num_pages, generator=generator) for _ in range(2)]
-        self.history, self.window = (
-            order[: count * self.pages_each].view(count, -1).to(self.device) for order in shuffled
-        )
+        self.history, self.window = (order[: count * self.pages_each].view(count, -1).to(self.device) for order in shuffled)
         self.slots = torch.randperm(count + 2, generator=generator)[:count].to(self.device)
         self.table = rope_table(RopeSpec(160000.0, 64), max(self.lengths) + 1, self.device)
-        weights = {
-            name: 1 + 0.1 * normal(dim).float()
-            for name, dim in (("main", DIM), ("index", INDEX_DIM))
-        }
+        weights = {name: 1 + 0.1 * normal(dim).float() for name, dim in (("main", DIM), ("index", INDEX_DIM))}
         bias = {
             "main": normal(2 * CSA_RATIO, DIM).float(),
             "index": normal(2 * CSA_RATIO, INDEX_DIM).float(),
@@ -88,10 +64,7 @@ class World:
         }
         weights["hca"] = weights["main"]
         self.params = {
-            name: CompressorParams(
-                bias[name], weights[name], EPS, self.table, rotate=name == "index"
-            )
-            for name in bias
+            name: CompressorParams(bias[name], weights[name], EPS, self.table, rotate=name == "index") for name in bias
         }
 
     def fresh_state(self):
@@ -105,13 +78,9 @@ class World:
             "hca_pool": nan_pool(rows, window_rows + window_rows // HCA_RATIO, self.device),
             "index_pool": nan_pool(keys, window_rows // CSA_RATIO, self.device),
             "main_streams": torch.full((count, 8 + self.draft, 4 * DIM), float("nan"), **nan),
-            "index_streams": torch.full(
-                (count, 8 + self.draft, 4 * INDEX_DIM), float("nan"), **nan
-            ),
+            "index_streams": torch.full((count, 8 + self.draft, 4 * INDEX_DIM), float("nan"), **nan),
             "main_boundary": torch.full((self.num_pages, CSA_RATIO, 2, DIM), float("nan"), **nan),
-            "index_boundary": torch.full(
-                (self.num_pages, CSA_RATIO, 2, INDEX_DIM), float("nan"), **nan
-            ),
+            "index_boundary": torch.full((self.num_pages, CSA_RATIO, 2, INDEX_DIM), float("nan"), **nan),
             "accumulators": torch.full((count, 1 + self.draft, 3, DIM), float("nan"), **nan),
         }
 
@@ -133,9 +102,7 @@ class World:
             token_rows=tensor(rows + [0] * pad_tokens),
             seq_lens=tensor([start + count for _, start, count in items] + [7] * pad_requests),
             extend_lens=tensor([count for _, _, count in items] + [0] * pad_requests),
-            state_slots=torch.cat(
-                [self.slots[sequences], self.slots.new_full((pad_requests,), 1 << 40)]
-            ),
+            state_slots=torch.cat([self.slots[sequences], self.slots.new_full((pad_requests,), 1 << 40)]),
             history_pages=table(self.history),
             window_pages=table(self.window),
             page_tokens=self.page_tokens,
@@ -144,101 +111,36 @@ class World:
         given = {
             name: torch.cat(
                 [values[s][start : start + count] for s, start, count in items]
-                + [
-                    torch.full(
-                        (pad_tokens, values[0].shape[1]),
-                        float("nan"),
-                        device=self.device,
-                        dtype=values[0].dtype,
-                    )
-                ]
+                + [torch.full((pad_tokens, values[0].shape[1]), float("nan"), device=self.device, dtype=values[0].dtype)]
             )
             for name, values in self.inputs.items()
         }
         return step, given
 
     def _csa(self, state, given, name, pool, fmt):
-        return CsaFlush(
-            given[name],
-            state[f"{name}_streams"],
-            state[f"{name}_boundary"],
-            state[pool],
-            fmt,
-            self.params[name],
-        )
+        return CsaFlush(given[name], state[f"{name}_streams"], state[f"{name}_boundary"], state[pool], fmt, self.params[name])
 
     def run_naive(self, state, step, given):
         """One step by the references."""
         rows, keys = FORMATS[self.formats]
-        naive_window_store(
-            step,
-            given["window"],
-            self.params["main"].norm_weight,
-            EPS,
-            self.table,
-            state["csa_pool"],
-            rows,
-        )
-        for part in (
-            self._csa(state, given, "main", "csa_pool", rows),
-            self._csa(state, given, "index", "index_pool", keys),
-        ):
-            naive_flush_csa(
-                step,
-                part.kv_score,
-                part.streams,
-                part.boundary,
-                part.pool,
-                part.pool_format,
-                part.params,
-            )
-        naive_flush_hca(
-            step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"]
-        )
+        naive_window_store(step, given["window"], self.params["main"].norm_weight, EPS, self.table, state["csa_pool"], rows)
+        for part in (self._csa(state, given, "main", "csa_pool", rows), self._csa(state, given, "index", "index_pool", keys)):
+            naive_flush_csa(step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
+        naive_flush_hca(step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"])
 
     def run_fused(self, state, step, given, *, together=True, csa=None, hca=None):
         """One step by the kernels; a CSA layer in one launch or in one per compressor; tunings by shape if None."""
         rows, keys = FORMATS[self.formats]
-        window_store(
-            step,
-            given["window"],
-            self.params["main"].norm_weight,
-            EPS,
-            self.table,
-            state["csa_pool"],
-            rows,
-        )
+        window_store(step, given["window"], self.params["main"].norm_weight, EPS, self.table, state["csa_pool"], rows)
         main = self._csa(state, given, "main", "csa_pool", rows)
         index = self._csa(state, given, "index", "index_pool", keys)
         if together:
             flush_csa_layer(step, main, index, csa)
         else:
             for part in (main, index):
-                flush_csa(
-                    step,
-                    part.kv_score,
-                    part.streams,
-                    part.boundary,
-                    part.pool,
-                    part.pool_format,
-                    part.params,
-                    csa,
-                )
-        work = (
-            hca_workspace(len(step.seq_lens), len(step.positions), self.device)
-            if together
-            else None
-        )
-        flush_hca(
-            step,
-            given["hca"],
-            state["accumulators"],
-            state["hca_pool"],
-            rows,
-            self.params["hca"],
-            work,
-            hca,
-        )
+                flush_csa(step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params, csa)
+        work = hca_workspace(len(step.seq_lens), len(step.positions), self.device) if together else None
+        flush_hca(step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"], work, hca)
 
 
 def random_schedule(lengths, rng, most):
@@ -247,10 +149,7 @@ def random_schedule(lengths, rng, most):
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         items = []
         for sequence in rng.sample(range(len(lengths)), rng.randint(1, len(lengths))):
-            count = min(
-                lengths[sequence] - done[sequence],
-                rng.choice([0, 1, 1, 2, 3, rng.randint(1, most)]),
-            )
+            count = min(lengths[sequence] - done[sequence], rng.choice([0, 1, 1, 2, 3, rng.randint(1, most)]))
             items.append((sequence, done[sequence], count))
             done[sequence] += count
         if sum(count for _, _, count in items):

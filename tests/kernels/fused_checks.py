@@ -32,7 +32,7 @@ POOL_ERROR = 2.0**-15
 @triton.jit
 def store_kernel(
     p_pool, p_slot, p_x, FORMAT: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
-):  # fmt: skip
+):
     """Store ``E`` rows chunk by chunk."""
     o_e = tl.program_id(0) * E + tl.arange(0, E)
     for c in tl.static_range(D // C):
@@ -53,9 +53,7 @@ def rotate_kernel(p_x, p_y, p_sum, E: tl.constexpr, D: tl.constexpr):
 def hard_rows(dim, device, count=64):
     """Rows of every size, with ties, subnormals, zeros of both signs, and values at the formats' limits."""
     generator = torch.Generator().manual_seed(dim)
-    rows = torch.randn(count, dim, generator=generator) * torch.exp(
-        4 * torch.randn(count, 1, generator=generator)
-    )
+    rows = torch.randn(count, dim, generator=generator) * torch.exp(4 * torch.randn(count, 1, generator=generator))
     rows[0] = 0.0
     rows[1] = -0.0
     rows[2] = torch.arange(dim) * 2.0**-9  # e4m3's subnormals, and ties between its normal values
@@ -71,9 +69,7 @@ def stored_bytes(fmt, rows, device, chunk, hardware_casts):
     """The pool after storing ``rows``, as bytes, by the kernel."""
     pool = nan_pool(fmt, len(rows), device)
     slots = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(device)
-    store_kernel[(len(rows) // 4,)](
-        pool, slots, rows, store_format(fmt), 4, chunk, fmt.dim, hardware_casts, **EXACT
-    )
+    store_kernel[(len(rows) // 4,)](pool, slots, rows, store_format(fmt), 4, chunk, fmt.dim, hardware_casts, **EXACT)
     return pool.view(torch.uint8), slots
 
 
@@ -110,9 +106,7 @@ def schedule_state(world, schedule, *, pad=0, together=True, **tunings):
 
 def same_bytes(first, second, names=POOLS):
     """Whether two states' pools are equal."""
-    return all(
-        torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in names
-    )
+    return all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in names)
 
 
 def faults_against_naive(world, schedule, *, wrong_bias=0.0):
@@ -197,10 +191,7 @@ def check_ring_is_read_before_it_is_written(device="cpu"):
     for start in range(1, 9):
         interpreted = (12,) if start % 2 else (5,)  # both take long there
         for count in interpreted if device == "cpu" else (5, 12):
-            state = schedule_state(
-                world,
-                [[(0, 0, start)], [(0, start, count)], [(0, start + count, 30 - start - count)]],
-            )
+            state = schedule_state(world, [[(0, 0, start)], [(0, start, count)], [(0, start + count, 30 - start - count)]])
             assert same_bytes(state, whole), f"start {start}, {count} tokens"
 
 

@@ -13,10 +13,7 @@ from dsv4_kernels.group_maxima.fused import group_maxima
 from dsv4_kernels.index_query import fused as index_query_fused
 from dsv4_kernels.index_score import fused as index_score_fused
 from dsv4_kernels.index_score.bound import score_bound
-from dsv4_kernels.index_score.naive import (
-    naive_index_query,
-    naive_topk_entries,
-)
+from dsv4_kernels.index_score.naive import naive_index_query, naive_topk_entries
 from dsv4_kernels.index_score.tuning import IndexTuning
 from dsv4_kernels.index_score.workspace import held_scores
 from dsv4_kernels.index_topk.fused import GROUP, topk_entries, topk_levels
@@ -99,9 +96,7 @@ def check_exact(device="cpu"):
         expected = world.naive()
         for entries, unit, max_tokens in ((32, 1, 64), (32, 4, 7), (64, 8, 64), (16, 2, 64)):
             out, _ = world.fused(world.workspace(max_tokens), IndexTuning(entries, unit, 4, 1, 1))
-            assert torch.equal(out, expected), (
-                f"{fmt.name}: {entries} entries, {unit} tokens, {max_tokens}"
-            )
+            assert torch.equal(out, expected), f"{fmt.name}: {entries} entries, {unit} tokens, {max_tokens}"
         world.weights[5] *= -1
         assert not torch.equal(world.naive(), expected), f"{fmt.name}: a wrong weight was not seen"
 
@@ -150,12 +145,7 @@ def check_topk(device="cpu"):
     table = world.step.history_pages[:, : RATIO * length // 128].expand(len(scores), -1)
     visible = torch.tensor([length, 513, 65, 17, 333], device=device).repeat_interleave(HARD)
     tokens = torch.arange(len(scores), device=device)
-    step = replace(
-        world.step,
-        positions=visible * RATIO - 1,
-        token_rows=tokens,
-        history_pages=table.contiguous(),
-    )
+    step = replace(world.step, positions=visible * RATIO - 1, token_rows=tokens, history_pages=table.contiguous())
     hidden = torch.arange(length, device=device) >= visible.unsqueeze(1)
     scores = scores.masked_fill(hidden, float("nan"))
     maxima = scores.masked_fill(hidden, float("-inf")).unflatten(1, (-1, GROUP)).amax(2)
@@ -163,9 +153,7 @@ def check_topk(device="cpu"):
     for k, levels in ((K, 2), (2, 3), (88, 1), (K - 3, 2)):
         expected = replace(world, step=step).rows_of(naive_topk_entries(scores, visible, k))
         chosen = naive_topk_entries(scores[:HARD], visible[:HARD], k)
-        backwards = (
-            length - 1 - naive_topk_entries(scores[:HARD].flip(1), visible[:HARD], k).flip(1)
-        )
+        backwards = length - 1 - naive_topk_entries(scores[:HARD].flip(1), visible[:HARD], k).flip(1)
         assert (backwards != chosen).any(1).sum() >= 6, "rows where the rule for ties matters"
         assert topk_levels(length, k)[2] == levels
         wide = torch.full((len(scores), k + 3), 7, dtype=torch.int32, device=device)
@@ -190,10 +178,7 @@ def check_levels(device="cpu"):
 def check_many_units(device="cpu"):
     """Several times more units than are counted at once."""
     world = exact_world(FP8_INDEX, device=device)
-    with (
-        mock.patch.object(index_query_fused, "COUNTED_UNITS", 4),
-        mock.patch.object(index_score_fused, "COUNTED_UNITS", 4),
-    ):
+    with mock.patch.object(index_query_fused, "COUNTED_UNITS", 4), mock.patch.object(index_score_fused, "COUNTED_UNITS", 4):
         out, _ = world.fused(tuning=IndexTuning(64, 1, 4, 1, 1))
     assert torch.equal(out, world.naive())
 

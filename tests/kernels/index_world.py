@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_kernels.index_score.fused import select_entries
-from dsv4_kernels.index_score.naive import (
-    naive_select_entries,
-)
+from dsv4_kernels.index_score.naive import naive_select_entries
 from dsv4_kernels.index_score.workspace import held_scores, index_workspace
 from dsv4_kernels.layout import FP32_INDEX, INDEX_DIM
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
@@ -53,14 +51,12 @@ class IndexWorld:
         out = torch.full((len(self.q), k), 7, dtype=torch.int32, device=self.q.device)
         select_entries(
             self.step, self.q, self.weights, self.pool, self.fmt, self.table, RATIO, out, workspace, tuning, **options
-        )  # fmt: skip
+        )
         return out, workspace
 
     def naive(self, k=K, numbering=None):
         out = torch.full((len(self.q), k), 7, dtype=torch.int32, device=self.q.device)
-        naive_select_entries(
-            self.step, self.q, self.weights, self.pool, self.fmt, self.table, RATIO, out, numbering
-        )
+        naive_select_entries(self.step, self.q, self.weights, self.pool, self.fmt, self.table, RATIO, out, numbering)
         return out
 
     def entries_of(self, rows):
@@ -88,9 +84,7 @@ class IndexWorld:
         return naive_load_rows(self.pool, slots, self.fmt).double()
 
 
-def make_world(
-    fmt, requests=REQUESTS, heads=HEADS, *, device="cpu", exact=False, page_tokens=128, seed=0, dtype=torch.float32
-):  # fmt: skip
+def make_world(fmt, requests=REQUESTS, heads=HEADS, *, device="cpu", exact=False, page_tokens=128, seed=0, dtype=torch.float32):
     """Random queries and keys; ``exact`` ones make every dot, and so every score, exact in any order of additions.
 
     Pages are in no order. Keys past the last closed block, page cells past the last page and the queries of padding tokens
@@ -118,10 +112,16 @@ def make_world(
 
     table = table.to(device)
     step = StepTensors(
-        positions=tensor(positions), token_rows=tensor(rows), seq_lens=tensor(lengths),
-        extend_lens=tensor([n for _, n in requests]), state_slots=tensor(range(count)), history_pages=table,
-        window_pages=table.clone(), page_tokens=page_tokens, num_window_rows=1000,
-    )  # fmt: skip
+        positions=tensor(positions),
+        token_rows=tensor(rows),
+        seq_lens=tensor(lengths),
+        extend_lens=tensor([n for _, n in requests]),
+        state_slots=tensor(range(count)),
+        history_pages=table,
+        window_pages=table.clone(),
+        page_tokens=page_tokens,
+        num_window_rows=1000,
+    )
     pool = nan_pool(fmt, (count * pages + 2) * per_page, device)
     tokens = len(rows)
     q = torch.full((tokens, heads, INDEX_DIM), float("nan"))
@@ -148,9 +148,14 @@ def make_world(
             slots = step.index_slots(torch.full_like(entries, row), entries, RATIO)
             naive_store_rows(pool, slots, keys.to(device), fmt)
     return IndexWorld(
-        step, pool, fmt, q.to(dtype).to(device), weights.to(dtype).to(device),
-        rope_table(RopeSpec(160000.0, 64), max(lengths) + 1, device), pages * per_page,
-    )  # fmt: skip
+        step,
+        pool,
+        fmt,
+        q.to(dtype).to(device),
+        weights.to(dtype).to(device),
+        rope_table(RopeSpec(160000.0, 64), max(lengths) + 1, device),
+        pages * per_page,
+    )
 
 
 def exact_world(fmt, **options):

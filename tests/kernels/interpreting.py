@@ -30,8 +30,7 @@ def interpreted(module):
     """In a test: what a module whose ``main`` calls `make_checks` printed."""
     run = subprocess.run(
         [sys.executable, "-m", module],
-        env=env.snapshot()
-        | {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(path for path in sys.path if path)},
+        env=env.snapshot() | {"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
         timeout=900,

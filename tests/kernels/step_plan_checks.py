@@ -13,7 +13,7 @@ from dsv4_kernels.step_plan.fused import step_plan
 from tests.kernels.interpreting import make_checks
 
 PAGE = 256
-TENSORS = ("positions", "token_rows", "seq_lens", "extend_lens", "state_slots", "history_pages", "window_pages")  # fmt: skip
+TENSORS = ("positions", "token_rows", "seq_lens", "extend_lens", "state_slots", "history_pages", "window_pages")
 
 
 def make_inputs(lengths, extends, *, padding=0, device="cpu", seed=0, slot_dtype=torch.int64):
@@ -25,9 +25,7 @@ def make_inputs(lengths, extends, *, padding=0, device="cpu", seed=0, slot_dtype
     count, longest = len(lengths), max([*lengths, 1])
     pages = -(-longest // PAGE)
     num_pages = count * pages + 1
-    order = 1 + torch.randperm(num_pages - 1, generator=generator)[: count * pages].view(
-        count, pages
-    )
+    order = 1 + torch.randperm(num_pages - 1, generator=generator)[: count * pages].view(count, pages)
     slots = (order.unsqueeze(2) * PAGE + torch.arange(PAGE)).flatten(1)  # [requests, tokens]
     rows = 1 + torch.randperm(count + 3, generator=generator)[:count]
     table = torch.full((count + 4, pages * PAGE), 1 << 30)
@@ -85,9 +83,7 @@ def check_batches(device="cpu"):
     """Every tensor, and every cell left alone, to the bit; a length that is wrong by one token is seen."""
     for index, (lengths, extends, padding, pad_tokens) in enumerate(batches(15)):
         dtype = (torch.int32, torch.int64)[index % 2]
-        inputs = make_inputs(
-            lengths, extends, padding=padding, device=device, seed=index, slot_dtype=dtype
-        )
+        inputs = make_inputs(lengths, extends, padding=padding, device=device, seed=index, slot_dtype=dtype)
         size = (sum(extends) + pad_tokens, -(-max([*lengths, 1]) // PAGE) + index % 3)
         found = planned(step_plan, inputs, *size, spare=index % 4)
         expected = planned(naive_step_plan, inputs, *size, spare=index % 4)
@@ -108,9 +104,7 @@ def check_nothing(device="cpu"):
     """A step of padding alone, and one without requests."""
     for lengths, padding, tokens in (([], 3, 3), ([], 0, 0), ([], 0, 2)):
         inputs = make_inputs(lengths, lengths, padding=padding, device=device)
-        found, expected = (
-            planned(plan, inputs, tokens, 2) for plan in (step_plan, naive_step_plan)
-        )
+        found, expected = (planned(plan, inputs, tokens, 2) for plan in (step_plan, naive_step_plan))
         assert not differing(found, expected), differing(found, expected)
         assert (found["positions"] == -1).all()
 

@@ -29,9 +29,15 @@ def pointers(rows, pool):
 def shape(dim, ratio, fmt, *, rotate=False):
     parts, ring = (4, 8) if ratio == 4 else (2, 1)
     return CompressorShape(
-        dim=dim, rope_dim=64, ratio=ratio, token_stride=parts * dim, ring=ring, page_tokens=256, rotate=rotate,
+        dim=dim,
+        rope_dim=64,
+        ratio=ratio,
+        token_stride=parts * dim,
+        ring=ring,
+        page_tokens=256,
+        rotate=rotate,
         store=store_format(fmt),
-    )  # fmt: skip
+    )
 
 
 def aligned(signature, path=()):
@@ -49,18 +55,13 @@ def machine_code(kernel, arguments, constants, architecture, warps, **options):
     attributes = aligned(tuple(signature.values()))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = compile_kernel(
-        source, target=target, options={"num_warps": warps, "enable_fp_fusion": False, **options}
-    )
+    compiled = compile_kernel(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False, **options})
     return compiled.asm["cubin"]
 
 
 # A long prefill's program takes a compiler half a minute. It differs from an extension's in the length of its chunks, and
 # between architectures in its casts.
-CSA_CASES = [
-    *product(ARCHITECTURES, (64, 512), FORMATS),
-    *product((86, 90, 120), (4096,), ("fp8",)),
-]
+CSA_CASES = [*product(ARCHITECTURES, (64, 512), FORMATS), *product((86, 90, 120), (4096,), ("fp8",))]
 
 
 @pytest.mark.long
@@ -69,17 +70,24 @@ def test_flush_csa(architecture, tokens, formats):
     rows, keys, pool = FORMATS[formats]
     tuning = csa_tuning(tokens, 64)
     arguments = {
-        "step": STEP, "main": pointers("*fp32", pool), "index": pointers("*fp32", pool), **SIZES, "main_eps": "fp32",
+        "step": STEP,
+        "main": pointers("*fp32", pool),
+        "index": pointers("*fp32", pool),
+        **SIZES,
+        "main_eps": "fp32",
         "index_eps": "fp32",
-    }  # fmt: skip
+    }
     constants = {
-        "MAIN": shape(512, 4, rows), "INDEX": shape(128, 4, keys, rotate=True), "REQUESTS_ONLY": tokens <= 64,
-        "CASTS": architecture >= 89, "SCAN": 256, "C": tuning.chunk, "MAIN_BLOCKS": tuning.main_blocks,
+        "MAIN": shape(512, 4, rows),
+        "INDEX": shape(128, 4, keys, rotate=True),
+        "REQUESTS_ONLY": tokens <= 64,
+        "CASTS": architecture >= 89,
+        "SCAN": 256,
+        "C": tuning.chunk,
+        "MAIN_BLOCKS": tuning.main_blocks,
         "INDEX_BLOCKS": tuning.index_blocks,
-    }  # fmt: skip
-    assert machine_code(
-        flush_csa_kernel, arguments, constants, architecture, tuning.warps, **tuning.options
-    )
+    }
+    assert machine_code(flush_csa_kernel, arguments, constants, architecture, tuning.warps, **tuning.options)
 
 
 @pytest.mark.long
@@ -88,17 +96,15 @@ def test_flush_csa(architecture, tokens, formats):
 def test_flush_hca(architecture, tokens):
     unroll, warps, split = hca_tuning(tokens, 64)
     work = HcaWorkspace("*fp32", "*i32")
-    arguments = {
-        "step": STEP,
-        "comp": pointers("*bf16", "*u8"),
-        "work": work,
-        **SIZES,
-        "eps": "fp32",
-    }
+    arguments = {"step": STEP, "comp": pointers("*bf16", "*u8"), "work": work, **SIZES, "eps": "fp32"}
     constants = {
-        "S": shape(512, 128, FP8_584_ROW), "U": unroll, "SPLIT": split, "REQUESTS_ONLY": tokens <= 64,
-        "CASTS": architecture >= 89, "SCAN": 256,
-    }  # fmt: skip
+        "S": shape(512, 128, FP8_584_ROW),
+        "U": unroll,
+        "SPLIT": split,
+        "REQUESTS_ONLY": tokens <= 64,
+        "CASTS": architecture >= 89,
+        "SCAN": 256,
+    }
     assert machine_code(flush_hca_kernel, arguments, constants, architecture, warps)
 
 
@@ -106,11 +112,17 @@ def test_flush_hca(architecture, tokens):
 def test_window_store(architecture):
     rows, warps = window_tuning(4096)
     arguments = {
-        "p_positions": "*i64", "p_token_rows": "*i64", "p_window_pages": "*i64", "page_stride": "i32", "p_kv": "*bf16",
-        "token_stride": "i32", "p_weight": "*bf16", "eps": "fp32", "p_cos_sin": "*fp32", "p_pool": "*u8",
+        "p_positions": "*i64",
+        "p_token_rows": "*i64",
+        "p_window_pages": "*i64",
+        "page_stride": "i32",
+        "p_kv": "*bf16",
+        "token_stride": "i32",
+        "p_weight": "*bf16",
+        "eps": "fp32",
+        "p_cos_sin": "*fp32",
+        "p_pool": "*u8",
         "num_tokens": "i32",
-    }  # fmt: skip
-    constants = {
-        "E": rows, "D": 512, "R": 64, "PAGE": 256, "FORMAT": store_format(FP8_584_ROW), "CASTS": architecture >= 89,
-    }  # fmt: skip
+    }
+    constants = {"E": rows, "D": 512, "R": 64, "PAGE": 256, "FORMAT": store_format(FP8_584_ROW), "CASTS": architecture >= 89}
     assert machine_code(window_store_kernel, arguments, constants, architecture, warps)

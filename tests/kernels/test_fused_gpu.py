@@ -24,20 +24,13 @@ def test_hardware_casts_store_the_same_bytes():
 
 @pytest.mark.parametrize(
     ("formats", "dtype"),
-    [
-        ("fp32", torch.float32),
-        ("bf16", torch.bfloat16),
-        ("fp8", torch.float32),
-        ("fp8", torch.bfloat16),
-    ],
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.float32), ("fp8", torch.bfloat16)],
     ids=str,
 )
 def test_bytes_do_not_depend_on_the_schedule(formats, dtype):
     world = World([700, 37, 1, 300, 129, 128], formats, dtype, draft=2, seed=11, device="cuda")
     whole = schedule_state(world, one_step(world.lengths))
-    assert same_bytes(schedule_state(world, one_step(world.lengths)), whole), (
-        "a second run differs: a race"
-    )
+    assert same_bytes(schedule_state(world, one_step(world.lengths)), whole), "a second run differs: a race"
     for seed in range(200):
         schedule = random_schedule(world.lengths, random.Random(seed), [300, 150, 40, 4][seed % 4])
         state = schedule_state(world, schedule, pad=seed % 3, together=seed % 2 == 0)

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from dsv4_kernels.index_score.fused import select_entries
-from dsv4_kernels.index_score.naive import (
-    naive_index_query,
-    naive_round_query,
-    naive_select_entries,
-)
+from dsv4_kernels.index_score.naive import naive_index_query, naive_round_query, naive_select_entries
 from dsv4_kernels.index_score.tuning import rows_together
 from dsv4_kernels.index_score.workspace import index_workspace
 from dsv4_kernels.index_topk import GROUP, topk_entries
@@ -53,9 +49,7 @@ def test_matches_fp64(fmt):
         if count > K:
             # A query that rounds the other way moves a dot by the last bit of one product; so does a tie between scores.
             last_bit = {FP8_INDEX: 2.0**-4, BF16_INDEX: 2.0**-8, FP32_INDEX: 2.0**-20}[fmt]
-            slack = last_bit * (
-                q.abs().amax() * keys.abs().amax() * world.weights[token].abs().sum()
-            )
+            slack = last_bit * (q.abs().amax() * keys.abs().amax() * world.weights[token].abs().sum())
             assert scores[chosen].min() >= scores[~chosen].max() - slack
             assert not scores.flip(0)[chosen].min() >= scores.flip(0)[~chosen].max() - slack
             num_chosen += 1
@@ -77,9 +71,7 @@ def test_queries_are_rounded_as_keys_are():
 def test_a_tile_lies_in_two_parts_at_most():
     assert rows_together(64, FP8_INDEX, 128) == 64 and rows_together(64, FP8_INDEX, 32) == 32
     assert rows_together(96, BF16_INDEX, 64) == 32 and rows_together(256, FP8_INDEX, 128) == 64
-    with pytest.raises(
-        ValueError, match="tile: expected at most 64 entries for pages of 32, got 128"
-    ):
+    with pytest.raises(ValueError, match="tile: expected at most 64 entries for pages of 32, got 128"):
         rows_together(32, FP32_INDEX, 128)
 
 
@@ -97,9 +89,7 @@ def test_a_workspace_that_does_not_fit_is_refused(change, message):
     workspace = index_workspace(8, sizes["scores"], sizes["heads"], K, BF16_INDEX, world.q.device)
     out = torch.full((len(world.q), K), 7, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        select_entries(
-            step, world.q, world.weights, world.pool, world.fmt, world.table, RATIO, out, workspace
-        )
+        select_entries(step, world.q, world.weights, world.pool, world.fmt, world.table, RATIO, out, workspace)
     assert (out == 7).all()
 
 
@@ -116,9 +106,7 @@ def test_what_cannot_be_ranked_is_refused(k, entries, maxima, groups, message):
     out = torch.full((1, k), 7, dtype=torch.int32)
     scores, best = torch.zeros(1, entries), torch.zeros(1, maxima)
     with pytest.raises(ValueError, match=message):
-        topk_entries(
-            world.step, scores, best, 0, RATIO, out, torch.zeros(groups, k, dtype=torch.int32)
-        )
+        topk_entries(world.step, scores, best, 0, RATIO, out, torch.zeros(groups, k, dtype=torch.int32))
     assert (out == 7).all() and GROUP == 8
 
 
@@ -127,15 +115,6 @@ def test_no_tokens():
     none = torch.zeros(0, dtype=torch.int64)
     step = replace(world.step, positions=none, token_rows=none)
     out = torch.full((0, K), 7, dtype=torch.int32)
-    arguments = (
-        step,
-        world.q[:0],
-        world.weights[:0],
-        world.pool,
-        world.fmt,
-        world.table,
-        RATIO,
-        out,
-    )
+    arguments = (step, world.q[:0], world.weights[:0], world.pool, world.fmt, world.table, RATIO, out)
     naive_select_entries(*arguments)
     select_entries(*arguments, world.workspace())

@@ -60,17 +60,7 @@ def test_a_captured_call_follows_its_inputs():
     first, second = (make_world(BF16_INDEX, device="cuda", seed=seed) for seed in (1, 2))
     expected, workspace = second.fused()
     out = torch.full_like(expected, 7)
-    arguments = (
-        first.step,
-        first.q,
-        first.weights,
-        first.pool,
-        first.fmt,
-        first.table,
-        4,
-        out,
-        workspace,
-    )
+    arguments = (first.step, first.q, first.weights, first.pool, first.fmt, first.table, 4, out, workspace)
     fused.select_entries(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -21,10 +21,7 @@ def test_csa_pool_is_one_softmax_over_both_blocks():
     kv, gate = torch.randn(50, 8, 512), 4 * torch.randn(50, 8, 512)
     found = naive_csa_pool(kv, gate, torch.ones(50, dtype=torch.bool))
     assert agrees(found, kv, gate, 8)
-    halves = [
-        naive_csa_pool(kv[:, s], gate[:, s], torch.ones(50, dtype=torch.bool))
-        for s in (slice(0, 4), slice(4, 8))
-    ]
+    halves = [naive_csa_pool(kv[:, s], gate[:, s], torch.ones(50, dtype=torch.bool)) for s in (slice(0, 4), slice(4, 8))]
     assert not agrees((halves[0] + halves[1]) / 2, kv, gate, 8)
 
 

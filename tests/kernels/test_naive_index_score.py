@@ -10,9 +10,7 @@ def test_scores_match_fp64():
     dots = torch.einsum("thd,sd->ths", q.double(), keys.double()).clamp_min(0)
     exact = (dots * weights.double().unsqueeze(1).transpose(1, 2)).sum(1)
     # 128 products and sums per dot, 16 per score; magnitudes bounded by the same sums of absolute values.
-    bound = torch.einsum(
-        "thd,sd,th->ts", q.abs().double(), keys.abs().double(), weights.abs().double()
-    )
+    bound = torch.einsum("thd,sd,th->ts", q.abs().double(), keys.abs().double(), weights.abs().double())
     bound = bound * (128 + 16) * 2.0**-24
     found = naive_index_scores(q, weights, keys)
     assert ((found - exact).abs() <= bound).all()
@@ -21,9 +19,7 @@ def test_scores_match_fp64():
 
 
 def test_ties_go_to_the_lowest_index():
-    scores = torch.tensor(
-        [[1.0, 5.0, 1.0, 5.0, 1.0, 0.0], [0.0] * 6, [2.0, 2.0, 9.0, 9.0, 9.0, 9.0]]
-    )
+    scores = torch.tensor([[1.0, 5.0, 1.0, 5.0, 1.0, 0.0], [0.0] * 6, [2.0, 2.0, 9.0, 9.0, 9.0, 9.0]])
     chosen = naive_topk_entries(scores, torch.tensor([6, 5, 2]), 4)
     assert chosen.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, -1, -1]]
 
@@ -31,10 +27,7 @@ def test_ties_go_to_the_lowest_index():
 def test_nothing_visible_and_fewer_than_k():
     scores = torch.full((2, 3), float("nan"))
     scores[1, 0] = -1.0
-    assert naive_topk_entries(scores, torch.tensor([0, 1]), 5).tolist() == [
-        [-1, -1, -1],
-        [0, -1, -1],
-    ]
+    assert naive_topk_entries(scores, torch.tensor([0, 1]), 5).tolist() == [[-1, -1, -1], [0, -1, -1]]
 
 
 def test_matches_a_sort_by_score_and_index():

@@ -47,18 +47,10 @@ def test_every_key_is_taken_once(case, kind, split):
     lengths = KINDS[kind].lengths(torch.tensor(positions)).tolist()
     for token, length in enumerate(lengths):
         mine = work.query[:count] == token
-        ranges = sorted(
-            zip(
-                work.key_begin[:count][mine].tolist(),
-                work.key_end[:count][mine].tolist(),
-                strict=True,
-            )
-        )
+        ranges = sorted(zip(work.key_begin[:count][mine].tolist(), work.key_end[:count][mine].tolist(), strict=True))
         assert len(ranges) == work.num_pieces[token]
         assert ranges[0][0] == 0 and ranges[-1][1] == length
-        assert all(
-            a[1] == b[0] and b[0] % 64 == 0 for a, b in zip(ranges, ranges[1:], strict=False)
-        )
+        assert all(a[1] == b[0] and b[0] % 64 == 0 for a, b in zip(ranges, ranges[1:], strict=False))
         assert (work.list_begin[:count][mine] == token * 9000).all()
         assert (work.list_length[:count][mine] == length).all()
         slots = work.partial_row[:count][mine]
@@ -71,20 +63,7 @@ def test_every_key_is_taken_once(case, kind, split):
 
 @pytest.mark.parametrize(
     ("batch", "tiles"),
-    [
-        (1, 1),
-        (8, 1),
-        (13, 1),
-        (16, 2),
-        (32, 3),
-        (44, 4),
-        (64, 5),
-        (66, 5),
-        (67, 6),
-        (128, 10),
-        (160, 13),
-        (256, 20),
-    ],
+    [(1, 1), (8, 1), (13, 1), (16, 2), (32, 3), (44, 4), (64, 5), (66, 5), (67, 6), (128, 10), (160, 13), (256, 20)],
 )
 def test_equal_lists_are_shared_out_evenly(batch, tiles):
     """640 keys, ten tiles, on the 132 lanes of an H200: the longest lane, whose ideal is batch * 10 / 132."""
@@ -148,13 +127,6 @@ def test_a_kernel_that_works_it_off_attends_to_everything(kind, lanes):
         naive_mla_schedule(step.positions, kind, lists.shape[1], 4, work)
         work.key_end.copy_(lost)
         again = run_schedule(q, pool, lists, work)
-        naive_sink_rope(
-            again[0],
-            again[1],
-            sink,
-            step.positions,
-            None,
-            Splits(work.first_lane, work.num_pieces, *again[2:]),
-        )
+        naive_sink_rope(again[0], again[1], sink, step.positions, None, Splits(work.first_lane, work.num_pieces, *again[2:]))
         assert (again[0] - expected * weight.unsqueeze(-1)).abs().max() > 2.0**-16
     assert math.isfinite(out.sum())

@@ -31,22 +31,15 @@ def test_rms_norm_matches_fp64(dim, weighted):
 def test_rms_norm_of_a_row_does_not_depend_on_its_batch():
     x = torch.randn(77, 512)
     together = naive_rms_norm(x, None, 1e-6)
-    assert all(
-        torch.equal(together[i : i + 1], naive_rms_norm(x[i : i + 1], None, 1e-6))
-        for i in range(77)
-    )
+    assert all(torch.equal(together[i : i + 1], naive_rms_norm(x[i : i + 1], None, 1e-6)) for i in range(77))
 
 
 @pytest.mark.parametrize("kind", ["main", "compress"])
 def test_tables_equal_transformers_bit_for_bit(kind):
     """Frequencies and tables of window-only ("main", plain) and compressing ("compress", YaRN) layers."""
-    config = DeepseekV4Config(
-        **{key: value for key, value in CONFIG.items() if key != "model_type"}
-    )
+    config = DeepseekV4Config(**{key: value for key, value in CONFIG.items() if key != "model_type"})
     positions = torch.arange(700)
-    cos, sin = DeepseekV4RotaryEmbedding(config)(
-        torch.zeros(1), positions.unsqueeze(0), layer_type=kind
-    )
+    cos, sin = DeepseekV4RotaryEmbedding(config)(torch.zeros(1), positions.unsqueeze(0), layer_type=kind)
     rope = make_spec().layers[0 if kind == "main" else 1].rope
     table = rope_table(rope, 700)
     assert torch.equal(table[:, :32], cos[0]) and torch.equal(table[:, 32:], sin[0])
@@ -61,9 +54,7 @@ def test_rope_is_a_complex_product_of_interleaved_pairs_and_has_an_inverse():
     found = naive_rope(x, table)
     assert torch.equal(found[..., :448], x[..., :448])
     # Two products and a sum of values below |pair|: three roundings of 2^-24.
-    assert (
-        (found[..., 448:] - expected).abs() <= 3 * 2.0**-24 * pairs.abs().repeat_interleave(2, -1)
-    ).all()
+    assert ((found[..., 448:] - expected).abs() <= 3 * 2.0**-24 * pairs.abs().repeat_interleave(2, -1)).all()
     back = naive_rope(found, table, inverse=True)
     assert (back - x).abs().max() <= 8 * 2.0**-24 * x.abs().max()
     assert (naive_rope(found, table) - x).abs().max() > 0.1
@@ -71,15 +62,10 @@ def test_rope_is_a_complex_product_of_interleaved_pairs_and_has_an_inverse():
 
 def test_hadamard_matches_its_matrix_and_is_its_own_inverse():
     x = torch.randn(5, 2, 128)
-    signs = torch.tensor(
-        [[(-1.0) ** bin(i & j).count("1") for j in range(128)] for i in range(128)]
-    ).double()
+    signs = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(128)] for i in range(128)]).double()
     expected = x.double() @ signs / 128**0.5
     # Seven levels of additions and one product, of magnitudes up to sum |x| / sqrt(128).
     bound = 8 * 2.0**-24 * x.abs().sum(-1, keepdim=True) / 128**0.5
     assert ((naive_hadamard(x) - expected).abs() <= bound).all()
-    assert (
-        (naive_hadamard(naive_hadamard(x)) - x).abs()
-        <= 20 * 2.0**-24 * x.abs().sum(-1, keepdim=True)
-    ).all()
+    assert ((naive_hadamard(naive_hadamard(x)) - x).abs() <= 20 * 2.0**-24 * x.abs().sum(-1, keepdim=True)).all()
     assert not ((naive_hadamard(x.flip(-1)) - expected).abs() <= bound).all()

@@ -15,9 +15,7 @@ def test_pages_lie_one_after_another(ratio):
     per_page = page_tokens // ratio if ratio else 0
     window, history = torch.tensor([2, 0]), torch.tensor([4, 1, 3])
     expected = [page * page_tokens + i for page in (2, 0) for i in range(page_tokens)]
-    expected += [
-        num_window_rows + page * per_page + i for page in (4, 1, 3) for i in range(per_page)
-    ]
+    expected += [num_window_rows + page * per_page + i for page in (4, 1, 3) for i in range(per_page)]
     used = torch.tensor(expected)
     pool = fill_pool(FP8_584_ROW, num_window_rows + 5 * per_page, used, spread=30.0)
     assert num_page_rows(2, 3, page_tokens, ratio) == len(expected)

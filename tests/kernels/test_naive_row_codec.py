@@ -81,9 +81,7 @@ def test_bytes_of_an_fp8_584_row(slot):
         values = row[64 * tile : 64 * tile + 64]
         scale = expected_scale(values)
         assert scales[tile] == math.log2(scale) + 127
-        assert data[64 * tile : 64 * tile + 64].tolist() == [
-            nearest_e4m3(v) for v in (values / scale).tolist()
-        ]
+        assert data[64 * tile : 64 * tile + 64].tolist() == [nearest_e4m3(v) for v in (values / scale).tolist()]
     assert scales[7] == 0
     assert data[448:].tolist() == row[448:].to(torch.bfloat16).view(torch.uint8).tolist()
 
@@ -95,10 +93,7 @@ def test_bytes_of_an_fp8_index_key(slot):
     naive_store_rows(pool, torch.tensor([slot]), key.unsqueeze(0), FP8_INDEX)
     group, index = divmod(slot, 64)
     scale = expected_scale(key)
-    assert (
-        pool[group, 64 * 128 + index * 4 : 64 * 128 + index * 4 + 4].view(torch.float32).item()
-        == scale
-    )
+    assert pool[group, 64 * 128 + index * 4 : 64 * 128 + index * 4 + 4].view(torch.float32).item() == scale
     data = pool[group, index * 128 : index * 128 + 128]
     assert data.tolist() == [nearest_e4m3(v) for v in (key / scale).tolist()]
 

@@ -15,7 +15,5 @@ def test_rows_lie_where_their_lists_name_them():
     naive_row_gather(pool, FP8_584_ROW, lists, torch.tensor([3, 0, 2]), rows)
     for place, slot in ((0, 5), (1, 70), (2, 3), (6, 8), (7, 2)):
         expected = naive_load_rows(pool, torch.tensor([slot]), FP8_584_ROW)[0]
-        assert torch.equal(rows[place].float(), expected), (
-            "e4m3 times a power of two is a bf16 number"
-        )
+        assert torch.equal(rows[place].float(), expected), "e4m3 times a power of two is a bf16 number"
     assert (rows[[3, 4, 5, 8]] == -7).all()

@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from dsv4_kernels.row_lists import naive_row_lists
-from tests.kernels.attention_world import (
-    CSA,
-    HCA,
-    KINDS,
-    POSITIONS,
-    WINDOW,
-    make_selected,
-    make_step,
-)
+from tests.kernels.attention_world import CSA, HCA, KINDS, POSITIONS, WINDOW, make_selected, make_step
 
 
 def by_hand(step, kind, token, selected):

@@ -44,9 +44,7 @@ def test_sink_and_rotation():
     for token in range(3):
         expected = whole(logits[token], values[token], sink, int(positions[token]))
         assert (out[token] - expected).abs().max() <= ALLOWED * 4
-        assert (
-            out[token] - whole(logits[token], values[token], sink + 0.01, int(positions[token]))
-        ).abs().max() > ALLOWED * 4
+        assert (out[token] - whole(logits[token], values[token], sink + 0.01, int(positions[token]))).abs().max() > ALLOWED * 4
 
 
 @pytest.mark.parametrize("cuts", [[0, 20, 40], [0, 1, 2, 39, 40], [0, 0, 40, 40]])
@@ -75,9 +73,7 @@ def test_pieces_give_the_whole(cuts):
 def test_extremes(sink, lse):
     out = torch.ones(1, 2, 512) if lse > 0 else torch.zeros(1, 2, 512)
     naive_sink_rope(out, torch.full((1, 2), lse), torch.full((2,), sink), torch.tensor([0]), None)
-    expected = (
-        0.0 if lse == -INF or sink == INF else 1.0 if sink == -INF else 1 / (1 + math.exp(-3))
-    )
+    expected = 0.0 if lse == -INF or sink == INF else 1.0 if sink == -INF else 1 / (1 + math.exp(-3))
     assert (out - expected).abs().max() <= 2.0**-22
 
 

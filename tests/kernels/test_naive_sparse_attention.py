@@ -15,9 +15,7 @@ def make_case(fmt, lengths, heads=8, seed=0):
     """A pool that is NaN wherever no index points, and lists that end in -1."""
     generator = torch.Generator().manual_seed(seed)
     shape = fmt.pool_shape(4096)
-    pool = torch.full(
-        (shape[0], shape[1] * fmt.storage_dtype.itemsize), 0xFF, dtype=torch.uint8
-    ).view(fmt.storage_dtype)
+    pool = torch.full((shape[0], shape[1] * fmt.storage_dtype.itemsize), 0xFF, dtype=torch.uint8).view(fmt.storage_dtype)
     indices = torch.full((len(lengths), max(lengths, default=0)), -1)
     for row, length in enumerate(lengths):
         indices[row, :length] = torch.randperm(4096, generator=generator)[:length]

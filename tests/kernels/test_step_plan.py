@@ -71,11 +71,6 @@ def test_lengths_of_another_batch_are_refused():
 def test_machine_code(architecture):
     given = PlanInputs("*i64", "*i32", "*i64", "*i32", "*i64")
     counts = ("num_requests", "num_tokens", "num_pages", "slot_stride", "page_stride")
-    arguments = {
-        "given": given,
-        "out": STEP,
-        "p_first_tokens": "*i64",
-        **dict.fromkeys(counts, "i32"),
-    }
+    arguments = {"given": given, "out": STEP, "p_first_tokens": "*i64", **dict.fromkeys(counts, "i32")}
     constants = {"PAGE": PAGE, "BT": 32, "BR": 128, "BP": 512}
     assert machine_code(step_plan_kernel, arguments, constants, architecture, 4)

@@ -15,7 +15,7 @@ import sglang.srt.model_executor.runner.decode_cuda_graph_runner  # noqa: E402, 
 from dsv4_kernels.step_plan.fused import step_plan  # noqa: E402
 from sglang_dsv4.bench.attention_check import worst  # noqa: E402
 from sglang_dsv4.cache import CompressedKVCache  # noqa: E402
-from sglang_dsv4.plugin import pool, steps  # noqa: E402
+from sglang_dsv4.plugin.serve import pool, steps  # noqa: E402
 from tests.attention import flashinfer_checks  # noqa: E402
 from tests.cache.driver import feed, make_spec, reachable_bytes  # noqa: E402
 from tests.kernels.interpreting import make_checks  # noqa: E402
@@ -72,10 +72,7 @@ def check_replays(formats, length):
 
 
 # Over the ends of a CSA block, and of one of either ratio: to interpret ten tokens of a prefill takes a second.
-CHECKS = {
-    "bf16": lambda: check_replays(("bf16", "bf16"), 29),
-    "fp8_584": lambda: check_replays(("fp8_584", "fp8"), 125),
-}
+CHECKS = {"bf16": lambda: check_replays(("bf16", "bf16"), 29), "fp8_584": lambda: check_replays(("fp8_584", "fp8"), 125)}
 
 
 def main():

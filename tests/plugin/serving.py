@@ -11,8 +11,8 @@ import httpx
 import psutil
 import torch
 
-from sglang_dsv4.demo.client import Client
-from sglang_dsv4.demo.server import Server
+from sglang_dsv4.check.demo.client import Client
+from sglang_dsv4.check.demo.server import Server
 from tests.plugin.warm import COPIES, Program, Warm
 
 NEW_TOKENS = 9

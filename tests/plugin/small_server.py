@@ -19,16 +19,31 @@ MODEL = SimpleNamespace(context_len=LONGEST, hf_config=SimpleNamespace(index_n_h
 
 def make_pool(spec, device="cpu", **changed):
     """Our pool, with window pages that are history pages in reverse: SGLang's allocators number pages apart."""
-    from sglang_dsv4.plugin.pool import pool_factory
+    from sglang_dsv4.plugin.serve.pool import pool_factory
 
     tokens = PAGES * PAGE
     native = {
-        "max_num_reqs": REQUESTS, "num_req_slots": REQUESTS + 1, "swa_size": tokens, "c4_size": tokens // 4,
-        "c128_size": tokens // 128, "c4_state_pool_size": 0, "c128_state_pool_size": 0, "page_size": PAGE,
-        "swa_page_size": PAGE, "sliding_window": 128, "dtype": torch.float8_e4m3fn, "c4_state_dtype": torch.float32,
-        "c128_state_dtype": torch.float32, "qk_nope_head_dim": 448, "qk_rope_head_dim": 64, "indexer_head_dim": 128,
-        "layer_num": 3, "device": device, "enable_memory_saver": False, "compression_ratios": [0, 4, 128],
-    }  # fmt: skip
+        "max_num_reqs": REQUESTS,
+        "num_req_slots": REQUESTS + 1,
+        "swa_size": tokens,
+        "c4_size": tokens // 4,
+        "c128_size": tokens // 128,
+        "c4_state_pool_size": 0,
+        "c128_state_pool_size": 0,
+        "page_size": PAGE,
+        "swa_page_size": PAGE,
+        "sliding_window": 128,
+        "dtype": torch.float8_e4m3fn,
+        "c4_state_dtype": torch.float32,
+        "c128_state_dtype": torch.float32,
+        "qk_nope_head_dim": 448,
+        "qk_rope_head_dim": 64,
+        "indexer_head_dim": 128,
+        "layer_num": 3,
+        "device": device,
+        "enable_memory_saver": False,
+        "compression_ratios": [0, 4, 128],
+    }
     memory.set_poison(True)
     pool = pool_factory(spec, MODEL)(**{**native, **changed})
     full = torch.arange(tokens + PAGE, device=device)
@@ -73,12 +88,8 @@ class Layers:
             self.parts.append(found)
         layers = len(spec.layers)
         self.q = torch.zeros(layers, max_tokens, heads, 512, dtype=torch.bfloat16, device=device)
-        self.index_q = torch.zeros(
-            max_tokens, INDEX_HEADS, 128, dtype=torch.bfloat16, device=device
-        )
-        self.index_weights = torch.zeros(
-            max_tokens, INDEX_HEADS, dtype=torch.bfloat16, device=device
-        )
+        self.index_q = torch.zeros(max_tokens, INDEX_HEADS, 128, dtype=torch.bfloat16, device=device)
+        self.index_weights = torch.zeros(max_tokens, INDEX_HEADS, dtype=torch.bfloat16, device=device)
 
     def load(self, items):
         """A step's inputs: ``items`` are (slot, sequence, begin, end)."""
@@ -109,9 +120,15 @@ class Layers:
                 chosen = self._prepare_on(streams, backend, batch, layer_id, num_tokens, wait)
             q = self.q[layer_id, :num_tokens]
             out = backend.forward(
-                q, q, q, SimpleNamespace(layer_id=layer_id), batch, save_kv_cache=False,
-                compress_ratio=self.spec.layers[layer_id].ratio, attn_sink=self.sink,
-            )  # fmt: skip
+                q,
+                q,
+                q,
+                SimpleNamespace(layer_id=layer_id),
+                batch,
+                save_kv_cache=False,
+                compress_ratio=self.spec.layers[layer_id].ratio,
+                attn_sink=self.sink,
+            )
             found.append((out, chosen))
         return found
 
@@ -148,22 +165,36 @@ class Layers:
     def _store(self, backend, batch, layer_id, count):
         window = self.parts[layer_id]["window"]
         backend.token_to_kv_pool.set_swa_key_buffer_radix_fused_norm_rope(
-            layer_id=layer_id, swa_loc=backend.get_swa_out_cache_loc(batch), kv=window.given[:count],
-            kv_weight=window.norm_weight, eps=1e-6, freqs_cis=None, positions=None,
-        )  # fmt: skip
+            layer_id=layer_id,
+            swa_loc=backend.get_swa_out_cache_loc(batch),
+            kv=window.given[:count],
+            kv_weight=window.norm_weight,
+            eps=1e-6,
+            freqs_cis=None,
+            positions=None,
+        )
 
     def _index(self, backend, batch, layer_id, count, q_lora, ready):
         if not self.spec.layers[layer_id].indexed:
             return None
         indexer = SimpleNamespace(
-            layer_id=layer_id, n_heads=INDEX_HEADS, head_dim=128, wq_b=lambda given: (given, None),
+            layer_id=layer_id,
+            n_heads=INDEX_HEADS,
+            head_dim=128,
+            wq_b=lambda given: (given, None),
             compute_weights=lambda x, skip_scale: self.index_weights[: len(x)],
             compressor=self._compressor(layer_id, "index"),
-        )  # fmt: skip
+        )
         backend.forward_c4_indexer(
-            x=self.index_q[:count], q_lora=q_lora, forward_batch=batch, c4_indexer=indexer, alt_streams=None,
-            enable_multi_stream=ready is not None, q_lora_ready=ready, skip_compressor=False,
-        )  # fmt: skip
+            x=self.index_q[:count],
+            q_lora=q_lora,
+            forward_batch=batch,
+            c4_indexer=indexer,
+            alt_streams=None,
+            enable_multi_stream=ready is not None,
+            q_lora_ready=ready,
+            skip_compressor=False,
+        )
         return backend._selected[layer_id]
 
     def _compressor(self, layer_id, part):
@@ -180,7 +211,7 @@ class SmallServer:
     """One pool and one backend, fed with steps as SGLang's runners feed them."""
 
     def __init__(self, spec, device="cpu", heads=4, attention=None, max_tokens=1200):
-        from sglang_dsv4.plugin.backend import CompressedKVBackend
+        from sglang_dsv4.plugin.serve.backend import CompressedKVBackend
 
         self.spec, self.device = spec, device
         self.pool = make_pool(spec, device)
@@ -190,9 +221,7 @@ class SmallServer:
 
         def make(fixed=None, like=None):
             found = make_attention(attention, self.cache, heads, fixed=fixed, like=like)[0]
-            if (
-                found.name == "eager" and device == "cpu"
-            ):  # there is no graph that could not hold it
+            if found.name == "eager" and device == "cpu":  # there is no graph that could not hold it
                 found.__class__ = type("Captured", (type(found),), {"capture_fault": ""})
             return found
 
@@ -219,9 +248,7 @@ class SmallServer:
             seq_lens=ends.to(self.device),
             seq_lens_cpu=ends,
             seq_lens_sum=int(ends.sum()),
-            extend_seq_lens=None
-            if decode
-            else torch.tensor(counts, dtype=torch.int32, device=self.device),
+            extend_seq_lens=None if decode else torch.tensor(counts, dtype=torch.int32, device=self.device),
             extend_seq_lens_cpu=None if decode else counts,
             positions=torch.cat([torch.arange(b, e) for *_, b, e in items]).to(self.device),
             req_pool_indices=torch.tensor([slot for slot, *_ in items], device=self.device),
@@ -267,9 +294,7 @@ class SmallServer:
             self.graphs[count] = self._capture_one(batch, count, wait)
 
     def _capture_one(self, batch, count, wait):
-        streams = (
-            None if self.device == "cpu" else [torch.cuda.Stream(self.device) for _ in range(3)]
-        )
+        streams = None if self.device == "cpu" else [torch.cuda.Stream(self.device) for _ in range(3)]
 
         def run_once():
             self.backend.init_forward_metadata_in_graph(batch)
@@ -306,17 +331,21 @@ class SmallServer:
 
         batch, count, real = self.batch(items, True), self._size(items), len(items)
         fill = self.backend.get_cuda_graph_seq_len_fill_value()
-        for name, rest in (
-            ("seq_lens", fill), ("seq_lens_cpu", fill), ("req_pool_indices", 0), ("positions", 0),
-        ):  # fmt: skip
+        for name, rest in (("seq_lens", fill), ("seq_lens_cpu", fill), ("req_pool_indices", 0), ("positions", 0)):
             buffer = getattr(self.buffers, name)
             buffer[:real].copy_(getattr(batch, name))
             buffer[real:count].fill_(rest)
         self.layers.load(items)
         return build_replay_fb_view(
-            forward_batch=batch, buffers=self.buffers, bs=count, raw_bs=real, num_tokens=count,
-            seq_len_fill_value=fill, capture_forward_mode=batch.forward_mode, is_encoder_decoder=False,
-        )  # fmt: skip
+            forward_batch=batch,
+            buffers=self.buffers,
+            bs=count,
+            raw_bs=real,
+            num_tokens=count,
+            seq_len_fill_value=fill,
+            capture_forward_mode=batch.forward_mode,
+            is_encoder_decoder=False,
+        )
 
     def _size(self, items):
         return min(size for size in self.graphs if size >= len(items))

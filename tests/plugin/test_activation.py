@@ -53,22 +53,13 @@ HookRegistry.apply_hooks = classmethod(replace)
 """
 
 FAULTS = {
-    **{
-        name: UNHOOKED.format(name=name)
-        for name in ("add_cli_args", "from_cli_args", "__post_init__")
-    },
+    **{name: UNHOOKED.format(name=name) for name in ("add_cli_args", "from_cli_args", "__post_init__")},
     "replaced class": REPLACED,
     **{name: MISSING.format(name=name) for name in ("plugin.launch", "plugin.contract", "errors")},
 }
 LATER_FAULTS = {
     name: UNHOOKED.format(name=name)
-    for name in (
-        "check_server_args",
-        "_build_dsv4_kv_pool",
-        "get_init_info",
-        "_validate_one_request",
-        "run_batch",
-    )
+    for name in ("check_server_args", "_build_dsv4_kv_pool", "get_init_info", "_validate_one_request", "run_batch")
 }
 
 
@@ -93,9 +84,7 @@ def test_without_a_fault_the_launch_goes_on(launches, way):
 def test_a_flag_that_nothing_would_read_is_unknown(launches, name):
     status, output = launches["flag", name]
     assert status == 2 and "SERVES" not in output
-    assert output.splitlines()[-1].endswith(f"error: unrecognized arguments: {FLAG}"), output[
-        -2000:
-    ]
+    assert output.splitlines()[-1].endswith(f"error: unrecognized arguments: {FLAG}"), output[-2000:]
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name != "replaced class"])
@@ -138,10 +127,19 @@ import sglang.cli.serve as serve
 serve.get_is_diffusion_model = lambda path: True
 """
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 64,
-    "num_attention_heads": 1, "num_hidden_layers": 1, "num_key_value_heads": 1, "vocab_size": 64, "torch_dtype": "float32",
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 1,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "torch_dtype": "float32",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
 
 
 def test_arguments_that_were_made_before_the_plug_in_was_loaded_are_checked(warm, tmp_path):
@@ -182,7 +180,7 @@ def called_otherwise(*args, **options):
     made.name = "flashmla"
     return made, reason
 attention.make_attention = called_otherwise
-from sglang_dsv4.plugin import backend
+from sglang_dsv4.plugin.serve import backend
 def serve(*_):
     raise SystemExit("SERVES")
 backend.CompressedKVBackend = serve
@@ -199,9 +197,9 @@ def test_a_dtype_that_the_attention_does_not_take_ends_the_launch(warm, tiny):
 
 
 def test_a_scheduler_with_another_cache_does_not_become_ready():
-    from sglang_dsv4.plugin import activation
-    from sglang_dsv4.plugin.backend import CompressedKVBackend
-    from sglang_dsv4.plugin.pool import CompressedTokenToKVPool
+    from sglang_dsv4.plugin.install import activation
+    from sglang_dsv4.plugin.serve.backend import CompressedKVBackend
+    from sglang_dsv4.plugin.serve.pool import CompressedTokenToKVPool
 
     def scheduler(pool, backend):
         return SimpleNamespace(

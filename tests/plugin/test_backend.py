@@ -8,15 +8,7 @@ import torch
 from dsv4_kernels.memory import set_poison
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
-from tests.cache.driver import (
-    FORMATS,
-    append_all,
-    feed,
-    make_spec,
-    random_sequence,
-    reachable_bytes,
-    table_bytes,
-)
+from tests.cache.driver import FORMATS, append_all, feed, make_spec, random_sequence, reachable_bytes, table_bytes
 
 pytestmark = pytest.mark.sglang
 
@@ -28,7 +20,7 @@ MODEL = SimpleNamespace(context_len=2048, hf_config=SimpleNamespace(index_n_head
 
 
 def make_pool(spec, **changed):
-    from sglang_dsv4.plugin.pool import pool_factory
+    from sglang_dsv4.plugin.serve.pool import pool_factory
 
     native = {
         "max_num_reqs": REQUESTS,
@@ -65,20 +57,16 @@ class Server:
 
     def __init__(self, spec):
         from sglang_dsv4.attention import EagerAttention
-        from sglang_dsv4.plugin.backend import CompressedKVBackend
+        from sglang_dsv4.plugin.serve.backend import CompressedKVBackend
 
         self.pool = make_pool(spec)
         self.req_to_token = torch.zeros(REQUESTS + 1, 2048, dtype=torch.int32)
-        self.backend = CompressedKVBackend(
-            self.pool, self.req_to_token, EagerAttention(self.pool.cache)
-        )
+        self.backend = CompressedKVBackend(self.pool, self.req_to_token, EagerAttention(self.pool.cache))
 
     def assign(self, slot, pages):
         self.req_to_token[slot].zero_()
         for index, page in enumerate(pages):
-            self.req_to_token[slot, 256 * index : 256 * index + 256] = 256 * page + torch.arange(
-                256
-            )
+            self.req_to_token[slot, 256 * index : 256 * index + 256] = 256 * page + torch.arange(256)
 
     def step(self, items, decode=False):
         """``items``: (slot, inputs, begin, end) per request."""
@@ -89,20 +77,14 @@ class Server:
             forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
             seq_lens=lens,
             seq_lens_cpu=lens,
-            extend_seq_lens=None
-            if decode
-            else torch.tensor([end - begin for *_, begin, end in items], dtype=torch.int32),
+            extend_seq_lens=None if decode else torch.tensor([end - begin for *_, begin, end in items], dtype=torch.int32),
             positions=torch.cat([torch.arange(begin, end) for *_, begin, end in items]),
             req_pool_indices=torch.tensor([slot for slot, *_ in items]),
             out_cache_loc=None,
             rids=[f"r{slot}" for slot, *_ in items],
         )
         self.backend.init_forward_metadata(batch)
-        append_all(
-            self.pool.cache,
-            self.pool.current_plan(),
-            [(inputs, begin, end) for _, inputs, begin, end in items],
-        )
+        append_all(self.pool.cache, self.pool.current_plan(), [(inputs, begin, end) for _, inputs, begin, end in items])
         return batch
 
     def bytes_of(self, slot, seq_len):
@@ -122,11 +104,7 @@ def alone(spec, sequence, length):
 def test_a_prefix_hit_continues_exactly(formats):
     """A second request over the first one's pages, beside a decoding one, in a slot that another request has used."""
     spec = make_spec(formats)
-    server, sequence, other = (
-        Server(spec),
-        random_sequence(spec, 900),
-        random_sequence(spec, 900, seed=1),
-    )
+    server, sequence, other = (Server(spec), random_sequence(spec, 900), random_sequence(spec, 900, seed=1))
     server.assign(1, [3, 5, 7])
     server.assign(2, [9, 10, 11])
     server.step([(1, sequence, 0, 600), (2, other, 0, 303)])
@@ -134,10 +112,7 @@ def test_a_prefix_hit_continues_exactly(formats):
     server.assign(2, [3, 5, 12])
     server.step([(2, sequence, 512, 515), (1, sequence, 600, 601)])
     for length in range(515, 530):
-        server.step(
-            [(2, sequence, length, length + 1), (1, sequence, length + 86, length + 87)],
-            decode=True,
-        )
+        server.step([(2, sequence, length, length + 1), (1, sequence, length + 86, length + 87)], decode=True)
     assert server.bytes_of(2, 530) == alone(spec, sequence, 530)
     assert server.bytes_of(1, 616) == alone(spec, sequence, 616)
 
@@ -153,9 +128,7 @@ def test_native_buffers_are_left_out_and_reading_one_says_so():
         lambda: pool.get_index_k_page_size(),
         lambda: pool.compress_state_pools[1].kv_score_buffer,
     ):
-        with pytest.raises(
-            UnsupportedError, match="not allocated, CompressedKVCache holds the rows"
-        ):
+        with pytest.raises(UnsupportedError, match="not allocated, CompressedKVCache holds the rows"):
             read()
 
 
@@ -166,9 +139,7 @@ def test_another_page_size_is_refused():
 
 def test_a_layer_before_its_step_is_refused():
     pool = make_pool(make_spec())
-    with pytest.raises(
-        StalePlanError, match="expected init_forward_metadata before the first layer"
-    ):
+    with pytest.raises(StalePlanError, match="expected init_forward_metadata before the first layer"):
         pool.current_plan()
 
 
@@ -180,7 +151,5 @@ def test_an_idle_step_writes_nothing():
     server.backend.init_forward_metadata(idle)
     server.backend.forward_core_compressor(torch.zeros(0, 8), idle, 1, None)
     server.backend.forward_c4_indexer(torch.zeros(0, 8), torch.zeros(0, 8), None, idle)
-    assert server.backend.forward(
-        torch.zeros(0, 8, 512), None, None, None, idle, attn_sink=None
-    ).shape == (0, 8, 512)
+    assert server.backend.forward(torch.zeros(0, 8, 512), None, None, None, idle, attn_sink=None).shape == (0, 8, 512)
     assert server.pool.plan is None

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_dsv4.cache.report import stream_bytes_per_request
+from sglang_dsv4.cache.inspect.report import stream_bytes_per_request
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin.budget import PoolShape, bytes_per_token, shape_of
+from sglang_dsv4.plugin.serve.budget import PoolShape, bytes_per_token, shape_of
 from tests.cache.driver import FORMATS, make_spec
 from tests.plugin.small_server import MODEL, PAGE, PAGES, REQUESTS, make_pool
 
@@ -64,16 +64,20 @@ def test_sglangs_own_sizes_follow():
     """Through our hook, as SGLang calls it."""
     from sglang.srt.model_executor.pool_configurator import DSV4PoolConfigurator
 
-    from sglang_dsv4.plugin import activation
+    from sglang_dsv4.plugin.install import activation
 
     spec = make_spec()
     sizes = object.__new__(DSV4PoolConfigurator)
     vars(sizes).update(
-        swa_ratio=0.1, c4_shrink_factor=1, swa_page_size=128, c4_ring_size=8, disaggregation_mode="null",
+        swa_ratio=0.1,
+        c4_shrink_factor=1,
+        swa_page_size=128,
+        c4_ring_size=8,
+        disaggregation_mode="null",
         requested_max_running_requests_per_worker=8,
         sglang_dsv4=(spec, SimpleNamespace(context_len=4096, hf_config=MODEL.hf_config), "cpu"),
         bytes_per_full_token=bytes_per_token(spec, 0.1),
-    )  # fmt: skip
+    )
     found = activation._fit_pools(None, sizes, GIB, PAGE)
     shape = PoolShape(spec, 4096, 9, MODEL.hf_config.index_n_heads, False)
     tokens = found.max_total_num_tokens

@@ -17,7 +17,7 @@ class CheckedServer(Server):
     def __init__(self, spec, level, folder):
         super().__init__(spec)
         if level is not None:
-            from sglang_dsv4.plugin.checks import ServingChecks
+            from sglang_dsv4.plugin.observe.checks import ServingChecks
 
             self.backend.checks = ServingChecks(self.pool.cache, level, folder)
 
@@ -63,7 +63,7 @@ PLANTED = [
     (1, "main stream row", 300, "state slot 1", lambda layer: layer.main.streams[1, 300 % 8]),
     (1, "index stream row", 299, "state slot 1", lambda layer: layer.index.streams[1, 299 % 8]),
     (2, "accumulator", 300, "state slot 1", lambda layer: layer.accumulators[1, 0, 2]),
-]  # fmt: skip
+]
 
 
 def begin(level, folder, length=301):
@@ -79,9 +79,7 @@ def begin(level, folder, length=301):
 def test_a_wrong_row_in_a_live_page_is_named(tmp_path, layer, what, index, place, row, value):
     server, sequence = begin("step", tmp_path)
     row(server.pool.cache.storage.layers[layer])[7] += value
-    message = (
-        rf"^I8 sums: request r1: layer {layer}: {what} {index} in {place}: expected the checksum"
-    )
+    message = rf"^I8 sums: request r1: layer {layer}: {what} {index} in {place}: expected the checksum"
     with pytest.raises(CacheInvariantError, match=message):
         server.step([(1, sequence, 301, 302)], decode=True)
     assert server.backend.checks.num_failed == 1
@@ -95,11 +93,14 @@ def test_below_that_level_it_is_not_noticed(tmp_path, level, layer, what, index,
     server.step([(1, sequence, 301, 302)], decode=True)
 
 
-@pytest.mark.parametrize(("what", "row"), [
-    ("window row 130", lambda layer: layer.pool[13 * 256 + 130]),
-    ("entry 3", lambda layer: layer.pool[17 * 256 + 3 * 64 + 3]),
-    ("main boundary state 0", lambda layer: layer.main.boundary[13].flatten()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "row"),
+    [
+        ("window row 130", lambda layer: layer.pool[13 * 256 + 130]),
+        ("entry 3", lambda layer: layer.pool[17 * 256 + 3 * 64 + 3]),
+        ("main boundary state 0", lambda layer: layer.main.boundary[13].flatten()),
+    ],
+)
 def test_at_a_prefix_hit_the_level_boundary_names_it(tmp_path, what, row):
     server, sequence = begin("boundary", tmp_path, length=400)
     row(server.pool.cache.storage.layers[1])[7] += 1.0
@@ -111,9 +112,7 @@ def test_at_a_prefix_hit_the_level_boundary_names_it(tmp_path, what, row):
 def test_pages_in_another_order_and_pages_never_written_are_named(tmp_path):
     server, sequence = begin("step", tmp_path, length=500)
     server.assign(1, [5, 3])
-    with pytest.raises(
-        CacheInvariantError, match="I8 sums: .* expected the checksum .* got another"
-    ):
+    with pytest.raises(CacheInvariantError, match="I8 sums: .* expected the checksum .* got another"):
         server.step([(1, sequence, 500, 501)], decode=True)
     server.assign(1, [3, 8])
     with pytest.raises(CacheInvariantError, match=r"I8 sums: .* page \d+: .* never written"):
@@ -164,8 +163,13 @@ def test_the_dump_says_what_happened(tmp_path, capsys):
     (dump,) = tmp_path.iterdir()
     assert main(["inspect", str(dump)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("I8 sums: request r1: layer 1: entry 70 in history page 5", "511 of 512", "> r1",
-                 "history page 5 is held by r1.", "check step"):  # fmt: skip
+    for text in (
+        "I8 sums: request r1: layer 1: entry 70 in history page 5",
+        "511 of 512",
+        "> r1",
+        "history page 5 is held by r1.",
+        "check step",
+    ):
         assert text in printed
 
 

@@ -30,9 +30,7 @@ def outcomes(warm, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     other = folder / "other"
     other.mkdir()
-    (other / "config.json").write_text(
-        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-    )
+    (other / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     broken = folder / "broken" / "dsv4_kernels"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("import a_module_that_is_not_installed\n")
@@ -50,9 +48,7 @@ def outcomes(warm, tiny, tmp_path_factory):
             "attention": Program([*LAUNCH, *model, "--dsv4-attention", "flashinfer"]),
             "attention's name": Program([*LAUNCH, *model, "--dsv4-attention", "flash"]),
             "dtype": Program([*LAUNCH, *model, "--dtype", "float16"]),
-            "version": Program(
-                [*LAUNCH, *model], path=[fake_distribution(folder / "fake", "sglang", "0.5.16")]
-            ),
+            "version": Program([*LAUNCH, *model], path=[fake_distribution(folder / "fake", "sglang", "0.5.16")]),
             "missing dependency": Program([*LAUNCH, *model], path=[str(broken.parent)]),
         }
         return warm.run(launches)
@@ -126,9 +122,7 @@ engine.shutdown()
 """
 
 
-@pytest.mark.parametrize(
-    "before", [COPIES, pytest.param("", marks=pytest.mark.long)], ids=["copied", "spawned"]
-)
+@pytest.mark.parametrize("before", [COPIES, pytest.param("", marks=pytest.mark.long)], ids=["copied", "spawned"])
 def test_for_an_engine_the_variable_is_enough(warm, tiny, before):
     program = Program(["-c", ENGINE, str(tiny)], {env.COMPRESSED_KV: "1"}, before=before)
     status, output = warm.run_one(program)

@@ -1,7 +1,7 @@
 """A real server when things go wrong: killed, told to stop, its memory damaged. Answers are checked as `stress` does.
 
 Elsewhere: pages exhausted and clients that leave in `test_server.py`; a request larger than the cache and a slow client in
-`tests/stress/test_stress_server.py`; damaged files and a full disk in `tests/cache/test_saved.py`.
+`tests/check/stress/test_stress_server.py`; damaged files and a full disk in `tests/cache/test_saved.py`.
 """
 
 import asyncio
@@ -15,21 +15,12 @@ import psutil
 import pytest
 from rich.progress import Progress
 
+from sglang_dsv4.check.demo.server import free_port
+from sglang_dsv4.check.oracle import Oracle, comparison_bound
+from sglang_dsv4.check.stress.drive import Load
+from sglang_dsv4.check.stress.session import stress_server
 from sglang_dsv4.cli import main
-from sglang_dsv4.demo.server import free_port
-from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
-from sglang_dsv4.stress.drive import Load
-from sglang_dsv4.stress.session import stress_server
-from tests.plugin.serving import (
-    generate,
-    post,
-    prompt,
-    request_body,
-    running_in,
-    serving,
-    wait_for_log,
-    wait_until_ended,
-)
+from tests.plugin.serving import generate, post, prompt, request_body, running_in, serving, wait_for_log, wait_until_ended
 from tests.plugin.test_server import check
 from tests.plugin.warm import COPIES
 
@@ -37,12 +28,23 @@ pytestmark = [pytest.mark.sglang, pytest.mark.long]
 
 # Exact rows, so that the comparison is sharp, and 16 pages.
 SERVER = (
-    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "4096", "--swa-full-tokens-ratio", "1.0",
-    "--schedule-conservativeness", "0.01", "--chunked-prefill-size", "512", "--sleep-on-idle",
-)  # fmt: skip
+    "--dtype",
+    "float32",
+    "--dsv4-kv-format",
+    "fp32",
+    "--max-total-tokens",
+    "4096",
+    "--swa-full-tokens-ratio",
+    "1.0",
+    "--schedule-conservativeness",
+    "0.01",
+    "--chunked-prefill-size",
+    "512",
+    "--sleep-on-idle",
+)
 # Runs before every step: code in front of it defines `plant`, which sees the backend and SGLang's ForwardBatch.
 BEFORE_STEPS = """
-from sglang_dsv4.plugin import backend
+from sglang_dsv4.plugin.serve import backend
 original = backend.CompressedKVBackend.init_forward_metadata
 def before_step(self, batch):
     plant(self, batch)
@@ -103,19 +105,14 @@ def stress(server, requests, seed=0, bound=None):
     """A checked run."""
     load = Load(seed, 0, requests, 0.0, concurrency=16)
     with Progress(disable=True) as progress:
-        run = asyncio.run(
-            stress_server(server.url, load, progress, target="URL", bound=bound, memory_bytes=None)
-        )
+        run = asyncio.run(stress_server(server.url, load, progress, target="URL", bound=bound, memory_bytes=None))
     assert run.findings.num_answers >= requests // 2
     return run
 
 
 def ask_long(server, number):
     """A request that takes much longer than the test lets its server live; whether the connection broke."""
-    body = {
-        "input_ids": prompt(40, salt=number),
-        "sampling_params": {"max_new_tokens": 1000, "ignore_eos": True},
-    }
+    body = {"input_ids": prompt(40, salt=number), "sampling_params": {"max_new_tokens": 1000, "ignore_eos": True}}
     try:
         httpx.post(f"{server.url}/generate", json=body, timeout=120)
     except httpx.TransportError:
@@ -186,9 +183,7 @@ def test_the_same_nan_in_a_live_page_surfaces(warm, tiny):
     assert values[0] is not None and values[1:] == [None] * 3
 
 
-def test_a_wrong_row_in_a_live_page_stops_a_server_that_checks_every_step(
-    warm, tiny, tmp_path, capsys
-):
+def test_a_wrong_row_in_a_live_page_stops_a_server_that_checks_every_step(warm, tiny, tmp_path, capsys):
     flags = ("--dsv4-check", "step", "--dsv4-check-dumps", str(tmp_path))
     before = COPIES + WRONG_ROW + BEFORE_STEPS
     with serving(warm, tiny, SERVER + flags, before=before) as server:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sglang_dsv4.attention import decoded
+from sglang_dsv4.attention import decoded_prefill as decoded
 from sglang_dsv4.bench.attention_check import worst
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import CacheInvariantError
@@ -35,10 +35,7 @@ def make_server(spec):
 def script(one, two, three):
     """Steps of all kinds: (decode, items)."""
     yield False, [(1, one, 0, 510), (2, two, 0, 250)]
-    yield (
-        False,
-        [(1, one, 510, 512), (3, three, 0, 130), (2, two, 250, 251)],
-    )  # a chunk, a prompt, and a decoding request
+    yield (False, [(1, one, 510, 512), (3, three, 0, 130), (2, two, 250, 251)])  # a chunk, a prompt, and a decoding request
     for at in range(12):
         yield True, [(2, two, 251 + at, 252 + at), (1, one, 512 + at, 513 + at)]
     yield True, [(3, three, 130, 131)]
@@ -73,9 +70,7 @@ def test_graphs_store_what_steps_without_them_store(formats):
             check_values(plain, items, expected)
             for (_, ours), (_, theirs) in zip(found, expected, strict=True):
                 for row, item in enumerate(items if ours is not None else ()):
-                    same = torch.equal(
-                        captured.entries(item, ours[row]), captured.entries(item, theirs[row])
-                    )
+                    same = torch.equal(captured.entries(item, ours[row]), captured.entries(item, theirs[row]))
                     assert same, f"other entries in slot {item[0]} at {item[3]}"
         ends |= {slot: (sequence, end) for slot, sequence, _, end in items}
     for slot, (sequence, end) in ends.items():
@@ -181,7 +176,7 @@ def requested_bytes():
 
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
 def test_the_pool_takes_the_bytes_that_the_budget_counted(formats):
-    from sglang_dsv4.plugin.budget import shape_of
+    from sglang_dsv4.plugin.serve.budget import shape_of
     from tests.plugin.small_server import MODEL, PAGE, PAGES, REQUESTS
 
     spec = make_spec(formats)
@@ -194,7 +189,7 @@ def test_the_pool_takes_the_bytes_that_the_budget_counted(formats):
 
 
 def test_checks_find_a_changed_row(tmp_path):
-    from sglang_dsv4.plugin.checks import ServingChecks
+    from sglang_dsv4.plugin.observe.checks import ServingChecks
 
     spec = make_spec()
     sequence = Sequence(spec, 900, 0, HEADS, "cuda")

@@ -76,12 +76,7 @@ def test_replays_store_the_bytes_of_cold_runs(formats):
     server.assign(2, [15, 16])  # another request in slot 2, beside
     server.step([(2, one, 0, 126), (1, one, 516, 519)])
     for offset in range(5):
-        server.replay(
-            [
-                (slot, one, at + offset, at + offset + 1)
-                for slot, at in ((4, 514), (2, 126), (1, 519))
-            ]
-        )
+        server.replay([(slot, one, at + offset, at + offset + 1) for slot, at in ((4, 514), (2, 126), (1, 519))])
     server.replay([(2, one, 131, 132)])
     for slot, length in ((1, 524), (4, 519), (2, 132)):
         assert server.bytes_of(slot, length) == alone(spec, one.inputs, length), slot
@@ -136,9 +131,14 @@ def test_an_idle_replay_has_no_real_request():
     server = SmallServer(make_spec())
     server.capture([2])
     view = SimpleNamespace(
-        forward_mode=ForwardMode.DECODE, actual_forward_mode=ForwardMode.IDLE, batch_size=2, num_padding=1,
-        seq_lens=server.buffers.seq_lens, seq_lens_cpu=None, req_pool_indices=server.buffers.req_pool_indices,
-    )  # fmt: skip
+        forward_mode=ForwardMode.DECODE,
+        actual_forward_mode=ForwardMode.IDLE,
+        batch_size=2,
+        num_padding=1,
+        seq_lens=server.buffers.seq_lens,
+        seq_lens_cpu=None,
+        req_pool_indices=server.buffers.req_pool_indices,
+    )
     server.backend.init_forward_metadata_out_graph(view)
     assert server.backend.graphs.step(2).step.extend_lens.tolist() == [0, 0]
 
@@ -183,10 +183,13 @@ def test_the_indexer_waits_for_queries_that_another_stream_makes(monkeypatch):
     server.layers.load(items)
     server.backend.init_forward_metadata(batch)
     indexer = SimpleNamespace(
-        layer_id=1, n_heads=8, head_dim=128, wq_b=lambda given: (done.append("wq_b"), given)[1:],
+        layer_id=1,
+        n_heads=8,
+        head_dim=128,
+        wq_b=lambda given: (done.append("wq_b"), given)[1:],
         compute_weights=lambda x, skip_scale: server.layers.index_weights[:8],
         compressor=server.layers._compressor(1, "index"),
-    )  # fmt: skip
+    )
     q_lora = server.layers.index_q[:8].flatten(1)
     server.backend.forward_c4_indexer(q_lora, q_lora, indexer, batch, q_lora_ready="event")
     assert done == ["event", "wq_b"]

@@ -54,9 +54,7 @@ def loaded(warm, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """What SGLang's model holds, and what its loader said."""
     out = tmp_path_factory.mktemp("sglang")
     variables = dict.fromkeys(("SGLANG_OPT_FP8_WO_A_GEMM", "SGLANG_OPT_USE_TILELANG_MHC_PRE"), "0")
-    status, output = warm.run_one(
-        Program(["-c", LOAD, str(tiny), str(out)], variables, before=COPIES)
-    )
+    status, output = warm.run_one(Program(["-c", LOAD, str(tiny), str(out)], variables, before=COPIES))
     assert status == 0, output[-3000:]
     return torch.load(out / "state.pt"), json.loads((out / "facts.json").read_text())
 
@@ -64,9 +62,7 @@ def loaded(warm, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def stacked(written: dict[str, torch.Tensor], layer: str, parts: tuple[str, ...]) -> torch.Tensor:
     """The routed experts of a layer, ``parts`` of each one below the other."""
     experts = [f"{layer}ffn.experts.{expert}." for expert in range(SPEC.num_experts)]
-    return torch.stack(
-        [torch.cat([written[e + part + ".weight"] for part in parts]) for e in experts]
-    )
+    return torch.stack([torch.cat([written[e + part + ".weight"] for part in parts]) for e in experts])
 
 
 def two_stream_rows(ape: torch.Tensor) -> torch.Tensor:
@@ -85,38 +81,16 @@ def expected_state(written: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "model.norm.weight": written["norm.weight"],
         **{f"model.hc_head_{part}": written[f"hc_head_{part}"] for part in ("fn", "base", "scale")},
     }
-    kept = (
-        "hc_attn_fn",
-        "hc_attn_base",
-        "hc_attn_scale",
-        "hc_ffn_fn",
-        "hc_ffn_base",
-        "hc_ffn_scale",
-    )
+    kept = ("hc_attn_fn", "hc_attn_base", "hc_attn_scale", "hc_ffn_fn", "hc_ffn_base", "hc_ffn_scale")
     for layer_id, ratio in enumerate(SPEC.compress_ratios):
         old, new = f"layers.{layer_id}.", f"model.layers.{layer_id}."
-        part = {
-            name.removeprefix(old): tensor
-            for name, tensor in written.items()
-            if name.startswith(old)
-        }
+        part = {name.removeprefix(old): tensor for name, tensor in written.items() if name.startswith(old)}
         for name in kept:
             state[new + name] = part[name]
-        for name in (
-            "attn_sink",
-            "q_norm.weight",
-            "wq_b.weight",
-            "kv_norm.weight",
-            "wo_a.weight",
-            "wo_b.weight",
-        ):
+        for name in ("attn_sink", "q_norm.weight", "wq_b.weight", "kv_norm.weight", "wo_a.weight", "wo_b.weight"):
             state[f"{new}self_attn.{name}"] = part[f"attn.{name}"]
-        state[f"{new}self_attn.wqkv_a.weight"] = torch.cat(
-            [part["attn.wq_a.weight"], part["attn.wkv.weight"]]
-        )
-        compressors = {0: (), 4: ("compressor.", "indexer.compressor."), 128: ("compressor.",)}[
-            ratio
-        ]
+        state[f"{new}self_attn.wqkv_a.weight"] = torch.cat([part["attn.wq_a.weight"], part["attn.wkv.weight"]])
+        compressors = {0: (), 4: ("compressor.", "indexer.compressor."), 128: ("compressor.",)}[ratio]
         for name in compressors:
             state[f"{new}self_attn.{name}ape"] = two_stream_rows(part[f"attn.{name}ape"])
             state[f"{new}self_attn.{name}norm.weight"] = part[f"attn.{name}norm.weight"]
@@ -166,8 +140,6 @@ def test_configuration_is_read(loaded: tuple[dict, dict]):
 @pytest.mark.slow
 def test_sglang_starts_with_the_stand_ins(warm):
     """Its server and model are imported in this process, and found these in the place of compiled packages."""
-    code = (
-        "import sys; print(*(sys.modules[name].__file__ for name in ('sgl_kernel', 'torchvision')))"
-    )
+    code = "import sys; print(*(sys.modules[name].__file__ for name in ('sgl_kernel', 'torchvision')))"
     _, output = warm.run_one(Program(["-c", code]))
     assert output.count("sglang_dsv4_cpu_shims") == 2, output

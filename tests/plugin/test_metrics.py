@@ -8,9 +8,9 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_dsv4.plugin.metrics import METRICS, CacheMetrics, around_step, before_idle
-from sglang_dsv4.plugin.startup import describe
-from sglang_dsv4.plugin.step_counts import StepCounter
+from sglang_dsv4.plugin.observe.metrics import METRICS, CacheMetrics, around_step, before_idle
+from sglang_dsv4.plugin.observe.proof import describe
+from sglang_dsv4.plugin.observe.step_counts import StepCounter
 from tests.cache.driver import make_spec
 from tests.plugin.test_backend import make_pool
 
@@ -23,11 +23,7 @@ LAYERS = {4: 3, 128: 2}
 def spec_of(layers=LAYERS):
     """Two window-only layers, three of CSA, two of HCA."""
     one = {layer.ratio: layer for layer in make_spec().layers}
-    chosen = [
-        one[0],
-        one[0],
-        *(one[ratio] for ratio, number in layers.items() for _ in range(number)),
-    ]
+    chosen = [one[0], one[0], *(one[ratio] for ratio, number in layers.items() for _ in range(number))]
     return SimpleNamespace(layers=tuple(chosen), page_tokens=PAGE_TOKENS)
 
 
@@ -66,9 +62,7 @@ def mode(name):
 def batch_of(lengths):
     """A batch that decodes; as SGLang keeps them, lengths with the step's token."""
     return SimpleNamespace(
-        forward_mode=mode("DECODE"),
-        reqs=list(lengths),
-        seq_lens_cpu=torch.tensor(list(lengths.values()), dtype=torch.int64),
+        forward_mode=mode("DECODE"), reqs=list(lengths), seq_lens_cpu=torch.tensor(list(lengths.values()), dtype=torch.int64)
     )
 
 
@@ -153,12 +147,8 @@ def scheduler_of(checks=None):
     stats = Stats()
     return SimpleNamespace(
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-        metrics_reporter=SimpleNamespace(
-            metrics_collector=SimpleNamespace(labels={"model_name": "tiny", "tp_rank": 0})
-        ),
-        tp_worker=SimpleNamespace(
-            model_runner=SimpleNamespace(attn_backend=SimpleNamespace(checks=checks))
-        ),
+        metrics_reporter=SimpleNamespace(metrics_collector=SimpleNamespace(labels={"model_name": "tiny", "tp_rank": 0})),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(attn_backend=SimpleNamespace(checks=checks))),
         pool_stats_observer=SimpleNamespace(get_pool_stats=lambda: stats),
         stats=stats,
         req_to_token_pool=SimpleNamespace(size=5, available_size=lambda: 3),
@@ -187,9 +177,15 @@ def test_every_series_is_there_before_the_first_step():
     assert {name for name, *_ in samples} == {metric.name for metric in METRICS}
     pages = {key[1:]: value for key, value in samples.items() if key[0] == "sglang_dsv4_pages"}
     assert pages == {
-        ("history", "free"): 8, ("history", "cached"): 3, ("history", "shared"): 2, ("history", "private"): 2,
-        ("window", "free"): 9, ("window", "cached"): 1, ("window", "shared"): 1, ("window", "private"): 1,
-    }  # fmt: skip
+        ("history", "free"): 8,
+        ("history", "cached"): 3,
+        ("history", "shared"): 2,
+        ("history", "private"): 2,
+        ("window", "free"): 9,
+        ("window", "cached"): 1,
+        ("window", "shared"): 1,
+        ("window", "private"): 1,
+    }
     sizes = {key[1]: value for key, value in samples.items() if key[0] == "sglang_dsv4_pool_bytes"}
     assert sum(sizes.values()) == scheduler.pool.get_kv_size_bytes()
     counters = [metric.name for metric in METRICS if metric.kind == "counter"]

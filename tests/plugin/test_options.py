@@ -6,19 +6,12 @@ import pytest
 
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin import options
+from sglang_dsv4.plugin.install import options
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    for name in (
-        env.COMPRESSED_KV,
-        env.KV_FORMAT,
-        env.INDEX_FORMAT,
-        env.ATTENTION,
-        env.CHECK,
-        env.CHECK_DUMPS,
-    ):
+    for name in (env.COMPRESSED_KV, env.KV_FORMAT, env.INDEX_FORMAT, env.ATTENTION, env.CHECK, env.CHECK_DUMPS):
         monkeypatch.setenv(name, "")
 
 
@@ -41,15 +34,7 @@ def test_the_flag_becomes_the_variable():
 
 
 def test_formats_may_be_mixed():
-    options.publish(
-        parse(
-            "--enable-dsv4-compressed-kv",
-            "--dsv4-kv-format",
-            "fp8_584",
-            "--dsv4-index-format",
-            "bf16",
-        )
-    )
+    options.publish(parse("--enable-dsv4-compressed-kv", "--dsv4-kv-format", "fp8_584", "--dsv4-index-format", "bf16"))
     assert options.read() == options.Options("fp8_584", "bf16")
 
 
@@ -60,9 +45,7 @@ def test_the_attention_is_carried_and_is_no_field_of_the_spec():
 
 
 def test_a_format_without_the_flag_is_refused():
-    with pytest.raises(
-        UnsupportedError, match="expected together with --enable-dsv4-compressed-kv"
-    ):
+    with pytest.raises(UnsupportedError, match="expected together with --enable-dsv4-compressed-kv"):
         options.publish(parse("--dsv4-kv-format", "bf16"))
 
 
@@ -75,10 +58,7 @@ def test_a_misspelt_switch_is_not_off(monkeypatch, value):
 
 def test_a_misspelt_format_is_named(monkeypatch):
     monkeypatch.setenv(env.KV_FORMAT, "fp8")
-    with pytest.raises(
-        UnsupportedError,
-        match=rf"--dsv4-kv-format \({env.KV_FORMAT}\): expected one of .*, got 'fp8'",
-    ):
+    with pytest.raises(UnsupportedError, match=rf"--dsv4-kv-format \({env.KV_FORMAT}\): expected one of .*, got 'fp8'"):
         options.read()
 
 
@@ -90,7 +70,5 @@ def test_the_level_of_checks_is_carried():
 
 def test_an_unknown_level_of_checks_is_refused():
     options.publish(parse("--enable-dsv4-compressed-kv", "--dsv4-check", "always"))
-    with pytest.raises(
-        UnsupportedError, match=r"expected one of \['off', 'boundary', 'step'\], got 'always'"
-    ):
+    with pytest.raises(UnsupportedError, match=r"expected one of \['off', 'boundary', 'step'\], got 'always'"):
         options.read()

@@ -8,34 +8,15 @@ import pytest
 
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin import doctor
-from sglang_dsv4.plugin.portable import install as installer
-from sglang_dsv4.plugin.portable.capabilities import NEEDS, Capabilities
-from sglang_dsv4.plugin.portable.environment import (
-    PORTABLE_ENV,
-    PORTABLE_SETTINGS,
-    PortableSetting,
-    apply_environment,
-)
-from sglang_dsv4.plugin.portable.install import check_installed, choose, install
-from sglang_dsv4.plugin.portable.table import PORTABLE_OPS, PortableOp
+from sglang_dsv4.plugin.install.portable import install as installer
+from sglang_dsv4.plugin.install.portable.capabilities import NEEDS, Capabilities
+from sglang_dsv4.plugin.install.portable.environment import PORTABLE_ENV, PORTABLE_SETTINGS, PortableSetting, apply_environment
+from sglang_dsv4.plugin.install.portable.install import check_installed, choose, install
+from sglang_dsv4.plugin.install.portable.table import PORTABLE_OPS, PortableOp
+from sglang_dsv4.plugin.observe import doctor
 
-CPU = Capabilities(
-    device="cpu",
-    sm=None,
-    has_triton_gpu=False,
-    has_tilelang=False,
-    has_sgl_kernel=False,
-    has_deep_gemm=False,
-)
-H200 = Capabilities(
-    device="cuda",
-    sm=90,
-    has_triton_gpu=True,
-    has_tilelang=True,
-    has_sgl_kernel=True,
-    has_deep_gemm=True,
-)
+CPU = Capabilities(device="cpu", sm=None, has_triton_gpu=False, has_tilelang=False, has_sgl_kernel=False, has_deep_gemm=False)
+H200 = Capabilities(device="cuda", sm=90, has_triton_gpu=True, has_tilelang=True, has_sgl_kernel=True, has_deep_gemm=True)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +53,7 @@ class TestChoice:
     def test_every_op_and_setting_is_complete(self):
         for entry in (*PORTABLE_OPS, *PORTABLE_SETTINGS):
             assert entry.needs in NEEDS and entry.reason
-        assert (
-            len({op.name for op in PORTABLE_OPS})
-            == len({op.target for op in PORTABLE_OPS})
-            == len(PORTABLE_OPS)
-        )
+        assert len({op.name for op in PORTABLE_OPS}) == len({op.target for op in PORTABLE_OPS}) == len(PORTABLE_OPS)
         assert len(PORTABLE_ENV) == len(PORTABLE_SETTINGS)
 
     def test_an_unknown_need_is_refused(self):
@@ -88,11 +65,7 @@ class TestDetection:
     def test_a_cpu_has_no_gpu_whatever_is_installed(self):
         found = Capabilities.detect("cpu")
         assert (found.device, found.sm, found.has_triton_gpu) == ("cpu", None, False)
-        assert (
-            not found.offers("cuda")
-            and not found.offers("tilelang")
-            and not found.offers("deep_gemm")
-        )
+        assert not found.offers("cuda") and not found.offers("tilelang") and not found.offers("deep_gemm")
 
     def test_another_machine_has_the_same_packages(self):
         assert H200.on("sm_80") == replace(H200, sm=80)
@@ -180,29 +153,15 @@ class TestInstall:
     def test_a_class_keeps_methods_and_static_methods_apart(self, toys):
         home, _ = toys
         method = op(
-            name="score",
-            target="sglang._toy_home.Layer.score",
-            replacement=lambda self: type(self).__name__,
-            seen_as=(),
+            name="score", target="sglang._toy_home.Layer.score", replacement=lambda self: type(self).__name__, seen_as=()
         )
-        static = op(
-            name="mask",
-            target="sglang._toy_home.Layer.mask",
-            replacement=lambda logits: f"ours {logits}",
-            seen_as=(),
-        )
+        static = op(name="mask", target="sglang._toy_home.Layer.mask", replacement=lambda logits: f"ours {logits}", seen_as=())
         install(CPU, [method, static])
         layer = home.Layer()
-        assert (
-            layer.score() == "Layer"
-            and layer.mask(1) == "ours 1"
-            and home.Layer.mask(logits=2) == "ours 2"
-        )
+        assert layer.score() == "Layer" and layer.mask(1) == "ours 1" and home.Layer.mask(logits=2) == "ours 2"
 
     def test_a_missing_target_is_named_and_nothing_is_changed(self, toys):
-        with pytest.raises(
-            UnsupportedError, match=r"sglang\._toy_home\.gone: expected in SGLang, but missing"
-        ):
+        with pytest.raises(UnsupportedError, match=r"sglang\._toy_home\.gone: expected in SGLang, but missing"):
             install(CPU, [op(), op(name="gone", target="sglang._toy_home.gone")])
         assert toys[0].kernel is stock
 
@@ -254,7 +213,7 @@ class TestSGLang:
         from sglang.kernels.ops.attention.dsv4 import fused_rope_inplace
         from sglang.srt.models import deepseek_v4
 
-        from sglang_dsv4.plugin.portable import model_ops
+        from sglang_dsv4.plugin.install.portable import model_ops
 
         assert deepseek_v4.fused_rope_inplace is fused_rope_inplace is model_ops.rope_inplace
         deepseek_v4._get_mhc_ops.cache_clear()
@@ -265,32 +224,21 @@ class TestSGLang:
         import torch
         from sglang.srt.model_executor.forward_batch_info import compute_position
 
-        positions, starts = compute_position(
-            "dsv4", torch.tensor([0, 512]), torch.tensor([3, 2]), 5
-        )
+        positions, starts = compute_position("dsv4", torch.tensor([0, 512]), torch.tensor([3, 2]), 5)
         assert positions.tolist() == [0, 1, 2, 512, 513] and starts.tolist() == [0, 3]
 
     def test_the_paged_allocator_runs(self, sglang_with_ops):
         import torch
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 
-        allocator = PagedTokenToKVPoolAllocator(
-            1024, 256, torch.bfloat16, "cpu", None, need_sort=False
-        )
+        allocator = PagedTokenToKVPoolAllocator(1024, 256, torch.bfloat16, "cpu", None, need_sort=False)
         lens = torch.tensor([300])
-        first = allocator.alloc_extend(
-            torch.tensor([0]), torch.tensor([0]), lens, lens, torch.tensor([-1]), 300
-        )
+        first = allocator.alloc_extend(torch.tensor([0]), torch.tensor([0]), lens, lens, torch.tensor([-1]), 300)
         assert first.tolist() == list(range(256, 556))
         step = allocator.alloc_decode(lens + 1, lens + 1, first[-1:])
         assert step.tolist() == [556] and allocator.available_size() == 512
         many = torch.tensor([900])
-        assert (
-            allocator.alloc_extend(
-                torch.tensor([0]), torch.tensor([0]), many, many, torch.tensor([-1]), 900
-            )
-            is None
-        )
+        assert allocator.alloc_extend(torch.tensor([0]), torch.tensor([0]), many, many, torch.tensor([-1]), 900) is None
         assert allocator.available_size() == 512
         allocator.free(torch.cat([first, step]))
         assert allocator.available_size() == 1024

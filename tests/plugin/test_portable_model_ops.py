@@ -19,7 +19,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 )
 
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin.portable import model_ops
+from sglang_dsv4.plugin.install.portable import model_ops
 
 U = 2.0**-24
 ROUNDING = {torch.float32: U, torch.bfloat16: 2.0**-8}
@@ -34,9 +34,7 @@ def within(found, exact, bound):
 
 
 def frequencies(num_positions=4096, rope_dim=64):
-    angles = torch.outer(
-        torch.arange(num_positions).float(), 10000.0 ** (-torch.arange(0, rope_dim, 2) / rope_dim)
-    )
+    angles = torch.outer(torch.arange(num_positions).float(), 10000.0 ** (-torch.arange(0, rope_dim, 2) / rope_dim))
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -115,27 +113,18 @@ class TestRopeInplace:
         out = rows.clone()
         model_ops.rope_inplace(out[..., -64:], None, freqs, positions=positions, inverse=inverse)
         assert within(out[..., -64:], exact, bound)
-        assert not within(
-            out[..., -64:], turned(rows[..., -64:], freqs, positions, not inverse), bound
-        )
+        assert not within(out[..., -64:], turned(rows[..., -64:], freqs, positions, not inverse), bound)
         assert torch.equal(out[..., :-64], rows[..., :-64])
 
     def test_rotates_keys_as_well(self):
-        q, k, freqs, positions = (
-            torch.randn(4, 3, 64),
-            torch.randn(4, 1, 64),
-            frequencies(),
-            torch.arange(4),
-        )
+        q, k, freqs, positions = (torch.randn(4, 3, 64), torch.randn(4, 1, 64), frequencies(), torch.arange(4))
         expected = k.clone()
         model_ops.rope_inplace(expected, None, freqs, positions)
         model_ops.rope_inplace(q, k, freqs, positions)
         assert torch.equal(k, expected)
 
     def test_no_tokens(self):
-        model_ops.rope_inplace(
-            torch.empty(0, 8, 64), None, frequencies(), torch.empty(0, dtype=torch.int32)
-        )
+        model_ops.rope_inplace(torch.empty(0, 8, 64), None, frequencies(), torch.empty(0, dtype=torch.int32))
 
 
 class TestSiluAndMulClamp:
@@ -168,12 +157,7 @@ class TestSiluAndMulClamp:
 
 def hyper_config(hidden=64, streams=4):
     return DeepseekV4Config(
-        hidden_size=hidden,
-        hc_mult=streams,
-        hc_sinkhorn_iters=20,
-        hc_eps=EPS,
-        rms_norm_eps=EPS,
-        num_hidden_layers=1,
+        hidden_size=hidden, hc_mult=streams, hc_sinkhorn_iters=20, hc_eps=EPS, rms_norm_eps=EPS, num_hidden_layers=1
     )
 
 
@@ -189,9 +173,7 @@ class TestHcSplitSinkhorn:
         scale, base = scale.double(), base.double()
         pre = torch.sigmoid(z[..., :n] * scale[0] + base[:n]) + EPS
         post = 2 * torch.sigmoid(z[..., n : 2 * n] * scale[1] + base[n : 2 * n])
-        matrix = (z[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)).softmax(
-            -1
-        ) + EPS
+        matrix = (z[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)).softmax(-1) + EPS
         for i in range(2 * iters - 1):
             matrix = matrix / (matrix.sum(-2 if i % 2 == 0 else -1, keepdim=True) + EPS)
         return pre, post, matrix
@@ -222,18 +204,12 @@ class TestHcSplitSinkhorn:
         with torch.no_grad():
             theirs.fn.normal_(std=0.1), theirs.base.normal_(), theirs.scale.uniform_(0.5, 1.5)
             flat = streams.flatten(2)
-            mixes = linear(
-                flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS), theirs.fn
-            )
+            mixes = linear(flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS), theirs.fn)
             post, comb, collapsed = theirs(streams)
-            pre, our_post, our_comb = model_ops.hc_split_sinkhorn(
-                mixes, theirs.scale, theirs.base, 4, 20, EPS
-            )
+            pre, our_post, our_comb = model_ops.hc_split_sinkhorn(mixes, theirs.scale, theirs.base, 4, 20, EPS)
         # Both are in fp32, so twice the bound.
         bound = 2 * self.bound()
-        assert within(our_post, post.double(), bound * post) and within(
-            our_comb, comb.double(), bound * comb
-        )
+        assert within(our_post, post.double(), bound * post) and within(our_comb, comb.double(), bound * comb)
         ours = (pre.unsqueeze(-1) * streams).sum(2)
         assert within(ours, collapsed.double(), bound * (pre.unsqueeze(-1) * streams).abs().sum(2))
         assert not within(our_comb.mT, comb.double(), bound * comb)
@@ -272,10 +248,7 @@ class TestHcHead:
         x, *rest = self.inputs(6, torch.float32)
         wide = torch.zeros(6, 4, 128)
         wide[..., 32:96] = x
-        assert torch.equal(
-            model_ops.hc_head(wide[..., 32:96], *rest, EPS, EPS),
-            model_ops.hc_head(x, *rest, EPS, EPS),
-        )
+        assert torch.equal(model_ops.hc_head(wide[..., 32:96], *rest, EPS, EPS), model_ops.hc_head(x, *rest, EPS, EPS))
 
     def test_matches_transformers(self):
         x, fn, scale, base = self.inputs(9, torch.float32)
@@ -283,21 +256,14 @@ class TestHcHead:
         with torch.no_grad():
             theirs.hc_fn.copy_(fn), theirs.hc_scale.copy_(scale), theirs.hc_base.copy_(base)
             expected = theirs(x.unsqueeze(0))[0]
-        assert within(
-            model_ops.hc_head(x, fn, scale, base, EPS, EPS),
-            expected.double(),
-            2 * self.exact(x, fn, scale, base)[1],
-        )
+        assert within(model_ops.hc_head(x, fn, scale, base, EPS, EPS), expected.double(), 2 * self.exact(x, fn, scale, base)[1])
 
 
 class TestRouterLogits:
     @DTYPES
     @pytest.mark.parametrize("num_tokens", [0, 1, 40])
     def test_is_fp32_and_matches_fp64(self, dtype, num_tokens):
-        x, gate = (
-            torch.randn(num_tokens, 256).to(dtype),
-            SimpleNamespace(weight=torch.randn(8, 256).to(dtype)),
-        )
+        x, gate = (torch.randn(num_tokens, 256).to(dtype), SimpleNamespace(weight=torch.randn(8, 256).to(dtype)))
         found = model_ops.router_logits(gate, x)
         exact = x.double() @ gate.weight.double().T
         bound = 256 * U * (x.double().abs() @ gate.weight.double().abs().T)
@@ -307,12 +273,7 @@ class TestRouterLogits:
 
 
 def moe_config(**changes):
-    values = {
-        "activation": "silu",
-        "gemm1_alpha": None,
-        "apply_router_weight_on_input": False,
-        "swiglu_limit": LIMIT,
-    }
+    values = {"activation": "silu", "gemm1_alpha": None, "apply_router_weight_on_input": False, "swiglu_limit": LIMIT}
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -326,11 +287,7 @@ class TestRoutedExperts:
             w2_weight=(0.2 * torch.randn(self.E, self.D, self.I)).to(dtype),
         )
         x = torch.randn(num_tokens, self.D).to(dtype)
-        ids = (
-            torch.stack([torch.randperm(self.E)[: self.K] for _ in range(num_tokens)])
-            if num_tokens
-            else torch.empty(0, 2)
-        )
+        ids = torch.stack([torch.randperm(self.E)[: self.K] for _ in range(num_tokens)]) if num_tokens else torch.empty(0, 2)
         return layer, x, torch.rand(num_tokens, self.K), ids.long()
 
     def token_by_token(self, layer, x, weights, ids, limit=LIMIT):
@@ -340,26 +297,19 @@ class TestRoutedExperts:
             row = torch.zeros(self.D, dtype=x.dtype)
             for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
                 gate, up = (layer.w13_weight[expert] @ x[token]).chunk(2)
-                row += weight.to(x.dtype) * (
-                    layer.w2_weight[expert]
-                    @ (silu(gate.clamp(max=limit)) * up.clamp(-limit, limit))
-                )
+                row += weight.to(x.dtype) * (layer.w2_weight[expert] @ (silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)))
             rows.append(row)
         return torch.stack(rows)
 
     def wide(self, layer):
-        return SimpleNamespace(
-            w13_weight=layer.w13_weight.double(), w2_weight=layer.w2_weight.double()
-        )
+        return SimpleNamespace(w13_weight=layer.w13_weight.double(), w2_weight=layer.w2_weight.double())
 
     @DTYPES
     def test_is_at_most_twice_as_wrong_as_the_definition_in_the_same_dtype(self, dtype):
         layer, x, weights, ids = self.inputs(40, dtype)
         exact = self.token_by_token(self.wide(layer), x.double(), weights.double(), ids)
         plain = self.token_by_token(layer, x, weights, ids)
-        allowed = (
-            2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-        )
+        allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
 
         def error(layer, weights, ids, **changes):
             found = model_ops.routed_experts(layer, x, (weights, ids, None), moe_config(**changes))
@@ -371,38 +321,23 @@ class TestRoutedExperts:
         assert error(layer, weights, ids, swiglu_limit=None) > allowed
         assert error(layer, weights.flip(1), ids) > allowed
         assert error(layer, weights, (ids + 1) % self.E) > allowed
-        swapped = SimpleNamespace(
-            w13_weight=layer.w13_weight.roll(self.I, 1), w2_weight=layer.w2_weight
-        )
+        swapped = SimpleNamespace(w13_weight=layer.w13_weight.roll(self.I, 1), w2_weight=layer.w2_weight)
         assert error(swapped, weights, ids) > allowed
 
     def test_no_tokens_and_no_expert(self):
         layer, x, weights, ids = self.inputs(0, torch.float32)
-        assert model_ops.routed_experts(layer, x, (weights, ids, None), moe_config()).shape == (
-            0,
-            self.D,
-        )
+        assert model_ops.routed_experts(layer, x, (weights, ids, None), moe_config()).shape == (0, self.D)
         layer, x, weights, _ = self.inputs(3, torch.float32)
-        ids = torch.tensor(
-            [[0, 1], [2, 3], [4, 5]]
-        )  # none shared, so that no GEMM changes its shape below
+        ids = torch.tensor([[0, 1], [2, 3], [4, 5]])  # none shared, so that no GEMM changes its shape below
         said = model_ops.routed_experts(layer, x, (weights, ids, None), moe_config())
         ids[1] = -1
         masked = model_ops.routed_experts(layer, x, (weights, ids, None), moe_config())
-        assert (
-            masked[1].count_nonzero() == 0
-            and torch.equal(masked[0], said[0])
-            and torch.equal(masked[2], said[2])
-        )
+        assert masked[1].count_nonzero() == 0 and torch.equal(masked[0], said[0]) and torch.equal(masked[2], said[2])
 
     def test_matches_transformers(self):
         layer, x, weights, ids = self.inputs(20, torch.float32)
         config = DeepseekV4Config(
-            hidden_size=self.D,
-            moe_intermediate_size=self.I,
-            n_routed_experts=self.E,
-            swiglu_limit=LIMIT,
-            num_hidden_layers=1,
+            hidden_size=self.D, moe_intermediate_size=self.I, n_routed_experts=self.E, swiglu_limit=LIMIT, num_hidden_layers=1
         )
         theirs = DeepseekV4Experts(config)
         with torch.no_grad():
@@ -410,10 +345,7 @@ class TestRoutedExperts:
             expected = theirs(x, ids, weights)
         exact = self.token_by_token(self.wide(layer), x.double(), weights.double(), ids)
         found = model_ops.routed_experts(layer, x, (weights, ids, None), moe_config())
-        allowed = (
-            2 * (expected.double() - exact).abs().max()
-            + torch.finfo(torch.float32).eps * exact.abs().max()
-        )
+        allowed = 2 * (expected.double() - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
         assert (found - exact).abs().max() <= allowed
 
     def test_refuses_other_experts(self):
@@ -435,23 +367,15 @@ class TestRoutedExperts:
         layer, x, weights, ids = self.inputs(20, torch.float32)
         layer.num_experts = self.E
         stock = fused_moe_native.moe_forward_native(layer, x, (weights, ids, None), moe_config())
-        unbounded = model_ops.routed_experts(
-            layer, x, (weights, ids, None), moe_config(swiglu_limit=None)
-        )
+        unbounded = model_ops.routed_experts(layer, x, (weights, ids, None), moe_config(swiglu_limit=None))
         bounded = model_ops.routed_experts(layer, x, (weights, ids, None), moe_config())
         scale = bounded.abs().max()
-        assert (
-            (stock - unbounded).abs().max()
-            <= 64 * U * self.D * scale
-            < (stock - bounded).abs().max()
-        )
+        assert (stock - unbounded).abs().max() <= 64 * U * self.D * scale < (stock - bounded).abs().max()
 
 
 class TestWidenBf16Parameters:
     def model(self):
-        model = torch.nn.ModuleDict(
-            {"wo_a": torch.nn.Linear(8, 4, bias=False).bfloat16(), "wo_b": torch.nn.Linear(4, 8)}
-        )
+        model = torch.nn.ModuleDict({"wo_a": torch.nn.Linear(8, 4, bias=False).bfloat16(), "wo_b": torch.nn.Linear(4, 8)})
         return model.requires_grad_(False)
 
     def test_widens_exactly_and_in_place(self):

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from sglang_dsv4.plugin.portable import sampling_ops
+from sglang_dsv4.plugin.install.portable import sampling_ops
 
 
 def masked(logits, allowed):
@@ -27,9 +27,7 @@ def allow_only(mask, allowed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_allowed_tokens_stay(vocab, dtype):
     rng = random.Random(vocab)
-    allowed = [set(rng.sample(range(vocab), k)) for k in (1, vocab // 2, vocab)] + [
-        {31 % vocab, vocab - 1}
-    ]
+    allowed = [set(rng.sample(range(vocab), k)) for k in (1, vocab // 2, vocab)] + [{31 % vocab, vocab - 1}]
     mask = sampling_ops.allocate_bitmask(vocab, len(allowed))
     allow_only(mask, allowed)
     logits = torch.randn(len(allowed), vocab).to(dtype)
@@ -42,9 +40,7 @@ def test_only_allowed_tokens_stay(vocab, dtype):
 def test_a_new_mask_allows_everything():
     logits = torch.randn(3, 100)
     before = logits.clone()
-    sampling_ops.mask_logits_of_grammar(
-        None, logits=logits, vocab_mask=sampling_ops.allocate_bitmask(100, 3)
-    )
+    sampling_ops.mask_logits_of_grammar(None, logits=logits, vocab_mask=sampling_ops.allocate_bitmask(100, 3))
     assert torch.equal(logits, before)
 
 
@@ -52,9 +48,7 @@ def test_tokens_beyond_the_mask_stay():
     logits = torch.randn(1, 70)
     before = logits.clone()
     sampling_ops.mask_logits(logits, torch.zeros(1, 2, dtype=torch.int32))
-    assert bool((logits[:, :64] == float("-inf")).all()) and torch.equal(
-        logits[:, 64:], before[:, 64:]
-    )
+    assert bool((logits[:, :64] == float("-inf")).all()) and torch.equal(logits[:, 64:], before[:, 64:])
 
 
 def test_strided_logits_are_masked_in_place():
@@ -85,7 +79,4 @@ def test_masks_have_the_shape_that_xgrammar_fills():
 
     for vocab, batch in ((1, 1), (32, 2), (33, 3), (129280, 4)):
         mask = sampling_ops.allocate_bitmask(vocab, batch)
-        assert (
-            tuple(mask.shape) == tuple(get_bitmask_shape(batch, vocab))
-            and mask.dtype == bitmask_dtype
-        )
+        assert tuple(mask.shape) == tuple(get_bitmask_shape(batch, vocab)) and mask.dtype == bitmask_dtype

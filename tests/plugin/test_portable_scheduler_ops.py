@@ -5,12 +5,7 @@ import random
 import pytest
 import torch
 
-from sglang_dsv4.plugin.portable.scheduler_ops import (
-    PADDING_PAGE,
-    alloc_decode,
-    alloc_extend,
-    no_triton,
-)
+from sglang_dsv4.plugin.install.portable.scheduler_ops import PADDING_PAGE, alloc_decode, alloc_extend, no_triton
 
 PAGE = 256
 
@@ -44,22 +39,13 @@ def launch(kernel, lengths, *rest):
 
 
 def last_slots(book, requests, dtype=torch.int64):
-    return torch.tensor(
-        [(book.slots.get(request) or [-1])[-1] for request in requests], dtype=dtype
-    )
+    return torch.tensor([(book.slots.get(request) or [-1])[-1] for request in requests], dtype=dtype)
 
 
 def extend(book, requests, lengths, dtype=torch.int64):
     before = torch.tensor([len(book.slots.get(request, [])) for request in requests], dtype=dtype)
     after = before + torch.tensor(lengths, dtype=dtype)
-    return launch(
-        alloc_extend,
-        lengths,
-        before,
-        after,
-        last_slots(book, requests, dtype),
-        torch.tensor(book.free),
-    )
+    return launch(alloc_extend, lengths, before, after, last_slots(book, requests, dtype), torch.tensor(book.free))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -71,13 +57,9 @@ def test_random_requests_get_the_slots_of_the_book(seed, dtype):
             book.close(book.rng.choice(list(book.slots)))
         if book.slots and book.rng.random() < 0.6:
             requests = list(book.slots)
-            after = torch.tensor(
-                [len(book.slots[request]) + 1 for request in requests], dtype=dtype
-            )
+            after = torch.tensor([len(book.slots[request]) + 1 for request in requests], dtype=dtype)
             free = torch.tensor(book.free, dtype=torch.int64)
-            found = launch(
-                alloc_decode, [1] * len(requests), after, last_slots(book, requests, dtype), free
-            )
+            found = launch(alloc_decode, [1] * len(requests), after, last_slots(book, requests, dtype), free)
             assert found == [book.extend(request, 1)[0] for request in requests]
         elif len(book.free) > 20:
             old = book.rng.sample(list(book.slots), k=min(2, len(book.slots)))
@@ -85,9 +67,7 @@ def test_random_requests_get_the_slots_of_the_book(seed, dtype):
             lengths = [book.rng.choice([1, 5, 255, 256, 257, 512, 900]) for _ in requests]
             found = extend(book, requests, lengths, dtype)
             expected = [
-                slot
-                for request, length in zip(requests, lengths, strict=True)
-                for slot in book.extend(request, length)
+                slot for request, length in zip(requests, lengths, strict=True) for slot in book.extend(request, length)
             ]
             assert found == expected
             assert len(set(found)) == len(found)
@@ -107,31 +87,19 @@ def test_every_length_around_a_page(boundary):
 def test_a_wrong_last_slot_shows():
     book = Book(num_pages=4, seed=0)
     book.extend(0, 10)
-    args = (
-        torch.tensor([10]),
-        torch.tensor([14]),
-        last_slots(book, [0]) + 1,
-        torch.tensor(book.free),
-    )
+    args = (torch.tensor([10]), torch.tensor([14]), last_slots(book, [0]) + 1, torch.tensor(book.free))
     assert launch(alloc_extend, [4], *args) != book.extend(0, 4)
 
 
 def test_a_shortage_gives_the_padding_page_and_does_not_fail():
     """SGLang counts pages after the launch, and then discards it; a Triton kernel would have read past the end."""
     found = launch(
-        alloc_extend,
-        [600],
-        torch.tensor([0]),
-        torch.tensor([600]),
-        torch.tensor([-1]),
-        torch.tensor([5], dtype=torch.int64),
+        alloc_extend, [600], torch.tensor([0]), torch.tensor([600]), torch.tensor([-1]), torch.tensor([5], dtype=torch.int64)
     )
     assert found[:PAGE] == list(range(5 * PAGE, 6 * PAGE))
     assert {slot // PAGE for slot in found[PAGE:]} == {PADDING_PAGE}
     empty = torch.empty(0, dtype=torch.int64)
-    assert launch(
-        alloc_decode, [1, 1], torch.tensor([257, 5]), torch.tensor([999, 700]), empty
-    ) == [0, 701]
+    assert launch(alloc_decode, [1, 1], torch.tensor([257, 5]), torch.tensor([999, 700]), empty) == [0, 701]
 
 
 def test_no_requests():
@@ -155,12 +123,6 @@ def test_equals_sglangs_own_torch_function(seed):
     before = torch.tensor([len(book.slots.get(request, [])) for request in requests])
     out = torch.empty(sum(lengths), dtype=torch.int64)
     alloc_extend_naive(
-        before,
-        before + torch.tensor(lengths),
-        last_slots(book, requests),
-        torch.tensor(book.free),
-        out,
-        PAGE,
-        "cpu",
+        before, before + torch.tensor(lengths), last_slots(book, requests), torch.tensor(book.free), out, PAGE, "cpu"
     )
     assert extend(book, requests, lengths) == out.tolist()

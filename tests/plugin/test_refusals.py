@@ -8,7 +8,7 @@ import pytest
 
 from sglang_dsv4 import env
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin import contract, refusals
+from sglang_dsv4.plugin.install import contract, refusals
 from tests.cache.driver import CONFIG
 
 SUPPORTED = {
@@ -67,9 +67,7 @@ UNSUPPORTED = {
 
 def test_what_sglang_resolves_by_default_is_accepted():
     refusals.check_arguments(SimpleNamespace(**SUPPORTED))
-    refusals.check_arguments(
-        SimpleNamespace(**{**SUPPORTED, "page_size": 256, "kv_cache_dtype": "fp8_e4m3"})
-    )
+    refusals.check_arguments(SimpleNamespace(**{**SUPPORTED, "page_size": 256, "kv_cache_dtype": "fp8_e4m3"}))
 
 
 @pytest.mark.parametrize(("name", "value"), UNSUPPORTED.items())
@@ -115,7 +113,7 @@ def test_a_cpu_and_gpus_from_sm80_on_are_accepted():
 
 def test_another_device_than_the_plug_in_was_loaded_for_is_refused(monkeypatch):
     """Portable ops and SGLang's switches are chosen when a process loads the plug-in."""
-    from sglang_dsv4.plugin import activation
+    from sglang_dsv4.plugin.install import activation
 
     monkeypatch.delenv(env.DEVICE, raising=False)
     activation.check_device("cpu")
@@ -147,23 +145,18 @@ def test_dtypes_that_an_attention_does_not_take_are_refused(attention, taken, ex
 
 def test_graphs_that_sglang_resolved_to_are_checked():
     def config(prefill, decode):
-        return SimpleNamespace(
-            prefill=SimpleNamespace(backend=prefill), decode=SimpleNamespace(backend=decode)
-        )
+        return SimpleNamespace(prefill=SimpleNamespace(backend=prefill), decode=SimpleNamespace(backend=decode))
 
     refusals.check_graphs(config("disabled", "full"))
     refusals.check_graphs(config("disabled", "disabled"))
-    with pytest.raises(
-        UnsupportedError, match="graphs of prefill: expected disabled, got breakable"
-    ):
+    with pytest.raises(UnsupportedError, match="graphs of prefill: expected disabled, got breakable"):
         refusals.check_graphs(config("breakable", "full"))
     with pytest.raises(UnsupportedError, match="of decode: expected full or disabled, got break"):
         refusals.check_graphs(config("disabled", "breakable"))
 
 
 @pytest.mark.parametrize(
-    ("heads", "ranks", "handed"),
-    [(64, 1, 64), (64, 2, 64), (64, 8, 64), (128, 1, 128), (128, 2, 64), (256, 2, 256)],
+    ("heads", "ranks", "handed"), [(64, 1, 64), (64, 2, 64), (64, 8, 64), (128, 1, 128), (128, 2, 64), (256, 2, 256)]
 )
 def test_heads_of_a_rank_are_filled_up_as_sglang_does(heads, ranks, handed):
     assert refusals.handed_heads(heads, ranks) == handed
@@ -176,16 +169,12 @@ def test_quantisation_is_read_from_the_checkpoint(tmp_path, field, found):
 
 
 def write_config(folder, **fields):
-    (folder / "config.json").write_text(
-        json.dumps({**CONFIG, "architectures": ["DeepseekV4ForCausalLM"], **fields})
-    )
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["DeepseekV4ForCausalLM"], **fields}))
     return str(folder)
 
 
 def test_checkpoints(tmp_path):
-    spec = refusals.check_checkpoint(
-        write_config(tmp_path), {"row_format": "fp8_584", "index_format": "fp8"}
-    )
+    spec = refusals.check_checkpoint(write_config(tmp_path), {"row_format": "fp8_584", "index_format": "fp8"})
     assert (spec.page_tokens, spec.row_format) == (256, "fp8_584")
 
 
@@ -193,10 +182,7 @@ def test_checkpoints(tmp_path):
     ("make", "message"),
     [
         (lambda path: str(path / "missing"), "expected a folder with a config.json, found none"),
-        (
-            lambda path: write_config(path, architectures=["LlamaForCausalLM"]),
-            "got LlamaForCausalLM",
-        ),
+        (lambda path: write_config(path, architectures=["LlamaForCausalLM"]), "got LlamaForCausalLM"),
         (lambda path: write_config(path, architectures=None), "got none"),
         (lambda path: write_config(path, compress_ratios=[0, 2, 1]), "V4.1"),
     ],
@@ -217,9 +203,7 @@ def test_a_taken_port_is_refused_and_a_freed_one_is_not():
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1]
-        with pytest.raises(
-            UnsupportedError, match=f"--port {port}: expected a free port on 127.0.0.1"
-        ):
+        with pytest.raises(UnsupportedError, match=f"--port {port}: expected a free port on 127.0.0.1"):
             refusals.check_port("127.0.0.1", port)
     refusals.check_port("127.0.0.1", port)
 
@@ -227,18 +211,13 @@ def test_a_taken_port_is_refused_and_a_freed_one_is_not():
 def test_a_window_pool_that_would_hang_is_refused():
     assert refusals.window_tokens(10240, 0.1) == 1024
     refusals.check_window_pool(refusals.window_tokens(10240, 0.1))
-    with pytest.raises(
-        UnsupportedError,
-        match="window pool: expected 1024 tokens or more, got 768; raise --max-total",
-    ):
+    with pytest.raises(UnsupportedError, match="window pool: expected 1024 tokens or more, got 768; raise --max-total"):
         refusals.check_window_pool(refusals.window_tokens(8192, 0.1))
 
 
 @pytest.mark.parametrize("version", ["0.5.16", "0.6.0", None])
 def test_other_versions_of_sglang_are_refused(version):
-    with pytest.raises(
-        UnsupportedError, match=f"sglang: expected version 0.5.17, got {version or 'none'}"
-    ):
+    with pytest.raises(UnsupportedError, match=f"sglang: expected version 0.5.17, got {version or 'none'}"):
         contract.check_version(version)
 
 
@@ -247,7 +226,5 @@ def test_the_contract_holds_on_the_installed_sglang():
     contract.check_version(contract.installed_version())
     contract.check_names()
     renamed = contract.ContractName("sglang.srt.server_args.ServerArgs.add_cli_arguments", "")
-    with pytest.raises(
-        UnsupportedError, match="missing: sglang.srt.server_args.ServerArgs.add_cli_arguments"
-    ):
+    with pytest.raises(UnsupportedError, match="missing: sglang.srt.server_args.ServerArgs.add_cli_arguments"):
         contract.check_names((*contract.CONTRACT, renamed))

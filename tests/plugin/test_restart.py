@@ -3,14 +3,12 @@
 import httpx
 import pytest
 
-from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
+from sglang_dsv4.check.oracle import Oracle, comparison_bound
 from tests.plugin.serving import generate, prompt, request_body, serving
 
 pytestmark = [pytest.mark.sglang, pytest.mark.long]
 
-ARGUMENTS = (
-    "--dtype", "float32", "--dsv4-kv-format", "fp8_584", "--chunked-prefill-size", "256", "--sleep-on-idle",
-)  # fmt: skip
+ARGUMENTS = ("--dtype", "float32", "--dsv4-kv-format", "fp8_584", "--chunked-prefill-size", "256", "--sleep-on-idle")
 
 
 def test_a_killed_server_restarts_on_its_port(warm, tiny):

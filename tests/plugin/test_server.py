@@ -14,27 +14,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_dsv4 import env
 from sglang_dsv4.cache.sizing import ServerSize, size_of
-from sglang_dsv4.demo.server import active_line
-from sglang_dsv4.runtime.oracle import Oracle, comparison_bound
+from sglang_dsv4.check.demo.server import active_line
+from sglang_dsv4.check.oracle import Oracle, comparison_bound
 from sglang_dsv4.spec import CacheSpec
-from tests.plugin.serving import (
-    NEW_TOKENS,
-    generate,
-    post,
-    prompt,
-    read,
-    request_body,
-    serving,
-)
+from tests.plugin.serving import NEW_TOKENS, generate, post, prompt, read, request_body, serving
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 # At admission a page each, and two for those above 256; a page more as soon as one crosses 256.
 LENGTHS = [1, 2, 3, 7, 127, 131, 253, 254, 255, 257, 259, 515]
 OUR_LABELS = ("pool", "state", "ratio", "cause")
-SMALL_POOL = (
-    "--max-total-tokens", "3584", "--swa-full-tokens-ratio", "1.0", "--schedule-conservativeness", "0.01",
-)  # fmt: skip
+SMALL_POOL = ("--max-total-tokens", "3584", "--swa-full-tokens-ratio", "1.0", "--schedule-conservativeness", "0.01")
 
 
 def empty_cache(server):
@@ -76,10 +66,19 @@ def server(warm, tiny):
     """Exact rows, small pool, prefill mixed with decode, poisoned memory, metrics, integrity checks."""
     # Beside a decoding request, a chunk of 512 has room for one page of prefill.
     arguments = (
-        "--dtype", "float32", "--dsv4-kv-format", "fp32", *SMALL_POOL,
-        "--chunked-prefill-size", "512", "--enable-mixed-chunk", "--sleep-on-idle",
-        "--enable-metrics", "--dsv4-check", "boundary",
-    )  # fmt: skip
+        "--dtype",
+        "float32",
+        "--dsv4-kv-format",
+        "fp32",
+        *SMALL_POOL,
+        "--chunked-prefill-size",
+        "512",
+        "--enable-mixed-chunk",
+        "--sleep-on-idle",
+        "--enable-metrics",
+        "--dsv4-check",
+        "boundary",
+    )
     with serving(warm, tiny, arguments, variables={env.POISON: "1"}) as running:
         yield running
 

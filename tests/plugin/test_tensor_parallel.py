@@ -4,17 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.runtime.oracle import Oracle
 from tests.plugin.serving import generate, post, prompt, serving
 from tests.plugin.test_server import check, facts_of
 
 pytestmark = pytest.mark.sglang
 
 RANKS = 2
-EXACT = (
-    "--dtype", "float32", "--dsv4-kv-format", "fp32", "--sleep-on-idle", "--dsv4-check", "step",
-)  # fmt: skip
+EXACT = ("--dtype", "float32", "--dsv4-kv-format", "fp32", "--sleep-on-idle", "--dsv4-check", "step")
 # SGLang wants to be told which cores each rank has, where there are fewer NUMA nodes than ranks.
 CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"}
 
@@ -52,11 +50,9 @@ def test_two_ranks_answer_as_one(warm, tiny):
     assert (short[1] - long[1]).abs().max().item() > 2 * bound
 
 
-@pytest.mark.parametrize(("heads", "groups", "named"), [
-    (9, 2, "num_attention_heads=9"), (8, 3, "o_groups=3"),
-])  # fmt: skip
+@pytest.mark.parametrize(("heads", "groups", "named"), [(9, 2, "num_attention_heads=9"), (8, 3, "o_groups=3")])
 def test_heads_that_cannot_be_split_are_refused(heads, groups, named):
-    from sglang_dsv4.plugin.portable.config_ops import keep_heads
+    from sglang_dsv4.plugin.install.portable.config_ops import keep_heads
 
     config = SimpleNamespace(num_attention_heads=heads, o_groups=groups)
     model_config = SimpleNamespace(hf_config=config)

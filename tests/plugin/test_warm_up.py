@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_dsv4.plugin import warm_up
+from sglang_dsv4.plugin.install import warm_up
 from tests.plugin.serving import generate, prompt, serving
 from tests.plugin.test_server import facts_of
 
@@ -61,9 +61,7 @@ def test_lengths_double_up_to_the_longest(longest):
 
 
 @pytest.mark.sglang
-@pytest.mark.parametrize(
-    ("chunk", "most", "longest"), [(512, 100_000, 512), (-1, 3000, 1500), (8192, 3000, 1500)]
-)
+@pytest.mark.parametrize(("chunk", "most", "longest"), [(512, 100_000, 512), (-1, 3000, 1500), (8192, 3000, 1500)])
 def test_prompts_of_all_lengths_then_short_ones_together(chunk, most, longest, caplog):
     manager = Manager(chunk, most)
     with caplog.at_level("INFO"):

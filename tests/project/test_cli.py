@@ -45,7 +45,7 @@ def test_every_option_has_help(name):
         (["prune", "{folder}"], "expected a folder with dsv4kv-pages, found none"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_one_sentence(argv, sentence, tmp_path, capsys):
     (tmp_path / "config.json").write_text("no JSON")
     assert cli.main([part.format(folder=tmp_path) for part in argv]) == 1
@@ -65,6 +65,6 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sglang_dsv4.sizing_command.most_tokens", interrupted)
+    monkeypatch.setattr("sglang_dsv4.cache.sizing_command.most_tokens", interrupted)
     assert cli.main(["size", "flash", "--memory", "9"]) == 130
     assert capsys.readouterr().err == "Stopped.\n"

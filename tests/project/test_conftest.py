@@ -22,9 +22,7 @@ def run(pytester: pytest.Pytester, source: str) -> pytest.RunResult:
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2],
-    ids=str,
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
 )
 def test_fresh_floats_are_nan(dtype):
     assert memory.empty((3, 5), dtype, "cpu").float().isnan().all()
@@ -63,12 +61,7 @@ def test_numbers_depend_on_the_name_only(pytester):
 
 
 @pytest.mark.parametrize(
-    "body",
-    [
-        "pytest.skip('later')",
-        "pytest.importorskip('a_module_that_does_not_exist')",
-        "pytest.xfail('known')",
-    ],
+    "body", ["pytest.skip('later')", "pytest.importorskip('a_module_that_does_not_exist')", "pytest.xfail('known')"]
 )
 def test_a_skip_without_the_gpu_mark_fails(pytester, body):
     result = run(pytester, f"import pytest\n\ndef test_it():\n    {body}\n")
@@ -83,8 +76,6 @@ def test_a_skipped_module_fails(pytester):
 
 def test_a_gpu_test_is_skipped_without_a_gpu(pytester, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = run(
-        pytester, "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    raise AssertionError\n"
-    )
+    result = run(pytester, "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    raise AssertionError\n")
     result.assert_outcomes(skipped=1)
     assert result.ret == 0

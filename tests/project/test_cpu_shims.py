@@ -66,9 +66,7 @@ def make_real(site: Path) -> None:
 def started() -> list[str]:
     """Imports of SGLang's server in this environment, as on a machine without a GPU."""
     variables = {**env.snapshot(), "SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", START], capture_output=True, text=True, env=variables, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr
     return [line for line in done.stdout.splitlines() if line.startswith("START ")]
 
@@ -90,11 +88,7 @@ def test_real_packages_win(real_first, wheel, tmp_path):
     install(wheel, site)
     if not real_first:
         make_real(site)
-    done = python(
-        "import sgl_kernel, torchvision; print(sgl_kernel.OWNER, torchvision.OWNER)",
-        site=site,
-        cwd=tmp_path,
-    )
+    done = python("import sgl_kernel, torchvision; print(sgl_kernel.OWNER, torchvision.OWNER)", site=site, cwd=tmp_path)
     assert done.stdout.split() == ["real", "real"], done.stderr
 
 
@@ -119,18 +113,9 @@ def test_the_wheel_writes_no_file_of_a_real_package(wheel):
             "NotImplementedError: sgl_kernel.copy_all_layer_kv_cache_cpu: ",
         ),
         ("from sgl_kernel import rmsnorm", "ImportError: cannot import name 'rmsnorm'"),
-        (
-            "import sgl_kernel; sgl_kernel.rmsnorm",
-            "AttributeError: sgl_kernel.rmsnorm: this sgl_kernel is a stand-in",
-        ),
-        (
-            "from sgl_kernel.flash_mla import get_mla_metadata",
-            "ModuleNotFoundError: No module named",
-        ),
-        (
-            "from torchvision.io import decode_jpeg; decode_jpeg(b'')",
-            "NotImplementedError: torchvision.io.decode_jpeg: ",
-        ),
+        ("import sgl_kernel; sgl_kernel.rmsnorm", "AttributeError: sgl_kernel.rmsnorm: this sgl_kernel is a stand-in"),
+        ("from sgl_kernel.flash_mla import get_mla_metadata", "ModuleNotFoundError: No module named"),
+        ("from torchvision.io import decode_jpeg; decode_jpeg(b'')", "NotImplementedError: torchvision.io.decode_jpeg: "),
         (
             "from torchvision.transforms.functional import pil_to_tensor as f; f(None)",
             "NotImplementedError: torchvision.transforms.functional.pil_to_tensor: ",

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from sglang_dsv4.plugin.metrics import METRICS
+from sglang_dsv4.plugin.observe.metrics import METRICS
 
 FILE = Path(__file__).parents[2] / "examples" / "grafana" / "sglang-dsv4.json"
 LABELS = {metric.name: {*metric.labels, "instance", "model_name", "tp_rank"} for metric in METRICS}
@@ -51,22 +51,13 @@ def test_counters_are_shown_as_rates():
 
 def test_panels_do_not_overlap():
     taken = set()
-    for place in (
-        panel["gridPos"] for panel in json.loads(FILE.read_text(encoding="utf-8"))["panels"]
-    ):
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
+    for place in (panel["gridPos"] for panel in json.loads(FILE.read_text(encoding="utf-8"))["panels"]):
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
         assert not cells & taken and max(x for x, _ in cells) < 24
         taken |= cells
 
 
 def test_a_wrong_expression_is_found():
     wrong = 'sum by (state) (sglang_dsv4_pages{pol="history"})'
-    assert list(faults(wrong, "{{pool}}")) == [
-        "no label pol",
-        "pool is shown, but not grouped by",
-    ]
+    assert list(faults(wrong, "{{pool}}")) == ["no label pol", "pool is shown, but not grouped by"]
     assert list(faults("sum(sglang_dsv4_page{})", "")) == ["no metric sglang_dsv4_page"]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SOURCES = (ROOT / "sglang_dsv4", ROOT / "tools")
 WRITTEN = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-FOLDERS = ("benchmarks", "constraints", "cpu-shims", "docs", "examples", "kernels", "sglang_dsv4", "tests", "tools")  # fmt: skip
+FOLDERS = ("benchmarks", "constraints", "cpu-shims", "docs", "examples", "kernels", "sglang_dsv4", "tests", "tools")
 # Names whose text a message has in the place of a placeholder.
 NAMES = {"ENABLE_FLAG": "--enable-dsv4-compressed-kv"}
 
@@ -31,7 +31,7 @@ def test_the_picture_is_of_a_sequence_as_the_page_says():
     """The text of the picture; how matplotlib draws the rest is its own affair."""
     words = re.findall(r">([^<>\n]+)</text>", PICTURE.read_text(encoding="utf-8"))
     closed = {ratio: divmod(PICTURE_TOKENS, ratio) for ratio in (4, 128)}
-    parts = (f"{name} {closed[ratio][0]} entries + {closed[ratio][1]} open" for name, ratio in (("CSA", 4), ("HCA", 128)))  # fmt: skip
+    parts = (f"{name} {closed[ratio][0]} entries + {closed[ratio][1]} open" for name, ratio in (("CSA", 4), ("HCA", 128)))
     assert " · ".join([f"{PICTURE_TOKENS} tokens", *parts]) in words
     assert f"{closed[128][1]}/128" in words
     assert f"of {PICTURE_TOKENS} tokens" in (DOCS / "concepts.md").read_text(encoding="utf-8")
@@ -44,10 +44,7 @@ def texts(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
         elif isinstance(node, ast.JoinedStr):
-            yield "".join(
-                part.value if isinstance(part, ast.Constant) else placeholder(part)
-                for part in node.values
-            )
+            yield "".join(part.value if isinstance(part, ast.Constant) else placeholder(part) for part in node.values)
 
 
 def placeholder(part):
@@ -68,7 +65,7 @@ def test_messages_that_are_quoted_are_in_the_code():
         for text in texts(ast.parse(path.read_text(encoding="utf-8")))
     ]
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    quoted = [line for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]  # fmt: skip
+    quoted = [line for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert len(quoted) > 20
     assert [message for message in quoted if not is_said(message, said)] == []
     assert not is_said("window pool: expected … pages or more", said)
@@ -98,9 +95,7 @@ def test_a_dead_link_fails_the_build(tmp_path):
     (pages / "two.md").write_text("# Two\n\n## Here\n")
     (options,) = re.findall(r"-m sphinx (.*) docs build/docs", (ROOT / "Makefile").read_text())
     command = [sys.executable, "-m", "sphinx", *options.split(), "-c", DOCS, pages]
-    done = subprocess.run(
-        [*command, tmp_path / "built"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = subprocess.run([*command, tmp_path / "built"], capture_output=True, text=True, cwd=ROOT, check=False)
     found = [line for line in done.stderr.splitlines() if "WARNING" in line]
     assert done.returncode and len(found) == 2, done.stderr
     assert "three.md" in found[0] and "there" in found[1]

@@ -1,6 +1,6 @@
 """The house rules that can be read off the source: import direction, environment, broad excepts, raw allocations.
 
-plugin, runtime -> attention -> cache -> dsv4_kernels -> torch, triton
+check, bench -> plugin, runtime -> attention -> cache -> dsv4_kernels -> torch, triton
 """
 
 import ast
@@ -26,12 +26,16 @@ OURS = {
     "sglang_dsv4.attention": (*BELOW_CACHE, "sglang_dsv4.cache"),
     "sglang_dsv4.plugin": (*BELOW_TOP, "sglang_dsv4.env", "sglang_dsv4.__version__"),
     "sglang_dsv4.runtime": (*BELOW_TOP, "sglang_dsv4.env", "sglang_dsv4.__version__"),
-    # Of the packages on top: `bench` checks before it times, so `compare` knows nothing of it.
-    "sglang_dsv4.compare": (
-        *BELOW_TOP, "sglang_dsv4.runtime", "sglang_dsv4.plugin", "sglang_dsv4.tiny", "sglang_dsv4.demo",
+    # Of the packages on top: `bench` checks before it times, so `check` knows nothing of it.
+    "sglang_dsv4.check": (
+        *BELOW_TOP,
+        "sglang_dsv4.runtime",
+        "sglang_dsv4.plugin",
+        "sglang_dsv4.tiny",
+        "sglang_dsv4.env",
         "sglang_dsv4.__version__",
     ),
-}  # fmt: skip
+}
 # What the lower packages may import of others beside the standard library.
 OTHERS = {
     "dsv4_kernels": {"torch", "triton"},
@@ -43,12 +47,12 @@ OTHERS = {
 }
 # Packages that are at home in one place only.
 HOMES = {
-    "sglang": "sglang_dsv4.plugin",
-    "sgl_kernel": "sglang_dsv4.plugin",
-    "transformers": "sglang_dsv4.runtime",
-    "flashinfer": "sglang_dsv4.attention.flashinfer",
-    "flash_mla": "sglang_dsv4.attention.flashmla",
-    "deep_gemm": "sglang_dsv4.cache.long_scores",
+    "sglang": ("sglang_dsv4.plugin",),
+    "sgl_kernel": ("sglang_dsv4.plugin",),
+    "transformers": ("sglang_dsv4.runtime", "sglang_dsv4.check"),
+    "flashinfer": ("sglang_dsv4.attention.flashinfer",),
+    "flash_mla": ("sglang_dsv4.attention.flashmla",),
+    "deep_gemm": ("sglang_dsv4.cache.long_scores",),
 }
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 ENVIRONMENT_FAULT = "touches the environment; only sglang_dsv4/env.py may"
@@ -74,9 +78,7 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int,
             base += [node.module] if node.module else []
             yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(BY_NAME):
-            yield from (
-                (node.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant)
-            )
+            yield from ((node.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant))
 
 
 def import_faults(module: str, name: str) -> Iterator[str]:
@@ -88,8 +90,8 @@ def import_faults(module: str, name: str) -> Iterator[str]:
             yield f"{layer} may not import {name}"
     elif top == "kernels":
         yield "`kernels` is another project's package; ours is dsv4_kernels"
-    elif top in HOMES and not inside(module, HOMES[top]):
-        yield f"{top} may be imported in {HOMES[top]} only"
+    elif top in HOMES and not any(inside(module, home) for home in HOMES[top]):
+        yield f"{top} may be imported in {' and '.join(HOMES[top])} only"
     elif layer in OTHERS and top not in sys.stdlib_module_names and top not in OTHERS[layer]:
         yield f"{layer} may not import {top}"
     elif top == "os" and name[3:] in ENVIRONMENT and module != "sglang_dsv4.env":
@@ -100,9 +102,7 @@ def node_faults(module: str, node: ast.AST) -> Iterator[str]:
     """What is wrong with one node, imports aside."""
     if isinstance(node, ast.ExceptHandler):
         kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-        if any(
-            kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds
-        ):
+        if any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds):
             yield "catches everything; name the errors that are meant"
     if not isinstance(node, ast.Attribute):
         return
@@ -138,77 +138,29 @@ def test_no_rule_is_broken(package):
 @pytest.mark.parametrize(
     ("path", "source", "fault"),
     [
-        (
-            "dsv4_kernels/flush/naive.py",
-            "import sglang_dsv4.errors",
-            "may not import sglang_dsv4.errors",
-        ),
+        ("dsv4_kernels/flush/naive.py", "import sglang_dsv4.errors", "may not import sglang_dsv4.errors"),
         ("dsv4_kernels/flush/naive.py", "import numpy", "may not import numpy"),
-        (
-            "dsv4_kernels/flush/naive.py",
-            "from kernels import get_kernel",
-            "another project's package",
-        ),
-        (
-            "sglang_dsv4/cache/plan.py",
-            "from sglang_dsv4 import attention",
-            "may not import sglang_dsv4.attention",
-        ),
-        (
-            "sglang_dsv4/cache/plan.py",
-            "from ..attention import base",
-            "may not import sglang_dsv4.attention.base",
-        ),
-        (
-            "sglang_dsv4/cache/__init__.py",
-            "from ..plugin import pool",
-            "may not import sglang_dsv4.plugin.pool",
-        ),
-        (
-            "sglang_dsv4/cache/plan.py",
-            "from sglang_dsv4 import env",
-            "may not import sglang_dsv4.env",
-        ),
+        ("dsv4_kernels/flush/naive.py", "from kernels import get_kernel", "another project's package"),
+        ("sglang_dsv4/cache/plan.py", "from sglang_dsv4 import attention", "may not import sglang_dsv4.attention"),
+        ("sglang_dsv4/cache/plan.py", "from ..attention import base", "may not import sglang_dsv4.attention.base"),
+        ("sglang_dsv4/cache/__init__.py", "from ..plugin import pool", "may not import sglang_dsv4.plugin.serve.pool"),
+        ("sglang_dsv4/cache/plan.py", "from sglang_dsv4 import env", "may not import sglang_dsv4.env"),
         ("sglang_dsv4/cache/plan.py", "def f():\n    import triton", "may not import triton"),
+        ("sglang_dsv4/spec.py", "from sglang_dsv4.cache import plan", "may not import sglang_dsv4.cache.plan"),
+        ("sglang_dsv4/attention/eager.py", "import flashinfer.mla", "in sglang_dsv4.attention.flashinfer only"),
+        ("sglang_dsv4/attention/base.py", "from sglang_dsv4.check import oracle", "may not import"),
+        ("sglang_dsv4/plugin/serve/pool.py", "import sglang_dsv4.check.oracle", "may not import"),
         (
-            "sglang_dsv4/spec.py",
-            "from sglang_dsv4.cache import plan",
-            "may not import sglang_dsv4.cache.plan",
-        ),
-        (
-            "sglang_dsv4/attention/eager.py",
-            "import flashinfer.mla",
-            "in sglang_dsv4.attention.flashinfer only",
-        ),
-        (
-            "sglang_dsv4/attention/base.py",
-            "from sglang_dsv4.runtime import oracle",
-            "may not import",
-        ),
-        ("sglang_dsv4/plugin/pool.py", "import sglang_dsv4.runtime.oracle", "may not import"),
-        (
-            "sglang_dsv4/plugin/pool.py",
+            "sglang_dsv4/plugin/serve/pool.py",
             "from transformers import AutoConfig",
-            "in sglang_dsv4.runtime only",
+            "in sglang_dsv4.runtime and sglang_dsv4.check only",
         ),
-        ("sglang_dsv4/demo/run.py", "import sglang", "in sglang_dsv4.plugin only"),
-        (
-            "sglang_dsv4/cli.py",
-            "m = importlib.import_module('sglang.srt')",
-            "in sglang_dsv4.plugin only",
-        ),
+        ("sglang_dsv4/check/demo/run.py", "import sglang", "in sglang_dsv4.plugin only"),
+        ("sglang_dsv4/cli.py", "m = importlib.import_module('sglang.srt')", "in sglang_dsv4.plugin only"),
         ("sglang_dsv4/cli.py", "import os\nos.environ['A'] = 'b'", "touches the environment"),
         ("sglang_dsv4/cli.py", "from os import getenv", "touches the environment"),
-        (
-            "sglang_dsv4/cli.py",
-            "try:\n    pass\nexcept Exception:\n    raise",
-            "catches everything",
-        ),
-        (
-            "sglang_dsv4/cli.py",
-            "try:\n    pass\nexcept (OSError, BaseException):\n    pass",
-            "catches everything",
-        ),
+        ("sglang_dsv4/cli.py", "try:\n    pass\nexcept Exception:\n    raise", "catches everything"),
+        ("sglang_dsv4/cli.py", "try:\n    pass\nexcept (OSError, BaseException):\n    pass", "catches everything"),
         ("sglang_dsv4/cli.py", "try:\n    pass\nexcept:\n    pass", "catches everything"),
         ("sglang_dsv4/attention/eager.py", "out = torch.empty_like(q)", "which the tests poison"),
         ("dsv4_kernels/flush/fused.py", "out = kv.new_empty(3)", "which the tests poison"),
@@ -230,16 +182,10 @@ def test_a_broken_rule_is_found(tmp_path, path, source, fault):
         ("dsv4_kernels/flush/__init__.py", "from .naive import naive_flush"),
         ("dsv4_kernels/memory.py", "tensor = torch.empty(3)"),
         ("sglang_dsv4/env.py", "import os\nos.environ['A'] = 'b'"),
-        (
-            "sglang_dsv4/attention/flashinfer.py",
-            "import flashinfer\nfrom sglang_dsv4.cache import view",
-        ),
-        (
-            "sglang_dsv4/plugin/portable/ops.py",
-            "import sglang.srt\nfrom sglang_dsv4 import __version__, env",
-        ),
-        ("sglang_dsv4/runtime/oracle.py", "import transformers"),
-        ("sglang_dsv4/demo/run.py", "import httpx\nfrom sglang_dsv4.runtime import oracle"),
+        ("sglang_dsv4/attention/flashinfer.py", "import flashinfer\nfrom sglang_dsv4.cache import view"),
+        ("sglang_dsv4/plugin/portable/ops.py", "import sglang.srt\nfrom sglang_dsv4 import __version__, env"),
+        ("sglang_dsv4/check/oracle.py", "import transformers"),
+        ("sglang_dsv4/check/demo/run.py", "import httpx\nfrom sglang_dsv4.check import oracle"),
         ("sglang_dsv4/cli.py", "try:\n    pass\nexcept OSError:\n    raise"),
     ],
 )

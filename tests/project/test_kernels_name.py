@@ -84,4 +84,4 @@ def test_the_wheel_has_our_modules_and_nothing_else(tmp_path):
         (entry_points,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
         plugins = wheel.read(entry_points).decode()
     assert files == modules
-    assert "[sglang.srt.plugins]\nsglang_dsv4 = sglang_dsv4.plugin.entry:register" in plugins
+    assert "[sglang.srt.plugins]\nsglang_dsv4 = sglang_dsv4.plugin.install.entry:register" in plugins

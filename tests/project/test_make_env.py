@@ -93,10 +93,7 @@ def test_a_foreign_environment_is_not_removed(tool, monkeypatch, capsys):
             "WARNING: Retrying: NewConnectionError\nERROR: No matching distribution found for torch==2.13.0",
             "cannot reach its package index",
         ),
-        (
-            "ERROR: No matching distribution found for torch==2.13.0",
-            "has no torch==2.13.0 for this",
-        ),
+        ("ERROR: No matching distribution found for torch==2.13.0", "has no torch==2.13.0 for this"),
         ("ERROR: Wheel is broken\n", "pip failed: ERROR: Wheel is broken"),
         ("", "no reason given"),
     ],

@@ -59,10 +59,5 @@ def python(code: str, *, site: Path, cwd: Path) -> subprocess.CompletedProcess[s
     start = f"import site; site.addsitedir({str(site)!r})\n"
     variables = {name: value for name, value in env.snapshot().items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-S", "-c", start + code],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=variables,
-        check=False,
+        [sys.executable, "-S", "-c", start + code], capture_output=True, text=True, cwd=cwd, env=variables, check=False
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_dsv4.runtime.oracle import Oracle
+from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.tiny import TinySpec, write_tiny_checkpoint
 from tests.runtime.worlds import SMALL
 

@@ -13,12 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 # What somebody who runs a notebook must have seen at its end.
 SEEN = {
-    "cache_by_hand": [
-        "all entries equal: True",
-        "pages after: 1 - length: 210",
-        "refused: ",
-        "40 of 40 pages are free again",
-    ],
+    "cache_by_hand": ["all entries equal: True", "pages after: 1 - length: 210", "refused: ", "40 of 40 pages are free again"],
     "branching_a_conversation": ["True", "512 from the cache", "refused: Handle("],
     "where_the_bytes_go": ["Flash fp8_584     3850 B per token", "Pro   fp8_584     5511 B"],
 }

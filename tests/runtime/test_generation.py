@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sglang_dsv4.runtime.faults import DroppedBStream
-from sglang_dsv4.runtime.oracle import comparison_bound
+from sglang_dsv4.check.faults import DroppedBStream
+from sglang_dsv4.check.oracle import comparison_bound
 from sglang_dsv4.runtime.sampling import Sampler
 from sglang_dsv4.tiny.tokenizer import EOS_ID
 from tests.runtime.worlds import (
@@ -67,9 +67,7 @@ def test_chunk_sizes(small_checkpoint, small_oracle, chunk_tokens):
 @pytest.mark.parametrize("max_requests", [2, 8])
 def test_batch_of_different_lengths(small_checkpoint, small_oracle, max_requests):
     """Fewer slots than prompts: the others join as slots become free."""
-    runtime = make_runtime(
-        small_checkpoint, max_requests=max_requests, chunk_tokens=100, debug=True
-    )
+    runtime = make_runtime(small_checkpoint, max_requests=max_requests, chunk_tokens=100, debug=True)
     prompts = [make_tokens(length, salt=1) for length in (1, 130, 4, 127, 261, 3)]
     for prompt, done in zip(prompts, runtime.generate(prompts, 5, stop=()), strict=True):
         assert len(done.tokens) == 5 and done.finish == "length"
@@ -90,9 +88,7 @@ def test_handles_and_prompts_in_one_batch(runtime, small_oracle):
     right.close()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "row_format"), [("float32", "bf16"), ("bfloat16", "bf16"), ("float32", "fp8_584")]
-)
+@pytest.mark.parametrize(("dtype", "row_format"), [("float32", "bf16"), ("bfloat16", "bf16"), ("float32", "fp8_584")])
 def test_dtypes_and_row_formats(checkpoint, oracle, dtype, row_format):
     """As far from exact as the same rounding in transformers puts it, twice at most."""
     runtime = make_runtime(checkpoint, dtype=dtype, row_format=row_format)
@@ -121,9 +117,7 @@ def test_the_sampler_draws_by_probability():
 
     def worst(temperature):
         sampler = Sampler(0.5, seed=0)
-        counts = torch.bincount(
-            torch.tensor([sampler.choose(logits) for _ in range(draws)]), minlength=3
-        )
+        counts = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(draws)]), minlength=3)
         p = (logits / temperature).softmax(dim=0)
         return ((counts - draws * p) / (draws * p * (1 - p)).sqrt()).abs().max().item()
 

@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from tests.cache.driver import reachable_bytes
-from tests.runtime.worlds import (
-    assert_nothing_held,
-    bound,
-    logprobs_behind,
-    make_runtime,
-    make_tokens,
-)
+from tests.runtime.worlds import assert_nothing_held, bound, logprobs_behind, make_runtime, make_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -42,9 +36,7 @@ def test_cuts_on_a_gpu(runtimes, small_oracle, tmp_path, length):
     for trunk in trunks:
         trunk.append(make_tokens(6, salt=2)).truncate(length + 1).append(make_tokens(9, salt=3))
     assert_alike(small_oracle, trunks)
-    restored = [
-        r.restore(k).append(make_tokens(7, salt=4)) for r, k in zip(runtimes, kept, strict=True)
-    ]
+    restored = [r.restore(k).append(make_tokens(7, salt=4)) for r, k in zip(runtimes, kept, strict=True)]
     assert_alike(small_oracle, restored)
     for runtime in runtimes:
         runtime.cache.check_integrity(memory=True)

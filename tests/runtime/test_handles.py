@@ -8,13 +8,7 @@ import torch
 
 from sglang_dsv4.errors import OutOfPagesError, TruncateError, UnknownRequestError
 from tests.cache.driver import reachable_bytes
-from tests.runtime.worlds import (
-    assert_nothing_held,
-    assert_right,
-    logprobs_behind,
-    make_runtime,
-    make_tokens,
-)
+from tests.runtime.worlds import assert_nothing_held, assert_right, logprobs_behind, make_runtime, make_tokens
 
 DRAFT = 8
 
@@ -76,8 +70,7 @@ def test_forks_generate_what_their_origin_would(runtime):
 
 
 @pytest.mark.parametrize(
-    ("length", "backs"),
-    [(20, (1, 8)), (128, (0, 8)), (131, range(DRAFT + 1)), (257, (1, 2, 5, 8)), (260, (4, 8))],
+    ("length", "backs"), [(20, (1, 8)), (128, (0, 8)), (131, range(DRAFT + 1)), (257, (1, 2, 5, 8)), (260, (4, 8))]
 )
 def test_truncate_and_go_on(runtime, small_oracle, length, backs):
     for back in backs:
@@ -205,9 +198,7 @@ def test_generate_that_does_not_fit_changes_nothing(small_checkpoint):
     runtime = make_runtime(small_checkpoint, num_pages=3, debug=True)
     handle = runtime.open(make_tokens(340))
     before = fingerprint(runtime, handle)
-    with pytest.raises(
-        OutOfPagesError, match="45 more tokens need 1 history pages: expected that many free"
-    ):
+    with pytest.raises(OutOfPagesError, match="45 more tokens need 1 history pages: expected that many free"):
         handle.generate(45)
     with pytest.raises(OutOfPagesError, match="300 more tokens need"):
         handle.append(make_tokens(300))

@@ -2,14 +2,8 @@
 
 import pytest
 
-from sglang_dsv4.runtime.tree import Entry, PrefixTree
-from tests.runtime.worlds import (
-    assert_greedy,
-    assert_nothing_held,
-    assert_right,
-    make_runtime,
-    make_tokens,
-)
+from sglang_dsv4.runtime.prefix_cache.tree import Entry, PrefixTree
+from tests.runtime.worlds import assert_greedy, assert_nothing_held, assert_right, make_runtime, make_tokens
 
 
 @pytest.fixture
@@ -138,9 +132,7 @@ def test_ends_are_limited(small_checkpoint):
     for salt in range(6):
         runtime.open(make_tokens(20, salt=salt)).close()
     assert runtime.index.num_ends == 3
-    assert [runtime.index.known_length(make_tokens(20, salt=s)) for s in range(6)] == [0] * 3 + [
-        20
-    ] * 3
+    assert [runtime.index.known_length(make_tokens(20, salt=s)) for s in range(6)] == [0] * 3 + [20] * 3
     none = make_runtime(small_checkpoint, max_ends=0)
     none.open(make_tokens(20)).close()
     assert none.index.num_ends == none.index.known_length(make_tokens(20)) == 0

@@ -73,17 +73,13 @@ def test_what_cannot_be_loaded_changes_nothing(small_checkpoint, runtime, tmp_pa
 def test_a_sequence_that_no_runtime_saved(runtime, tmp_path):
     handle = runtime.open("abc")
     runtime.cache.save(handle.live().request, tmp_path / "bare.dsv4kv")
-    with pytest.raises(
-        SavedFileError, match="expected a sequence that Runtime.save wrote, got no tokens"
-    ):
+    with pytest.raises(SavedFileError, match="expected a sequence that Runtime.save wrote, got no tokens"):
         runtime.load(tmp_path / "bare.dsv4kv")
     handle.close()
     assert_nothing_held(runtime)
 
 
-def test_a_full_cache_makes_room_for_what_is_loaded(
-    small_checkpoint, runtime, small_oracle, tmp_path
-):
+def test_a_full_cache_makes_room_for_what_is_loaded(small_checkpoint, runtime, small_oracle, tmp_path):
     path = tmp_path / "a.dsv4kv"
     runtime.save(runtime.open(make_tokens(300)), path)
     small = make_runtime(small_checkpoint, num_pages=3)

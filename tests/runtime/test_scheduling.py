@@ -7,13 +7,7 @@ import pytest
 
 from sglang_dsv4.errors import OutOfPagesError
 from sglang_dsv4.runtime.interrupt import held_interrupts
-from tests.runtime.worlds import (
-    assert_greedy,
-    assert_nothing_held,
-    assert_right,
-    make_runtime,
-    make_tokens,
-)
+from tests.runtime.worlds import assert_greedy, assert_nothing_held, assert_right, make_runtime, make_tokens
 
 
 @pytest.mark.parametrize("num_pages", [3, 7])
@@ -41,9 +35,7 @@ def test_beside_handles_they_take_turns_too(small_checkpoint, small_oracle):
 
 def test_a_prompt_that_does_not_fit_alone(small_checkpoint):
     runtime = make_runtime(small_checkpoint, num_pages=3, debug=True)
-    with pytest.raises(
-        OutOfPagesError, match="does not fit beside what is held: .* free, got 0 of 3"
-    ):
+    with pytest.raises(OutOfPagesError, match="does not fit beside what is held: .* free, got 0 of 3"):
         runtime.generate([make_tokens(380), make_tokens(20)], 20, stop=())
     with pytest.raises(OutOfPagesError, match="a sequence of 400 tokens does not fit"):
         runtime.open(make_tokens(400))

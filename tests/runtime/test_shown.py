@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from sglang_dsv4.runtime import progress
-from sglang_dsv4.runtime.units import format_bytes
+from sglang_dsv4.runtime.show import progress
+from sglang_dsv4.runtime.show.units import format_bytes
 from tests.runtime.worlds import make_runtime
 
 

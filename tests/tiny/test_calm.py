@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_dsv4.runtime.oracle import Oracle
+from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.tiny import SHAPES, TinySpec, write_tiny_checkpoint
 from sglang_dsv4.tiny.tokenizer import byte_id
 

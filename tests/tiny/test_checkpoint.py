@@ -70,9 +70,7 @@ def test_an_earlier_checkpoint_is_overwritten(tmp_path: Path):
     assert not holds_checkpoint(tmp_path, SMALL)
 
 
-def test_an_interrupted_run_is_not_taken_for_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_run_is_not_taken_for_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_tiny_checkpoint(tmp_path, SMALL)
 
     def interrupted(*_: object, **__: object) -> None:
@@ -121,11 +119,7 @@ def test_command_writes_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFix
     assert make_tiny(str(target), "--seed", "3", "--layers", "4,128", "--index-topk", "16") == 0
     assert "ratios 4, 128" in capsys.readouterr().out
     config = json.loads((target / "config.json").read_text())
-    assert (config["compress_ratios"], config["index_topk"], config["num_hidden_layers"]) == (
-        [4, 128],
-        16,
-        2,
-    )
+    assert (config["compress_ratios"], config["index_topk"], config["num_hidden_layers"]) == ([4, 128], 16, 2)
     assert json.loads((target / MANIFEST).read_text())["spec"]["seed"] == 3
 
 
@@ -141,10 +135,19 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_flash_shape_has_the_widths_of_flash():
     config = TinySpec(**SHAPES["flash"]).config()
     released = {
-        "hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024,
-        "o_groups": 8, "o_lora_rank": 1024, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512,
-        "num_experts_per_tok": 6, "sliding_window": 128,
-    }  # fmt: skip
+        "hidden_size": 4096,
+        "num_attention_heads": 64,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1024,
+        "o_groups": 8,
+        "o_lora_rank": 1024,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 512,
+        "num_experts_per_tok": 6,
+        "sliding_window": 128,
+    }
     assert {name: config[name] for name in released} == released
     assert config["max_position_embeddings"] > 128 * 1024
     # The twin: the tiny shape has not.
@@ -154,4 +157,4 @@ def test_the_flash_shape_has_the_widths_of_flash():
 def test_the_command_writes_a_shape(tmp_path: Path):
     assert make_tiny(str(tmp_path / "new"), "--layers", "0", "--shape", "heads64") == 0
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert (config["num_attention_heads"], config["index_n_heads"], config["o_groups"]) == (64, 64, 8)  # fmt: skip
+    assert (config["num_attention_heads"], config["index_n_heads"], config["o_groups"]) == (64, 64, 8)

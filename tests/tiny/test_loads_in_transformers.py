@@ -65,9 +65,7 @@ def expected_state(written: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_tensor_arrives_unchanged(checkpoint: Path, dtype: torch.dtype):
-    model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
     assert type(model).__name__ == "DeepseekV4ForCausalLM"
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not info[kind], kind
@@ -78,35 +76,20 @@ def test_every_tensor_arrives_unchanged(checkpoint: Path, dtype: torch.dtype):
         # bf16 models round what is fp32 in the file and not kept in fp32 by transformers: nothing but the gate's bias.
         kept = tensor.to(state[name].dtype)
         assert torch.equal(state[name], kept), name
-        assert torch.equal(kept.to(tensor.dtype), tensor) or name.endswith(
-            "e_score_correction_bias"
-        ), name
+        assert torch.equal(kept.to(tensor.dtype), tensor) or name.endswith("e_score_correction_bias"), name
 
 
 def test_layer_types_and_rope_come_out_right(checkpoint: Path):
     config = AutoConfig.from_pretrained(checkpoint)
-    kinds = {
-        0: "sliding_attention",
-        4: "compressed_sparse_attention",
-        128: "heavily_compressed_attention",
-    }
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
     assert config.layer_types == [kinds[ratio] for ratio in SPEC.compress_ratios]
-    assert config.mlp_layer_types == ["hash_moe"] * SPEC.num_hash_layers + ["moe"] * (
-        SPEC.num_layers - SPEC.num_hash_layers
-    )
+    assert config.mlp_layer_types == ["hash_moe"] * SPEC.num_hash_layers + ["moe"] * (SPEC.num_layers - SPEC.num_hash_layers)
     assert config.compress_rates == {kinds[4]: 4, kinds[128]: 128}
     assert config.qk_rope_head_dim == SPEC.rope_dim
     main, compress = config.rope_parameters["main"], config.rope_parameters["compress"]
     assert (main["rope_type"], main["rope_theta"]) == ("default", 10000)
-    assert (compress["rope_type"], compress["rope_theta"], compress["factor"]) == (
-        "yarn",
-        160000,
-        16,
-    )
-    assert (compress["original_max_position_embeddings"], compress["attention_factor"]) == (
-        65536,
-        1.0,
-    )
+    assert (compress["rope_type"], compress["rope_theta"], compress["factor"]) == ("yarn", 160000, 16)
+    assert (compress["original_max_position_embeddings"], compress["attention_factor"]) == (65536, 1.0)
 
 
 def test_every_key_of_the_configuration_is_read_or_known_to_be_sglangs(checkpoint: Path):

@@ -13,22 +13,15 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DeepseekV4ForCausalLM
 from transformers.masking_utils import eager_mask
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4IndexerScorer,
-    eager_attention_forward,
-)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4IndexerScorer, eager_attention_forward
 
-from sglang_dsv4.runtime.faults import DroppedBStream
+from sglang_dsv4.check.faults import DroppedBStream
 from sglang_dsv4.tiny.tokenizer import byte_id
 
 NUM_TOKENS = 420
 # Positions with entries of every kind behind them, and tokens that have left the window.
 MEASURED = slice(280, NUM_TOKENS)
-CSA, HCA, WINDOW_ONLY = (
-    "compressed_sparse_attention",
-    "heavily_compressed_attention",
-    "sliding_attention",
-)
+CSA, HCA, WINDOW_ONLY = ("compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention")
 OWN_ROW_ONLY = torch.eye(NUM_TOKENS, dtype=torch.bool)
 
 EditMask = Callable[[nn.Module, torch.Tensor], None]
@@ -44,20 +37,14 @@ class Probe:
             checkpoint, dtype=torch.float32, attn_implementation="tests_tiny_probe"
         )
         generator = torch.Generator().manual_seed(11)
-        self.token_ids = torch.randint(
-            byte_id(32), byte_id(127), (1, NUM_TOKENS), generator=generator
-        )
+        self.token_ids = torch.randint(byte_id(32), byte_id(127), (1, NUM_TOKENS), generator=generator)
         self.edit: EditMask | None = None
         self.weights: dict[str, list[torch.Tensor]] = {}
         self.expected = self.logits()
         self.spread = self.expected.std(dim=-1).mean().item()
 
     def layers(self, kind: str) -> list[nn.Module]:
-        return [
-            layer.self_attn
-            for layer in self.model.model.layers
-            if layer.self_attn.layer_type == kind
-        ]
+        return [layer.self_attn for layer in self.model.model.layers if layer.self_attn.layer_type == kind]
 
     def logits(self, edit: EditMask | None = None) -> torch.Tensor:
         """``[NUM_TOKENS, vocab]``, with the masks edited."""
@@ -135,9 +122,7 @@ def test_the_sinks_change_the_logits(probe: Probe):
     assert probe.change(changed) > 0.2
 
 
-def test_the_choice_of_the_indexer_changes_the_logits(
-    probe: Probe, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_choice_of_the_indexer_changes_the_logits(probe: Probe, monkeypatch: pytest.MonkeyPatch):
     """With 16 of about 100 entries, the best-scored are others than the worst-scored, and answer otherwise."""
     for layer in probe.layers(CSA):
         monkeypatch.setattr(layer.compressor.indexer, "index_topk", 16)
@@ -174,9 +159,7 @@ def test_gates_are_far_from_uniform(probe: Probe):
     assert len(gates) == 4
     for compressor, gate in gates.items():
         ratio, dim = compressor.compress_rate, compressor.head_dim
-        blocks = (
-            gate[: len(gate) // ratio * ratio].unflatten(0, (-1, ratio)) + compressor.position_bias
-        )
+        blocks = gate[: len(gate) // ratio * ratio].unflatten(0, (-1, ratio)) + compressor.position_bias
         if ratio == 4:
             blocks = torch.cat([blocks[:-1, :, :dim], blocks[1:, :, dim:]], dim=1)  # [N, 8, 512]
         weights = blocks.softmax(dim=1)

@@ -8,15 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sglang_dsv4.tiny.tokenizer import (
-    BOS_ID,
-    EOS_ID,
-    PAD_ID,
-    SPECIAL_TOKENS,
-    VOCAB_SIZE,
-    build_tokenizer,
-    byte_id,
-)
+from sglang_dsv4.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, VOCAB_SIZE, build_tokenizer, byte_id
 
 TOKENIZER = build_tokenizer()
 AWKWARD = [
@@ -49,11 +41,7 @@ def test_one_token_per_byte(text: str):
 
 @pytest.mark.parametrize("token_id", range(len(SPECIAL_TOKENS)))
 def test_special_tokens_are_one_token(token_id: int):
-    assert ids_of(TOKENIZER, f"a{SPECIAL_TOKENS[token_id]}b") == [
-        byte_id(97),
-        token_id,
-        byte_id(98),
-    ]
+    assert ids_of(TOKENIZER, f"a{SPECIAL_TOKENS[token_id]}b") == [byte_id(97), token_id, byte_id(98)]
 
 
 def test_part_of_a_character_is_not_an_error():
@@ -64,11 +52,7 @@ def test_part_of_a_character_is_not_an_error():
 def test_transformers_loads_it(checkpoint: Path, load: type):
     tokenizer = load.from_pretrained(checkpoint)
     assert len(tokenizer) == VOCAB_SIZE
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
-        BOS_ID,
-        EOS_ID,
-        PAD_ID,
-    )
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (BOS_ID, EOS_ID, PAD_ID)
     for text in [*AWKWARD, "".join(SPECIAL_TOKENS)]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import NoReturn
 
-_REASON = (
-    "this torchvision is a stand-in without any image code; install the real one to process images"
-)
+_REASON = "this torchvision is a stand-in without any image code; install the real one to process images"
 
 
 def absent(path: str) -> Callable[..., NoReturn]:

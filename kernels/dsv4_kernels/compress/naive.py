@@ -7,9 +7,7 @@ holds an accumulator and takes tokens one by one: prefill and decode run the sam
 import torch
 
 
-def naive_csa_pool(
-    kv: torch.Tensor, gate: torch.Tensor, has_previous: torch.Tensor
-) -> torch.Tensor:
+def naive_csa_pool(kv: torch.Tensor, gate: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
     """Pool the previous block's b-stream and the own block's a-stream, one softmax over both.
 
     Equation:

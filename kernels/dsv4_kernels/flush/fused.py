@@ -80,9 +80,20 @@ def first_token_of(step, row, num_tokens, BR: tl.constexpr):
 
 @triton.jit
 def store_normed(
-    chunks, p_weight, eps, p_cos_sin, p_pool, b_slot, m_e,
-    E: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROTATE: tl.constexpr, FORMAT: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    chunks,
+    p_weight,
+    eps,
+    p_cos_sin,
+    p_pool,
+    b_slot,
+    m_e,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    ROTATE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """Norm, rotate and store rows, a tuple of chunks ``[E, C]``; ``p_cos_sin`` ``[E]`` is each row's row of the table."""
     C: tl.constexpr = D // len(chunks)
     # All loads before the norm: it makes threads wait for each other, and no load may be moved over that.
@@ -103,58 +114,54 @@ def store_normed(
 
 @triton.jit
 def store_entries(
-    chunks, step, comp, b_row, b_first, m_e, page_stride, first_row, eps,
-    S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    chunks, step, comp, b_row, b_first, m_e, page_stride, first_row, eps, S: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr
+):
     """Norm, rotate and store the pooled rows of the blocks whose first positions are ``b_first`` ``[E]``."""
     PER_PAGE: tl.constexpr = S.page_tokens // S.ratio
     STORE: tl.constexpr = S.store
     b_entry = b_first // S.ratio
-    b_page = tl.load(
-        step.history_pages + b_row * page_stride + b_entry // PER_PAGE, mask=m_e, other=0
-    )
+    b_page = tl.load(step.history_pages + b_row * page_stride + b_entry // PER_PAGE, mask=m_e, other=0)
     b_slot = first_row + b_page * PER_PAGE + b_entry % PER_PAGE
     p_cos_sin = comp.cos_sin + b_first.to(tl.int64) * S.rope_dim
-    store_normed(
-        chunks, comp.norm_weight, eps, p_cos_sin, comp.pool, b_slot, m_e, E, S.dim, S.rope_dim, S.rotate, STORE, CASTS
-    )  # fmt: skip
+    store_normed(chunks, comp.norm_weight, eps, p_cos_sin, comp.pool, b_slot, m_e, E, S.dim, S.rope_dim, S.rotate, STORE, CASTS)
 
 
 def step_pointers(step: StepTensors) -> StepPointers:
     """A step as kernel arguments; raises `ValueError` where a tensor is laid out otherwise than kernels expect."""
     for name in ("positions", "token_rows", "seq_lens", "extend_lens", "state_slots"):
         check_contiguous(name, getattr(step, name))
-    if (
-        step.history_pages.stride() != step.window_pages.stride()
-        or step.history_pages.stride(-1) != 1
-    ):
+    if step.history_pages.stride() != step.window_pages.stride() or step.history_pages.stride(-1) != 1:
         raise ValueError(
             f"page tables: expected equal strides, the last 1, got {step.history_pages.stride()} and "
             f"{step.window_pages.stride()}"
         )
     return StepPointers(
-        step.positions, step.token_rows, step.seq_lens, step.extend_lens, step.state_slots, step.history_pages,
+        step.positions,
+        step.token_rows,
+        step.seq_lens,
+        step.extend_lens,
+        step.state_slots,
+        step.history_pages,
         step.window_pages,
-    )  # fmt: skip
+    )
 
 
 def compressor_arguments(
-    step: StepTensors, kv_score: torch.Tensor, state: torch.Tensor, boundary: torch.Tensor, pool: torch.Tensor,
-    pool_format: RowFormat, params: CompressorParams, ratio: int,
-) -> tuple[CompressorPointers, CompressorShape]:  # fmt: skip
+    step: StepTensors,
+    kv_score: torch.Tensor,
+    state: torch.Tensor,
+    boundary: torch.Tensor,
+    pool: torch.Tensor,
+    pool_format: RowFormat,
+    params: CompressorParams,
+    ratio: int,
+) -> tuple[CompressorPointers, CompressorShape]:
     """A compressor as kernel arguments and constants; ``state`` is its streams or its accumulators."""
     check_rows("kv_score", kv_score)
-    for name, tensor in (
-        ("state", state),
-        ("boundary", boundary),
-        ("pool", pool),
-        ("cos_sin", params.cos_sin),
-    ):
+    for name, tensor in (("state", state), ("boundary", boundary), ("pool", pool), ("cos_sin", params.cos_sin)):
         check_contiguous(name, tensor)
     dim = params.norm_weight.shape[0]
-    pointers = CompressorPointers(
-        kv_score, state, boundary, pool, params.slot_bias, params.norm_weight, params.cos_sin
-    )
+    pointers = CompressorPointers(kv_score, state, boundary, pool, params.slot_bias, params.norm_weight, params.cos_sin)
     shape = CompressorShape(
         dim=dim,
         rope_dim=params.cos_sin.shape[1],

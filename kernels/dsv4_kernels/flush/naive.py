@@ -9,12 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_kernels.compress.naive import (
-    naive_csa_pool,
-    naive_hca_finish,
-    naive_hca_start,
-    naive_hca_update,
-)
+from dsv4_kernels.compress.naive import naive_csa_pool, naive_hca_finish, naive_hca_start, naive_hca_update
 from dsv4_kernels.hadamard.naive import naive_hadamard
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.norm_rope.naive import naive_rms_norm, naive_rope
@@ -54,22 +49,14 @@ class CsaFlush:
     params: CompressorParams
 
 
-def _finish_entries(
-    raw: torch.Tensor, first_positions: torch.Tensor, params: CompressorParams
-) -> torch.Tensor:
+def _finish_entries(raw: torch.Tensor, first_positions: torch.Tensor, params: CompressorParams) -> torch.Tensor:
     """Norm, RoPE at the block's first position, and for index keys the rotation: ``[N, D]`` fp32."""
-    entries = naive_rope(
-        naive_rms_norm(raw, params.norm_weight, params.eps), params.cos_sin[first_positions]
-    )
+    entries = naive_rope(naive_rms_norm(raw, params.norm_weight, params.eps), params.cos_sin[first_positions])
     return naive_hadamard(entries) if params.rotate else entries
 
 
 def _block_rows(
-    step: StepTensors,
-    kv_score: torch.Tensor,
-    streams: torch.Tensor,
-    closing: torch.Tensor,
-    ratio: int,
+    step: StepTensors, kv_score: torch.Tensor, streams: torch.Tensor, closing: torch.Tensor, ratio: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each closing block pools: the b-stream of the block before it, then its own a-stream.
 
@@ -78,9 +65,7 @@ def _block_rows(
     Returns:
         tuple[torch.Tensor, torch.Tensor]: kv and gate, ``[N, 2*m, D]`` fp32 each.
     """
-    age = torch.arange(
-        2 * ratio - 1, -1, -1, device=kv_score.device
-    )  # [2m], tokens before the last
+    age = torch.arange(2 * ratio - 1, -1, -1, device=kv_score.device)  # [2m], tokens before the last
     part = (age < ratio).to(torch.int64)  # [2m], 0: b-stream, 1: a-stream
     rows = step.token_rows[closing].unsqueeze(1)  # [N, 1]
     positions = step.positions[closing].unsqueeze(1) - age  # [N, 2m]
@@ -120,12 +105,8 @@ def naive_flush_csa(
     """
     ratio = boundary.shape[1]
     kv_b, _, gate_b, _ = csa_parts(kv_score, params.norm_weight.shape[0])
-    at_boundary = torch.nonzero(
-        step.positions % step.page_tokens >= step.page_tokens - ratio
-    ).flatten()
-    page = step.window_pages[
-        step.token_rows[at_boundary], step.positions[at_boundary] // step.page_tokens
-    ]
+    at_boundary = torch.nonzero(step.positions % step.page_tokens >= step.page_tokens - ratio).flatten()
+    page = step.window_pages[step.token_rows[at_boundary], step.positions[at_boundary] // step.page_tokens]
     offset = step.positions[at_boundary] % ratio
     # Before pooling: the last block of a page may come half from an earlier step, and the next block close in this one.
     boundary[page, offset] = torch.stack([kv_b[at_boundary], gate_b[at_boundary]], dim=1).float()
@@ -186,9 +167,7 @@ def naive_flush_hca(
     block = step.positions // ratio
     starts = torch.ones_like(block, dtype=torch.bool)
     starts[1:] = (block[1:] != block[:-1]) | (step.token_rows[1:] != step.token_rows[:-1])
-    first_token = torch.nonzero(
-        starts
-    ).flatten()  # [N]: first new token of each block this step touches
+    first_token = torch.nonzero(starts).flatten()  # [N]: first new token of each block this step touches
     num_tokens = torch.diff(first_token, append=first_token.new_tensor([len(block)]))
     rows, first = step.token_rows[first_token], step.positions[first_token]
     offset, slots = first % ratio, step.state_slots[rows]

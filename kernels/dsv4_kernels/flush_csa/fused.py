@@ -14,13 +14,7 @@ import triton.language as tl
 
 from dsv4_kernels.compress.fused import csa_pool
 from dsv4_kernels.device import EXACT, hardware_casts
-from dsv4_kernels.flush.fused import (
-    SCAN,
-    compressor_arguments,
-    first_token_of,
-    step_pointers,
-    store_entries,
-)
+from dsv4_kernels.flush.fused import SCAN, compressor_arguments, first_token_of, step_pointers, store_entries
 from dsv4_kernels.flush.naive import CompressorParams, CsaFlush
 from dsv4_kernels.flush_csa.tuning import CsaTuning, csa_tuning
 from dsv4_kernels.layout import RowFormat
@@ -39,9 +33,20 @@ def load_row(p_new, p_old, is_new, is_there, absent, o_d):
 
 @triton.jit
 def pool_old_and_new(
-    step, comp, row, slot, position, token, start, page_stride, first_row, eps,
-    S: tl.constexpr, C: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    step,
+    comp,
+    row,
+    slot,
+    position,
+    token,
+    start,
+    page_stride,
+    first_row,
+    eps,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """Pool and store the block that ``position`` closes; its rows before ``start`` come from the state."""
     M: tl.constexpr = S.ratio
     D: tl.constexpr = S.dim
@@ -66,9 +71,7 @@ def pool_old_and_new(
                 p_old_kv = tl.where(at_page, p_page + j * 2 * D, p_old)
                 p_old_gate = tl.where(at_page, p_page + (j * 2 * D + D), p_old + 2 * D)
                 b_kv = load_row(p_new, p_old_kv, is_new, has_previous, 0.0, o_d)
-                b_gate = load_row(
-                    p_new + 2 * D, p_old_gate, is_new, has_previous, float("-inf"), o_d
-                )
+                b_gate = load_row(p_new + 2 * D, p_old_gate, is_new, has_previous, float("-inf"), o_d)
             else:
                 b_kv = load_row(p_new + D, p_old + D, is_new, q >= 0, 0.0, o_d)
                 b_gate = load_row(p_new + 3 * D, p_old + 3 * D, is_new, q >= 0, 0.0, o_d)
@@ -76,16 +79,25 @@ def pool_old_and_new(
             gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d),)
         chunks = chunks + (csa_pool(kv, gate)[None, :],)
     b_one = tl.zeros([1], tl.int32)
-    store_entries(
-        chunks, step, comp, b_one + row, b_one + first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
-    )  # fmt: skip
+    store_entries(chunks, step, comp, b_one + row, b_one + first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS)
 
 
 @triton.jit
 def pool_new(
-    step, comp, b_row, b_position, b_token, m_e, page_stride, first_row, eps,
-    S: tl.constexpr, C: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    step,
+    comp,
+    b_row,
+    b_position,
+    b_token,
+    m_e,
+    page_stride,
+    first_row,
+    eps,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """Pool and store ``E`` blocks all of whose rows are this step's; the loads of all are in flight together."""
     M: tl.constexpr = S.ratio
     D: tl.constexpr = S.dim
@@ -107,9 +119,7 @@ def pool_new(
             kv = kv + (b_kv.to(tl.float32),)
             gate = gate + (b_gate.to(tl.float32) + b_bias,)
         chunks = chunks + (csa_pool(kv, gate),)
-    store_entries(
-        chunks, step, comp, b_row, b_position - (M - 1), m_e, page_stride, first_row, eps, S, E, CASTS
-    )  # fmt: skip
+    store_entries(chunks, step, comp, b_row, b_position - (M - 1), m_e, page_stride, first_row, eps, S, E, CASTS)
 
 
 @triton.jit
@@ -143,9 +153,19 @@ def keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S: tl
 
 @triton.jit
 def csa_request(
-    step, comp, row, num_tokens, page_stride, first_row, eps,
-    S: tl.constexpr, C: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
-):  # fmt: skip
+    step,
+    comp,
+    row,
+    num_tokens,
+    page_stride,
+    first_row,
+    eps,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    REQUESTS_ONLY: tl.constexpr,
+    CASTS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
     """Pool a request's blocks that need rows of earlier steps, then overwrite the ring."""
     M: tl.constexpr = S.ratio
     if REQUESTS_ONLY:
@@ -168,9 +188,8 @@ def csa_request(
         for i in range(start // M * M + (M - 1), end, M):
             position = none + i
             pool_old_and_new(
-                step, comp, row, slot, position, first_token + position - start, start, page_stride, first_row, eps,
-                S, C, CASTS,
-            )  # fmt: skip
+                step, comp, row, slot, position, first_token + position - start, start, page_stride, first_row, eps, S, C, CASTS
+            )
         # Survivors may land on ring rows that this program's blocks, in any of its threads, have just read.
         tl.debug_barrier()
         if REQUESTS_ONLY:
@@ -189,18 +208,25 @@ def csa_request(
             b_kv, b_gate = load_token(comp, first_token + first_kept - start, first_kept >= 0, S)
             for i in range(first_kept, seq_len):
                 q = none + i
-                b_kv_next, b_gate_next = load_token(
-                    comp, first_token + q + 1 - start, q + 1 < seq_len, S
-                )
+                b_kv_next, b_gate_next = load_token(comp, first_token + q + 1 - start, q + 1 < seq_len, S)
                 keep_in_ring(comp, slot, q, b_kv, b_gate, S)
                 b_kv, b_gate = b_kv_next, b_gate_next
 
 
 @triton.jit
 def csa_tokens(
-    step, comp, i_g, num_tokens, page_stride, first_row, eps,
-    S: tl.constexpr, C: tl.constexpr, E: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    step,
+    comp,
+    i_g,
+    num_tokens,
+    page_stride,
+    first_row,
+    eps,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """What ``E`` times ``m`` tokens close and keep. At most one of each ``m`` closes a block whose rows are all new."""
     M: tl.constexpr = S.ratio
     o_t = i_g * (E * M) + tl.arange(0, E)[:, None] * M + tl.arange(0, M)[None, :]  # [E, M]
@@ -209,25 +235,19 @@ def csa_tokens(
     b_row = tl.load(step.token_rows + o_t, mask=m_t, other=0)
     # A request's tokens lie together: if the oldest row of the block, or of the two, is this request's, all of them are.
     b_row_own = tl.load(step.token_rows + o_t - (M - 1), mask=m_t & (o_t >= M - 1), other=-1)
-    b_row_both = tl.load(
-        step.token_rows + o_t - (2 * M - 1), mask=m_t & (o_t >= 2 * M - 1), other=-1
-    )
+    b_row_both = tl.load(step.token_rows + o_t - (2 * M - 1), mask=m_t & (o_t >= 2 * M - 1), other=-1)
     m_t = b_position >= 0
     m_new = (b_row_both == b_row) | ((b_row_own == b_row) & (b_position == M - 1))
     m_new = m_new & (b_position % M == M - 1) & m_t
     b_seq_len = tl.load(step.seq_lens + b_row, mask=m_t, other=0).to(tl.int32)
     b_start = b_seq_len - tl.load(step.extend_lens + b_row, mask=m_t, other=0).to(tl.int32)
-    b_ring = (m_t & (b_position >= b_seq_len - S.ring) & (b_start % S.page_tokens == 0)).to(
-        tl.int32
-    )
+    b_ring = (m_t & (b_position >= b_seq_len - S.ring) & (b_start % S.page_tokens == 0)).to(tl.int32)
     b_last = (m_t & (b_position % S.page_tokens >= S.page_tokens - M)).to(tl.int32)
     b_token = tl.max(tl.where(m_new, o_t, -1), axis=1)  # [E]
     if tl.max(b_token, axis=0) >= 0:
         b_request = tl.max(tl.where(m_new, b_row, 0), axis=1)
         b_closing = tl.max(tl.where(m_new, b_position, -1), axis=1)
-        pool_new(
-            step, comp, b_request, b_closing, b_token, b_token >= 0, page_stride, first_row, eps, S, C, E, CASTS
-        )  # fmt: skip
+        pool_new(step, comp, b_request, b_closing, b_token, b_token >= 0, page_stride, first_row, eps, S, C, E, CASTS)
     if tl.max(tl.max(b_ring | b_last, axis=1), axis=0) > 0:
         for j in range(tl.minimum(num_tokens - i_g * (E * M), E * M)):
             token = i_g * (E * M) + j
@@ -246,10 +266,24 @@ def csa_tokens(
 
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_csa_kernel(
-    step, main, index, num_requests, num_tokens, page_stride, num_window_rows, main_eps, index_eps,
-    MAIN: tl.constexpr, INDEX: tl.constexpr, C: tl.constexpr, MAIN_BLOCKS: tl.constexpr,
-    INDEX_BLOCKS: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
-):  # fmt: skip
+    step,
+    main,
+    index,
+    num_requests,
+    num_tokens,
+    page_stride,
+    num_window_rows,
+    main_eps,
+    index_eps,
+    MAIN: tl.constexpr,
+    INDEX: tl.constexpr,
+    C: tl.constexpr,
+    MAIN_BLOCKS: tl.constexpr,
+    INDEX_BLOCKS: tl.constexpr,
+    REQUESTS_ONLY: tl.constexpr,
+    CASTS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
     """Requests of the main compressor, requests of the indexer, then their tokens: those that wait longest go first."""
     PARTS: tl.constexpr = (MAIN is not None) + (INDEX is not None)
     i_p = tl.program_id(0)
@@ -259,41 +293,80 @@ def flush_csa_kernel(
         if MAIN is not None:  # noqa: SIM102
             if i_p < num_requests:
                 csa_request(
-                    step, main, i_p.to(tl.int64), num_tokens, page_stride, num_window_rows, main_eps,
-                    MAIN, min(C, MAIN.dim), REQUESTS_ONLY, CASTS, SCAN,
-                )  # fmt: skip
+                    step,
+                    main,
+                    i_p.to(tl.int64),
+                    num_tokens,
+                    page_stride,
+                    num_window_rows,
+                    main_eps,
+                    MAIN,
+                    min(C, MAIN.dim),
+                    REQUESTS_ONLY,
+                    CASTS,
+                    SCAN,
+                )
         if INDEX is not None:  # noqa: SIM102
             if i_p >= (PARTS - 1) * num_requests:
                 csa_request(
-                    step, index, (i_p - (PARTS - 1) * num_requests).to(tl.int64), num_tokens, page_stride, no_row,
-                    index_eps, INDEX, min(C, INDEX.dim), REQUESTS_ONLY, CASTS, SCAN,
-                )  # fmt: skip
+                    step,
+                    index,
+                    (i_p - (PARTS - 1) * num_requests).to(tl.int64),
+                    num_tokens,
+                    page_stride,
+                    no_row,
+                    index_eps,
+                    INDEX,
+                    min(C, INDEX.dim),
+                    REQUESTS_ONLY,
+                    CASTS,
+                    SCAN,
+                )
     elif not REQUESTS_ONLY:
         i_g = i_p - PARTS * num_requests
         if MAIN is not None:
             groups = tl.cdiv(num_tokens, MAIN_BLOCKS * MAIN.ratio)
             if i_g < groups:
                 csa_tokens(
-                    step, main, i_g, num_tokens, page_stride, num_window_rows, main_eps, MAIN, min(C, MAIN.dim), MAIN_BLOCKS, CASTS
-                )  # fmt: skip
+                    step,
+                    main,
+                    i_g,
+                    num_tokens,
+                    page_stride,
+                    num_window_rows,
+                    main_eps,
+                    MAIN,
+                    min(C, MAIN.dim),
+                    MAIN_BLOCKS,
+                    CASTS,
+                )
             i_g -= groups
         if INDEX is not None:  # noqa: SIM102
             if i_g >= 0:
                 csa_tokens(
                     step, index, i_g, num_tokens, page_stride, no_row, index_eps, INDEX, min(C, INDEX.dim), INDEX_BLOCKS, CASTS
-                )  # fmt: skip
+                )
 
 
-def _launch_csa(
-    step: StepTensors, main: CsaFlush | None, index: CsaFlush | None, tuning: CsaTuning | None
-) -> None:
+def _launch_csa(step: StepTensors, main: CsaFlush | None, index: CsaFlush | None, tuning: CsaTuning | None) -> None:
     parts = [
-        (part.params.eps, part.kv_score, *compressor_arguments(
-            step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params,
-            part.boundary.shape[1],
-        ))
-        for part in (main, index) if part is not None
-    ]  # fmt: skip
+        (
+            part.params.eps,
+            part.kv_score,
+            *compressor_arguments(
+                step,
+                part.kv_score,
+                part.streams,
+                part.boundary,
+                part.pool,
+                part.pool_format,
+                part.params,
+                part.boundary.shape[1],
+            ),
+        )
+        for part in (main, index)
+        if part is not None
+    ]
     main_eps, main_rows, main_pointers, main_shape = parts[0]
     index_eps, _, index_pointers, index_shape = parts[-1]
     num_tokens, num_requests = len(main_rows), len(step.seq_lens)
@@ -348,9 +421,7 @@ def flush_csa(
     _launch_csa(step, None if params.rotate else part, part if params.rotate else None, tuning)
 
 
-def flush_csa_layer(
-    step: StepTensors, main: CsaFlush, index: CsaFlush, tuning: CsaTuning | None = None
-) -> None:
+def flush_csa_layer(step: StepTensors, main: CsaFlush, index: CsaFlush, tuning: CsaTuning | None = None) -> None:
     """`naive_flush_csa` of a layer's main compressor and of its indexer, in one launch together.
 
     Args:
@@ -365,9 +436,7 @@ def flush_csa_layer(
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: both pools, streams and boundary states.
     """
     if len(main.kv_score) != len(index.kv_score):
-        raise ValueError(
-            f"index kv_score: expected {len(main.kv_score)} tokens, got {len(index.kv_score)}"
-        )
+        raise ValueError(f"index kv_score: expected {len(main.kv_score)} tokens, got {len(index.kv_score)}")
     if main.params.rotate or not index.params.rotate:
         raise ValueError("rotate: expected False for main and True for index")
     _launch_csa(step, main, index, tuning)

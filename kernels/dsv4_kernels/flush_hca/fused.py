@@ -13,13 +13,7 @@ import triton.language as tl
 
 from dsv4_kernels.compress.fused import hca_update
 from dsv4_kernels.device import EXACT, hardware_casts
-from dsv4_kernels.flush.fused import (
-    SCAN,
-    compressor_arguments,
-    first_token_of,
-    step_pointers,
-    store_entries,
-)
+from dsv4_kernels.flush.fused import SCAN, compressor_arguments, first_token_of, step_pointers, store_entries
 from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.flush_hca.tuning import HcaTuning, hca_tuning
 from dsv4_kernels.layout import HEAD_DIM, RowFormat
@@ -59,9 +53,25 @@ def hca_take(b_m, b_s, b_a, rows, j: tl.constexpr):
 
 @triton.jit
 def hca_segment(
-    step, comp, work, i_d, row, slot, position, token, count, seq_len, work_row, page_stride, first_row, eps,
-    S: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    step,
+    comp,
+    work,
+    i_d,
+    row,
+    slot,
+    position,
+    token,
+    count,
+    seq_len,
+    work_row,
+    page_stride,
+    first_row,
+    eps,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """Take ``count`` tokens of one block into its accumulator, keep it after each of the request's last tokens, and
     store the entry if the block closes. All this for one of ``SPLIT`` parts of the channels.
 
@@ -115,9 +125,7 @@ def hca_segment(
         b_first = b_one + (position - offset)
         b_raw = b_a / b_s
         if SPLIT == 1:
-            store_entries(
-                (b_raw[None, :],), step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
-            )  # fmt: skip
+            store_entries((b_raw[None, :],), step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS)
         else:
             # The norm needs the whole row: whichever part comes last finishes it, and leaves the counter at 0.
             tl.store(work.rows + work_row * S.dim + o_d, b_raw)
@@ -129,7 +137,7 @@ def hca_segment(
                 b_whole = tl.load(p_row, cache_modifier=".cg")
                 store_entries(
                     (b_whole[None, :],), step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
-                )  # fmt: skip
+                )
 
 
 @triton.jit
@@ -146,9 +154,21 @@ def first_kept_block(start, seq_len, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_hca_kernel(
-    step, comp, work, num_requests, num_tokens, page_stride, num_window_rows, eps, S: tl.constexpr, U: tl.constexpr,
-    SPLIT: tl.constexpr, REQUESTS_ONLY: tl.constexpr, CASTS: tl.constexpr, SCAN: tl.constexpr,
-):  # fmt: skip
+    step,
+    comp,
+    work,
+    num_requests,
+    num_tokens,
+    page_stride,
+    num_window_rows,
+    eps,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    SPLIT: tl.constexpr,
+    REQUESTS_ONLY: tl.constexpr,
+    CASTS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
     """One program per request, then one per ``m`` tokens for the blocks that begin among them; ``SPLIT`` of each."""
     M: tl.constexpr = S.ratio
     i_d = tl.program_id(0) % SPLIT
@@ -167,9 +187,7 @@ def flush_hca_kernel(
         o_t = (i_p - num_requests) * M + tl.arange(0, M)
         b_position = tl.load(step.positions + o_t, mask=o_t < num_tokens, other=-1).to(tl.int32)
         b_row = tl.load(step.token_rows + o_t, mask=o_t < num_tokens, other=-1)
-        b_row_before = tl.load(
-            step.token_rows + o_t - 1, mask=(o_t > 0) & (o_t < num_tokens), other=-2
-        )
+        b_row_before = tl.load(step.token_rows + o_t - 1, mask=(o_t > 0) & (o_t < num_tokens), other=-2)
         # Blocks that begin here, but not with their request's first token: that one is its request's program's.
         m_t = (b_position >= 0) & (b_position % M == 0) & (b_row_before == b_row)
         token = tl.min(tl.where(m_t, o_t, num_tokens), axis=0)
@@ -194,9 +212,25 @@ def flush_hca_kernel(
                 count = 0
         if count > 0:
             hca_segment(
-                step, comp, work, i_d, row, slot, position, token, count, seq_len, work_row, page_stride,
-                num_window_rows, eps, S, U, SPLIT, CASTS,
-            )  # fmt: skip
+                step,
+                comp,
+                work,
+                i_d,
+                row,
+                slot,
+                position,
+                token,
+                count,
+                seq_len,
+                work_row,
+                page_stride,
+                num_window_rows,
+                eps,
+                S,
+                U,
+                SPLIT,
+                CASTS,
+            )
             tl.debug_barrier()
         if REQUESTS_ONLY:
             token += count
@@ -216,8 +250,7 @@ def hca_workspace(max_requests: int, max_tokens: int, device: torch.device) -> H
     """Allocate the scratch of `flush_hca` for steps of up to so many requests and tokens, of an HCA ratio of 128."""
     rows = max_requests + triton.cdiv(max_tokens, _HCA_RATIO)
     return HcaWorkspace(
-        rows=empty((rows, HEAD_DIM), torch.float32, device),
-        arrived=torch.zeros(rows, dtype=torch.int32, device=device),
+        rows=empty((rows, HEAD_DIM), torch.float32, device), arrived=torch.zeros(rows, dtype=torch.int32, device=device)
     )
 
 
@@ -244,9 +277,7 @@ def flush_hca(
     if num_tokens == 0 or num_requests == 0:
         return
     ratio = params.slot_bias.shape[0]
-    pointers, shape = compressor_arguments(
-        step, kv_score, accumulators, accumulators, pool, pool_format, params, ratio
-    )
+    pointers, shape = compressor_arguments(step, kv_score, accumulators, accumulators, pool, pool_format, params, ratio)
     requests_only = num_tokens <= num_requests
     programs = num_requests + (0 if requests_only else triton.cdiv(num_tokens, ratio))
     unroll, warps, split = tuning or hca_tuning(num_tokens, num_requests)

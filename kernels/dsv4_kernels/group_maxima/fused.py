@@ -13,9 +13,17 @@ _GROUPS = 512
 
 @triton.jit(do_not_specialize=["first_token"])
 def group_maxima_kernel(
-    p_positions, first_token, p_scores, score_stride, p_maxima, maxima_stride, RATIO: tl.constexpr, FEWEST: tl.constexpr,
-    GROUP: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    p_positions,
+    first_token,
+    p_scores,
+    score_stride,
+    p_maxima,
+    maxima_stride,
+    RATIO: tl.constexpr,
+    FEWEST: tl.constexpr,
+    GROUP: tl.constexpr,
+    BG: tl.constexpr,
+):
     """``BG`` groups of one token, unless it sees no more than ``FEWEST`` entries."""
     i_t = tl.program_id(0).to(tl.int64)
     visible = visible_entries(p_positions, first_token + i_t, RATIO)
@@ -30,12 +38,7 @@ def group_maxima_kernel(
 
 
 def group_maxima(
-    positions: torch.Tensor,
-    first_token: int,
-    ratio: int,
-    scores: torch.Tensor,
-    maxima: torch.Tensor,
-    fewest: int,
+    positions: torch.Tensor, first_token: int, ratio: int, scores: torch.Tensor, maxima: torch.Tensor, fewest: int
 ) -> None:
     """`naive_group_maxima` of the scores of some tokens of a step, groups of `dsv4_kernels.index_topk.GROUP`.
 
@@ -54,9 +57,7 @@ def group_maxima(
     check_contiguous("positions", positions)
     num_tokens, num_groups = maxima.shape
     if tuple(scores.shape) != (num_tokens, num_groups * GROUP):
-        raise ValueError(
-            f"scores: expected ({num_tokens}, {num_groups * GROUP}), got {tuple(scores.shape)}"
-        )
+        raise ValueError(f"scores: expected ({num_tokens}, {num_groups * GROUP}), got {tuple(scores.shape)}")
     if scores.numel() == 0:
         return
     group_maxima_kernel[(num_tokens, triton.cdiv(num_groups, _GROUPS))](

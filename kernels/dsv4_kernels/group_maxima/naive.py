@@ -3,9 +3,7 @@
 import torch
 
 
-def naive_group_maxima(
-    scores: torch.Tensor, num_visible: torch.Tensor, group: int, maxima: torch.Tensor
-) -> None:
+def naive_group_maxima(scores: torch.Tensor, num_visible: torch.Tensor, group: int, maxima: torch.Tensor) -> None:
     """The largest visible score of each group of a row.
 
     Args:

@@ -26,9 +26,16 @@ def scored_entries(p_positions, b_token, m_t, RATIO: tl.constexpr, K: tl.constex
 
 @triton.jit
 def count_tiles(
-    p_positions, first_token, num_tokens, p_first_tiles,
-    RATIO: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
-):  # fmt: skip
+    p_positions,
+    first_token,
+    num_tokens,
+    p_first_tiles,
+    RATIO: tl.constexpr,
+    K: tl.constexpr,
+    UNIT: tl.constexpr,
+    BS: tl.constexpr,
+    BU: tl.constexpr,
+):
     """Number the tiles: each unit's first, and behind the last unit the number of all."""
     num_units = tl.cdiv(num_tokens, UNIT)
     tl.store(p_first_tiles, 0)
@@ -38,20 +45,37 @@ def count_tiles(
         o_t = o_u[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
         b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
         b_tiles = (tl.max(b_visible, axis=1) + BS - 1) // BS
-        tl.store(
-            p_first_tiles + 1 + o_u, counted + tl.cumsum(b_tiles, axis=0), mask=o_u < num_units
-        )
+        tl.store(p_first_tiles + 1 + o_u, counted + tl.cumsum(b_tiles, axis=0), mask=o_u < num_units)
         counted += tl.sum(b_tiles, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["first_token", "num_tokens", "token_stride", "head_stride", "weight_stride"]
-)
+@triton.jit(do_not_specialize=["first_token", "num_tokens", "token_stride", "head_stride", "weight_stride"])
 def index_query_kernel(
-    p_positions, first_token, num_tokens, p_q, token_stride, head_stride, p_weights, weight_stride, p_cos_sin, p_query,
-    p_scaled, p_first_tiles, HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SCALE: tl.constexpr, E: tl.constexpr,
-    RATIO: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    p_positions,
+    first_token,
+    num_tokens,
+    p_q,
+    token_stride,
+    head_stride,
+    p_weights,
+    weight_stride,
+    p_cos_sin,
+    p_query,
+    p_scaled,
+    p_first_tiles,
+    HEADS: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    SCALE: tl.constexpr,
+    E: tl.constexpr,
+    RATIO: tl.constexpr,
+    K: tl.constexpr,
+    UNIT: tl.constexpr,
+    BS: tl.constexpr,
+    BU: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """``E`` heads of one token per program; the last program counts the tiles."""
     i_t = tl.program_id(0) // (H // E)
     if i_t == num_tokens:
@@ -68,9 +92,7 @@ def index_query_kernel(
             p_angle = p_cos_sin + (o_h * 0 + position) * R
             b_cos, b_sin = load_rope(p_angle, m_h, 0, D, D, R)
             b_q = hadamard_rows(rope_chunk(b_q, b_cos, b_sin, 0, E, D, D, R), E, D, SCALE)
-            b_w = tl.load(p_weights + token * weight_stride + o_h, mask=m_h, other=0.0).to(
-                tl.float32
-            )
+            b_w = tl.load(p_weights + token * weight_stride + o_h, mask=m_h, other=0.0).to(tl.float32)
             o_n = i_t.to(tl.int64) * H + o_h
             p_row = p_query + o_n[:, None] * D + o_d
             if p_query.dtype.element_ty == tl.uint8:
@@ -86,10 +108,20 @@ def index_query_kernel(
 
 
 def index_query(
-    step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, cos_sin: torch.Tensor, ratio: int, k: int,
-    query: torch.Tensor, weights: torch.Tensor, first_tiles: torch.Tensor, unit: int, tile: int, first_token: int,
+    step: StepTensors,
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    cos_sin: torch.Tensor,
+    ratio: int,
+    k: int,
+    query: torch.Tensor,
+    weights: torch.Tensor,
+    first_tiles: torch.Tensor,
+    unit: int,
+    tile: int,
+    first_token: int,
     num_tokens: int,
-) -> None:  # fmt: skip
+) -> None:
     """`naive_index_query` for the tokens that have more than ``k`` visible entries.
 
     Args:

@@ -6,9 +6,7 @@ import torch
 _E4M3_STEP = 32
 
 
-def score_bound(
-    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *, e4m3: bool
-) -> torch.Tensor:
+def score_bound(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *, e4m3: bool) -> torch.Tensor:
     """Largest error of one token's scores that rounding explains.
 
     Every sum of 128 products and of the heads loses at most 2^-22 of its terms' magnitudes a step: a tensor core may cut off

@@ -17,12 +17,7 @@ import triton.language as tl
 
 from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts, is_interpreting
 from dsv4_kernels.index_query.fused import COUNTED_UNITS, index_query, scored_entries
-from dsv4_kernels.index_score.tuning import (
-    IndexTuning,
-    index_tuning,
-    num_programs,
-    rows_together,
-)
+from dsv4_kernels.index_score.tuning import IndexTuning, index_tuning, num_programs, rows_together
 from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, padded_heads
 from dsv4_kernels.index_topk.fused import GROUP, topk_entries
 from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, RowFormat
@@ -31,9 +26,7 @@ from dsv4_kernels.step import StepTensors
 
 
 @triton.jit
-def first_slots(
-    p_table, number, most, PER_PAGE: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr
-):
+def first_slots(p_table, number, most, PER_PAGE: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr):
     """Slots at which the two halves of a tile begin, or the whole twice, where rows of a part lie together."""
     first = number * BS
     slot = tl.load(p_table + first // PER_PAGE) * PER_PAGE + first % PER_PAGE
@@ -49,9 +42,8 @@ def first_slots(
 
 @triton.jit
 def load_keys(
-    p_pool, slot, second, first,
-    FORMAT: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    p_pool, slot, second, first, FORMAT: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr, BK: tl.constexpr, D: tl.constexpr
+):
     """Channels ``first .. first+BK-1`` of keys as they are stored, ``[BS, BK]``, and the keys' scales ``[BS]``.
 
     Rows of each half lie together, so that addresses are one number and an offset. They are read without a mask: a page has all
@@ -140,9 +132,7 @@ def unit_of(p_first_tiles, tile, num_units, BU: tl.constexpr):
 
 
 @triton.jit
-def load_query(
-    p_query, o_n, m_n, first, D: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr
-):  # fmt: skip
+def load_query(p_query, o_n, m_n, first, D: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr, CASTS: tl.constexpr):
     """Channels of a unit's queries, one head of one token each, ``[BK, UNIT * H]``."""
     o_d = first + tl.arange(0, BK)
     b_q = tl.load(p_query + o_n[None, :] * D + o_d[:, None], mask=m_n[None, :], other=0)
@@ -151,12 +141,36 @@ def load_query(
 
 @triton.jit(do_not_specialize=["first_token", "num_tokens", "page_stride"])
 def index_scores_kernel(
-    p_positions, p_token_rows, p_pages, page_stride, first_token, num_tokens, p_first_tiles, p_query, p_weights, p_pool,
-    p_scores, score_stride, p_maxima, maxima_stride, H: tl.constexpr, D: tl.constexpr, RATIO: tl.constexpr,
-    PER_PAGE: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, BS: tl.constexpr, PART: tl.constexpr,
-    BK: tl.constexpr, BU: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr,
-    CASTS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    p_positions,
+    p_token_rows,
+    p_pages,
+    page_stride,
+    first_token,
+    num_tokens,
+    p_first_tiles,
+    p_query,
+    p_weights,
+    p_pool,
+    p_scores,
+    score_stride,
+    p_maxima,
+    maxima_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    RATIO: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    K: tl.constexpr,
+    UNIT: tl.constexpr,
+    BS: tl.constexpr,
+    PART: tl.constexpr,
+    BK: tl.constexpr,
+    BU: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    CASTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """An equal share of the tiles per program."""
     num_units = tl.cdiv(num_tokens, UNIT)
     num_tiles = tl.load(p_first_tiles + num_units).to(tl.int64)
@@ -195,9 +209,7 @@ def index_scores_kernel(
                 b_dot = tl.dot(as_operand(b_key, OPERAND, CASTS), b_q, input_precision="ieee")
                 # fp32 operands do not fit the registers: BK channels at a time.
                 for first in tl.static_range(BK, D, BK):
-                    b_part, b_scale = load_keys(
-                        p_pool, slot, second, first, FORMAT, BS, PART, BK, D
-                    )
+                    b_part, b_scale = load_keys(p_pool, slot, second, first, FORMAT, BS, PART, BK, D)
                     b_q_part = load_query(p_query, o_n, m_n, first, D, BK, OPERAND, CASTS)
                     b_dot = tl.dot(b_part, b_q_part, b_dot, input_precision="ieee")
                 b_score = sum_heads(b_dot, b_w, BS, UNIT, H) * b_scale[:, None]
@@ -251,35 +263,39 @@ def select_entries(
         # Tables of so few pages leave nothing to choose.
         if scores.shape[1] > out.shape[1]:
             score_entries(
-                step, index_q, index_weights, index_pool, key_format, cos_sin, ratio, out.shape[1], workspace, first,
-                count, tuning,
-            )  # fmt: skip
+                step,
+                index_q,
+                index_weights,
+                index_pool,
+                key_format,
+                cos_sin,
+                ratio,
+                out.shape[1],
+                workspace,
+                first,
+                count,
+                tuning,
+            )
         listing = step if numbering is None else numbering
-        topk_entries(
-            listing, scores[:count], maxima[:count], first, ratio, out, workspace.groups, pad
-        )
+        topk_entries(listing, scores[:count], maxima[:count], first, ratio, out, workspace.groups, pad)
 
 
 def check_arguments(
-    step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, index_pool: torch.Tensor,
-    cos_sin: torch.Tensor, workspace: IndexWorkspace,
-) -> None:  # fmt: skip
+    step: StepTensors,
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    index_pool: torch.Tensor,
+    cos_sin: torch.Tensor,
+    workspace: IndexWorkspace,
+) -> None:
     """Raise `ValueError` unless shapes fit the workspace and kernels can address the tensors."""
     num_tokens, heads = index_weights.shape
     padded = padded_heads(heads)
     if tuple(index_q.shape) != (num_tokens, heads, INDEX_DIM):
-        raise ValueError(
-            f"index_q: expected ({num_tokens}, {heads}, {INDEX_DIM}), got {tuple(index_q.shape)}"
-        )
+        raise ValueError(f"index_q: expected ({num_tokens}, {heads}, {INDEX_DIM}), got {tuple(index_q.shape)}")
     if workspace.query.shape[1] != padded:
-        raise ValueError(
-            f"workspace: expected {padded} padded heads, got {workspace.query.shape[1]}"
-        )
-    for name, tensor in (
-        ("index_q", index_q),
-        ("index_weights", index_weights),
-        ("history_pages", step.history_pages),
-    ):
+        raise ValueError(f"workspace: expected {padded} padded heads, got {workspace.query.shape[1]}")
+    for name, tensor in (("index_q", index_q), ("index_weights", index_weights), ("history_pages", step.history_pages)):
         check_rows(name, tensor)
     for name, tensor in (
         ("index_pool", index_pool),
@@ -291,10 +307,19 @@ def check_arguments(
 
 
 def score_entries(
-    step: StepTensors, index_q: torch.Tensor, index_weights: torch.Tensor, index_pool: torch.Tensor,
-    key_format: RowFormat, cos_sin: torch.Tensor, ratio: int, k: int, workspace: IndexWorkspace, first_token: int,
-    num_tokens: int, tuning: IndexTuning | None = None,
-) -> None:  # fmt: skip
+    step: StepTensors,
+    index_q: torch.Tensor,
+    index_weights: torch.Tensor,
+    index_pool: torch.Tensor,
+    key_format: RowFormat,
+    cos_sin: torch.Tensor,
+    ratio: int,
+    k: int,
+    workspace: IndexWorkspace,
+    first_token: int,
+    num_tokens: int,
+    tuning: IndexTuning | None = None,
+) -> None:
     """The first two launches of `select_entries`: round the queries of some tokens, and score their entries."""
     device = index_q.device
     exact = key_format.storage_dtype == torch.float32
@@ -304,9 +329,20 @@ def score_entries(
     if query.dtype == torch.float8_e4m3fn:
         query = query.view(torch.uint8)
     index_query(
-        step, index_q, index_weights, cos_sin, ratio, k, query, workspace.weights, workspace.first_tiles, tuning.unit,
-        tuning.entries, first_token, num_tokens,
-    )  # fmt: skip
+        step,
+        index_q,
+        index_weights,
+        cos_sin,
+        ratio,
+        k,
+        query,
+        workspace.weights,
+        workspace.first_tiles,
+        tuning.unit,
+        tuning.entries,
+        first_token,
+        num_tokens,
+    )
     scores, maxima = held_scores(step, ratio, workspace)
     per_page = step.page_tokens // ratio
     part = rows_together(per_page, key_format, tuning.entries)

@@ -25,9 +25,7 @@ def naive_round_query(q: torch.Tensor, key_format: RowFormat) -> torch.Tensor:
     return q.bfloat16().float() if key_format is BF16_INDEX else q
 
 
-def naive_index_query(
-    q: torch.Tensor, cos_sin: torch.Tensor, key_format: RowFormat = FP32_INDEX
-) -> torch.Tensor:
+def naive_index_query(q: torch.Tensor, cos_sin: torch.Tensor, key_format: RowFormat = FP32_INDEX) -> torch.Tensor:
     """Rotate index queries as the index keys were, and round them alike.
 
     Equation: q' = ROUND(HADAMARD(ROPE_t(q)))      [INDEX-Q]

@@ -43,9 +43,7 @@ def rows_together(per_page: int, key_format: RowFormat, entries: int) -> int:
         whole = min(whole, key_format.group_rows)
     part = min(whole, entries)
     if entries > 2 * part:
-        raise ValueError(
-            f"tile: expected at most {2 * part} entries for pages of {per_page}, got {entries}"
-        )
+        raise ValueError(f"tile: expected at most {2 * part} entries for pages of {per_page}, got {entries}")
     return part
 
 

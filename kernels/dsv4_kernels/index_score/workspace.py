@@ -44,7 +44,7 @@ def padded_heads(heads: int) -> int:
 
 def index_workspace(
     max_tokens: int, max_scores: int, heads: int, k: int, key_format: RowFormat, device: torch.device
-) -> IndexWorkspace:  # fmt: skip
+) -> IndexWorkspace:
     """Allocate the scratch of `select_entries`.
 
     Args:
@@ -76,11 +76,8 @@ def held_scores(step: StepTensors, ratio: int, workspace: IndexWorkspace) -> Hel
     entries = step.history_pages.shape[1] * step.page_tokens // ratio
     rows = min(len(workspace.query), len(workspace.scores) // max(1, entries))
     if rows == 0:
-        raise ValueError(
-            f"workspace: expected room for {entries} scores, got {len(workspace.scores)}"
-        )
+        raise ValueError(f"workspace: expected room for {entries} scores, got {len(workspace.scores)}")
     count = rows * entries
     return HeldScores(
-        workspace.scores[:count].view(rows, entries),
-        workspace.maxima[: count // GROUP].view(rows, entries // GROUP),
+        workspace.scores[:count].view(rows, entries), workspace.maxima[: count // GROUP].view(rows, entries // GROUP)
     )

@@ -73,9 +73,7 @@ def largest_maxima(p_maxima, count, SIZE: tl.constexpr, GROUP: tl.constexpr):
     o_g = tl.arange(0, SIZE) * GROUP
     b_max = tl.full([SIZE], float("-inf"), tl.float32)
     for i in tl.static_range(GROUP):
-        b_max = tl.maximum(
-            b_max, tl.load(p_maxima + o_g + i, mask=o_g + i < count, other=float("-inf"))
-        )
+        b_max = tl.maximum(b_max, tl.load(p_maxima + o_g + i, mask=o_g + i < count, other=float("-inf")))
     return b_max
 
 
@@ -114,9 +112,7 @@ def store_rows(p_pages, p_out, b_entry, m_chosen, b_place, num_window_rows, PER_
 
 
 @triton.jit
-def choose_few(
-    p_scores, p_pages, p_out, visible, num_window_rows, PER_PAGE: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
+def choose_few(p_scores, p_pages, p_out, visible, num_window_rows, PER_PAGE: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
     """Choose among at most ``SIZE`` scores."""
     b_entry = tl.arange(0, SIZE)
     m_s = b_entry < visible
@@ -127,11 +123,29 @@ def choose_few(
 
 @triton.jit(do_not_specialize=["first_token", "page_stride", "num_window_rows"])
 def topk_entries_kernel(
-    p_positions, p_token_rows, p_pages, page_stride, first_token, p_scores, score_stride, p_maxima, maxima_stride,
-    p_groups, p_out, out_stride, num_window_rows, RATIO: tl.constexpr, PER_PAGE: tl.constexpr, K: tl.constexpr,
-    K_BLOCK: tl.constexpr, SMALL: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
+    p_positions,
+    p_token_rows,
+    p_pages,
+    page_stride,
+    first_token,
+    p_scores,
+    score_stride,
+    p_maxima,
+    maxima_stride,
+    p_groups,
+    p_out,
+    out_stride,
+    num_window_rows,
+    RATIO: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    SMALL: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    LEVELS: tl.constexpr,
     PAD: tl.constexpr,
-):  # fmt: skip
+):
     """One token per program: all it sees if that is at most ``K`` entries, or the best of its scores."""
     i_t = tl.program_id(0).to(tl.int64)
     token = first_token + i_t
@@ -187,9 +201,7 @@ def topk_levels(max_entries: int, k: int) -> tuple[int, int, int]:
     while size * GROUP ** (levels - 1) < max_entries:
         levels += 1
     if levels > 3:
-        raise ValueError(
-            f"scores: expected at most {size * GROUP**2} entries for k = {k}, got {max_entries}"
-        )
+        raise ValueError(f"scores: expected at most {size * GROUP**2} entries for k = {k}, got {max_entries}")
     return size, small, levels
 
 
@@ -232,28 +244,15 @@ def topk_entries(
     """
     num_tokens, max_entries = scores.shape
     k = out.shape[1]
-    for name, tensor in (
-        ("scores", scores),
-        ("maxima", maxima),
-        ("out", out),
-        ("history_pages", step.history_pages),
-    ):
+    for name, tensor in (("scores", scores), ("maxima", maxima), ("out", out), ("history_pages", step.history_pages)):
         check_rows(name, tensor)
-    for name, tensor in (
-        ("positions", step.positions),
-        ("token_rows", step.token_rows),
-        ("groups", groups),
-    ):
+    for name, tensor in (("positions", step.positions), ("token_rows", step.token_rows), ("groups", groups)):
         check_contiguous(name, tensor)
     size, small, levels = topk_levels(max_entries, k)
     if len(groups) < num_tokens or groups.shape[1] != k:
-        raise ValueError(
-            f"groups: expected at least ({num_tokens}, {k}), got {tuple(groups.shape)}"
-        )
+        raise ValueError(f"groups: expected at least ({num_tokens}, {k}), got {tuple(groups.shape)}")
     if levels > 1 and maxima.shape[1] * GROUP < max_entries:
-        raise ValueError(
-            f"maxima: expected one of each {GROUP} of {max_entries} scores, got {maxima.shape[1]}"
-        )
+        raise ValueError(f"maxima: expected one of each {GROUP} of {max_entries} scores, got {maxima.shape[1]}")
     if num_tokens == 0:
         return
     topk_entries_kernel[(num_tokens,)](

@@ -28,9 +28,22 @@ class WorkPointers(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_tokens", "list_stride", "num_heads"])
 def mla_schedule_kernel(
-    p_positions, num_tokens, list_stride, num_heads, work, num_lanes, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    MOST: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, SECOND: tl.constexpr, MANY: tl.constexpr, PIECE: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+    p_positions,
+    num_tokens,
+    list_stride,
+    num_heads,
+    work,
+    num_lanes,
+    WINDOW: tl.constexpr,
+    RATIO: tl.constexpr,
+    MOST: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    SECOND: tl.constexpr,
+    MANY: tl.constexpr,
+    PIECE: tl.constexpr,
+    BT: tl.constexpr,
+):
     """Every program sees all queries, and writes the works of one lane."""
     i_l = tl.program_id(0)
     o_t = tl.arange(0, BT)
@@ -51,9 +64,7 @@ def mla_schedule_kernel(
     b_piece = tl.maximum((tl.sum(b_rest) + num_lanes - 1) // num_lanes, b_least)
     while tl.sum((b_rest + b_piece - 1) // b_piece) > num_lanes:
         b_piece += tl.maximum(b_piece // 8, 1)
-    b_stretch = (b_rounds * b_most + b_piece > b_line + SECOND) & (
-        (b_rounds < MANY) | (2 * b_most > b_line)
-    )
+    b_stretch = (b_rounds * b_most + b_piece > b_line + SECOND) & ((b_rounds < MANY) | (2 * b_most > b_line))
     if not SPLIT:
         b_stretch = b_most < 0
         b_piece = b_most
@@ -93,7 +104,7 @@ def mla_schedule_kernel(
 
 def mla_schedule(
     positions: torch.Tensor, kind: ListKind, list_stride: int, num_heads: int, work: WorkLists, split: bool = True
-) -> None:  # fmt: skip
+) -> None:
     """`naive_mla_schedule` in one launch; arguments as there.
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: work.

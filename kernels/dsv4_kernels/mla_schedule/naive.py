@@ -17,7 +17,7 @@ MANY_ROUNDS = 2
 
 def naive_mla_schedule(
     positions: torch.Tensor, kind: ListKind, list_stride: int, num_heads: int, work: WorkLists, split: bool = True
-) -> None:  # fmt: skip
+) -> None:
     """Share the tiles of all queries' lists out among the lanes. A query without keys counts as one tile.
 
     Either whole rounds of one query per lane, and the rest cut into pieces of equal size, so few that each lane takes one;
@@ -66,14 +66,7 @@ def naive_mla_schedule(
             begin += count if stretch else -(-count // piece) * piece
         work.first_lane[token], work.num_pieces[token] = first, pieces
     rows = [
-        (
-            token,
-            token * list_stride,
-            slot,
-            lengths[token],
-            start * TILE_KEYS,
-            min(end * TILE_KEYS, lengths[token]),
-        )
+        (token, token * list_stride, slot, lengths[token], start * TILE_KEYS, min(end * TILE_KEYS, lengths[token]))
         for lane in takes
         for token, start, end, slot in lane
     ]

@@ -35,9 +35,7 @@ def norm_scale(chunks, eps, E: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_rope(
-    p_cos_sin, m_e, FIRST: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr
-):
+def load_rope(p_cos_sin, m_e, FIRST: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
     """Cosines and sines ``[E, C/2]`` for the channels from ``FIRST`` on, of each row's row ``[E]`` of the table; 1 and 0 where
     nothing is rotated.
     """
@@ -50,9 +48,7 @@ def load_rope(
 
 
 @triton.jit
-def rope_chunk(
-    b_x, b_cos, b_sin, FIRST: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr
-):  # fmt: skip
+def rope_chunk(b_x, b_cos, b_sin, FIRST: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
     """Rotate what a chunk holds of the rows' last ``R`` channels in interleaved pairs, by what `load_rope` read."""
     m_pair = ((FIRST - (D - R)) // 2 + tl.arange(0, C // 2) >= 0)[None, :]
     b_even, b_odd = tl.split(tl.reshape(b_x, [E, C // 2, 2]))

@@ -27,11 +27,7 @@ class RopeSpec:
     beta_slow: float = 1.0
 
     def _correction_dim(self, rotations: float) -> float:
-        return (
-            self.dim
-            * math.log(self.original_positions / (rotations * 2 * math.pi))
-            / (2 * math.log(self.theta))
-        )
+        return self.dim * math.log(self.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
     def inv_freq(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Frequencies of the ``dim/2`` pairs, fp32.
@@ -47,16 +43,12 @@ class RopeSpec:
         low = max(math.floor(self._correction_dim(self.beta_fast)), 0)
         high = min(math.ceil(self._correction_dim(self.beta_slow)), self.dim - 1)
         span = max(high - low, 0.001)  # equal corrections would divide by zero
-        ramp = (
-            (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - low) / span
-        ).clamp(0, 1)
+        ramp = ((torch.arange(self.dim // 2, dtype=torch.float32, device=device) - low) / span).clamp(0, 1)
         keep = 1 - ramp
         return freq / self.factor * (1 - keep) + freq * keep
 
 
-def rope_table(
-    spec: RopeSpec, num_positions: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def rope_table(spec: RopeSpec, num_positions: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Cosines and sines of positions ``0 .. num_positions-1``.
 
     Args:

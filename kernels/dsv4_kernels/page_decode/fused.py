@@ -15,9 +15,20 @@ _ROWS, _WARPS = 16, 4
 
 @triton.jit(do_not_specialize=["num_rows", "window_end", "num_window_rows"])
 def page_decode_kernel(
-    p_pool, p_window_pages, p_history_pages, num_rows, window_end, num_window_rows, p_rows, PAGE: tl.constexpr,
-    PER_PAGE: tl.constexpr, FORMAT: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    p_pool,
+    p_window_pages,
+    p_history_pages,
+    num_rows,
+    window_end,
+    num_window_rows,
+    p_rows,
+    PAGE: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """``BR`` rows, of which those before ``window_end`` are window rows. ``PER_PAGE``: entries of a page; 0 without any."""
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     m_r = o_r < num_rows
@@ -47,15 +58,11 @@ def page_decode(
     Raises:
         ValueError: another format, or rows of another number or shape than the pages have; nothing was written.
     """
-    named = {
-        "pool": pool, "window_pages": window_pages, "history_pages": history_pages, "rows": rows,
-    }  # fmt: skip
+    named = {"pool": pool, "window_pages": window_pages, "history_pages": history_pages, "rows": rows}
     for name, tensor in named.items():
         check_contiguous(name, tensor)
     if pool_format is not FP8_584_ROW or rows.dtype != torch.bfloat16:
-        raise ValueError(
-            f"page_decode: expected fp8_584 rows into bf16, got {pool_format.name} into {rows.dtype}"
-        )
+        raise ValueError(f"page_decode: expected fp8_584 rows into bf16, got {pool_format.name} into {rows.dtype}")
     num_rows = num_page_rows(len(window_pages), len(history_pages), page_tokens, ratio)
     if tuple(rows.shape) != (num_rows, pool_format.dim):
         raise ValueError(f"rows: expected ({num_rows}, {pool_format.dim}), got {tuple(rows.shape)}")

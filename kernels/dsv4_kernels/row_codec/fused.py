@@ -47,9 +47,7 @@ def round_to_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
     # From 2^-6 up: three mantissa bits, exponent bias 7 in place of 127.
     b_normal = ((b_abs + 0x7FFFF + ((b_abs >> 20) & 1)) >> 20) - (120 << 3)
     # Below: multiples of 2^-9. Adding 2^14, whose last bit is worth 2^-9, rounds to one.
-    b_small = (b_abs.to(tl.float32, bitcast=True) + 16384.0).to(
-        tl.uint32, bitcast=True
-    ) - 0x46800000
+    b_small = (b_abs.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     b_byte = tl.where(b_abs < 0x3C800000, b_small, b_normal) | ((b_bits >> 24) & 0x80)
     return b_byte.to(tl.uint8)
 
@@ -78,9 +76,17 @@ def quantize_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
 
 @triton.jit
 def store_chunk(
-    p_pool, b_slot, b_x, m_e,
-    FIRST: tl.constexpr, FORMAT: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    p_pool,
+    b_slot,
+    b_x,
+    m_e,
+    FIRST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """Write channels ``FIRST .. FIRST+C-1`` of rows, ``[E, C]`` fp32, at rows ``b_slot`` ``[E]`` (int64), where ``m_e``."""
     o_d = (FIRST + tl.arange(0, C))[None, :]
     m_e = m_e[:, None]
@@ -126,9 +132,7 @@ def e4m3_to_fp32(b_byte, HARDWARE_CASTS: tl.constexpr):
 
 
 @triton.jit
-def decode_rows(
-    p_pool, b_slot, m_r, p_row, FORMAT: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
-):
+def decode_rows(p_pool, b_slot, m_r, p_row, FORMAT: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr):
     """Decode packed rows ``b_slot`` ``[R]`` (int64), where ``m_r``, to bf16 rows at ``p_row`` ``[R]``."""
     p_group = p_pool + (b_slot // FORMAT.group_rows) * FORMAT.group_bytes  # [R]
     p_data = p_group + (b_slot % FORMAT.group_rows) * FORMAT.data_bytes

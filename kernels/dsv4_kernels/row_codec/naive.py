@@ -2,16 +2,7 @@
 
 import torch
 
-from dsv4_kernels.layout import (
-    FP8_584_ROW,
-    FP8_AMAX_FLOOR,
-    FP8_INDEX,
-    FP8_MAX,
-    FP8_TILE,
-    NOPE_DIM,
-    UE8M0_BIAS,
-    RowFormat,
-)
+from dsv4_kernels.layout import FP8_584_ROW, FP8_AMAX_FLOOR, FP8_INDEX, FP8_MAX, FP8_TILE, NOPE_DIM, UE8M0_BIAS, RowFormat
 
 
 def naive_quantize_e4m3(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,48 +19,28 @@ def naive_quantize_e4m3(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         tuple: values ``[..., tile]`` float8_e4m3fn, and exponents ``[...]`` int32 (``s = 2**exponent``).
     """
     amax = tiles.abs().amax(dim=-1).clamp_min(FP8_AMAX_FLOOR)
-    mantissa, exponent = torch.frexp(
-        amax * (1.0 / FP8_MAX)
-    )  # value = mantissa * 2**exponent, 0.5 <= mantissa < 1
+    mantissa, exponent = torch.frexp(amax * (1.0 / FP8_MAX))  # value = mantissa * 2**exponent, 0.5 <= mantissa < 1
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     scaled = torch.ldexp(tiles, -exponent.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
     return scaled.to(torch.float8_e4m3fn), exponent
 
 
-def _store_grouped(
-    pool: torch.Tensor,
-    slots: torch.Tensor,
-    data: torch.Tensor,
-    scales: torch.Tensor,
-    fmt: RowFormat,
-) -> None:
+def _store_grouped(pool: torch.Tensor, slots: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, fmt: RowFormat) -> None:
     group, row = slots // fmt.group_rows, slots % fmt.group_rows
-    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(
-        fmt.data_bytes, device=pool.device
-    )
-    scale_cols = (fmt.scale_offset + row * fmt.scale_bytes).unsqueeze(1) + torch.arange(
-        fmt.scale_bytes, device=pool.device
-    )
+    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(fmt.data_bytes, device=pool.device)
+    scale_cols = (fmt.scale_offset + row * fmt.scale_bytes).unsqueeze(1) + torch.arange(fmt.scale_bytes, device=pool.device)
     pool[group.unsqueeze(1), data_cols] = data
     pool[group.unsqueeze(1), scale_cols] = scales
 
 
-def _load_grouped(
-    pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _load_grouped(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> tuple[torch.Tensor, torch.Tensor]:
     group, row = slots // fmt.group_rows, slots % fmt.group_rows
-    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(
-        fmt.data_bytes, device=pool.device
-    )
-    scale_cols = (fmt.scale_offset + row * fmt.scale_bytes).unsqueeze(1) + torch.arange(
-        fmt.scale_bytes, device=pool.device
-    )
+    data_cols = (row * fmt.data_bytes).unsqueeze(1) + torch.arange(fmt.data_bytes, device=pool.device)
+    scale_cols = (fmt.scale_offset + row * fmt.scale_bytes).unsqueeze(1) + torch.arange(fmt.scale_bytes, device=pool.device)
     return pool[group.unsqueeze(1), data_cols], pool[group.unsqueeze(1), scale_cols]
 
 
-def naive_store_rows(
-    pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, fmt: RowFormat
-) -> None:
+def naive_store_rows(pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, fmt: RowFormat) -> None:
     """Write ``rows`` at ``slots`` of ``pool``.
 
     Args:
@@ -83,15 +54,9 @@ def naive_store_rows(
         return
     if fmt is FP8_584_ROW:
         nope, rope = rows[:, :NOPE_DIM], rows[:, NOPE_DIM:]
-        values, exponents = naive_quantize_e4m3(
-            nope.unflatten(1, (-1, FP8_TILE))
-        )  # [N, 7, 64], [N, 7]
+        values, exponents = naive_quantize_e4m3(nope.unflatten(1, (-1, FP8_TILE)))  # [N, 7, 64], [N, 7]
         data = torch.cat(
-            [
-                values.view(torch.uint8).flatten(1),
-                rope.to(torch.bfloat16).contiguous().view(torch.uint8),
-            ],
-            dim=1,
+            [values.view(torch.uint8).flatten(1), rope.to(torch.bfloat16).contiguous().view(torch.uint8)], dim=1
         )  # [N, 576]
         scales = torch.zeros(len(rows), fmt.scale_bytes, dtype=torch.uint8, device=rows.device)
         scales[:, : exponents.shape[1]] = (exponents + UE8M0_BIAS).to(torch.uint8)
@@ -119,9 +84,7 @@ def naive_load_rows(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> 
         return pool[slots].float()
     data, scales = _load_grouped(pool, slots, fmt)
     if fmt is FP8_584_ROW:
-        values = (
-            data[:, :NOPE_DIM].view(torch.float8_e4m3fn).float().unflatten(1, (-1, FP8_TILE))
-        )  # [N, 7, 64]
+        values = data[:, :NOPE_DIM].view(torch.float8_e4m3fn).float().unflatten(1, (-1, FP8_TILE))  # [N, 7, 64]
         exponents = scales[:, : values.shape[1]].int() - UE8M0_BIAS
         nope = torch.ldexp(values, exponents.unsqueeze(-1)).flatten(1)
         rope = data[:, NOPE_DIM:].contiguous().view(torch.bfloat16).float()
@@ -131,9 +94,7 @@ def naive_load_rows(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> 
     return data.view(torch.float8_e4m3fn).float() * scale
 
 
-def naive_copy_rows(
-    pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, fmt: RowFormat
-) -> None:
+def naive_copy_rows(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, fmt: RowFormat) -> None:
     """Copy stored rows, byte for byte.
 
     Args:
@@ -155,9 +116,7 @@ def naive_row_bytes(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> 
     return torch.cat(_load_grouped(pool, slots, fmt), dim=1)
 
 
-def naive_put_row_bytes(
-    pool: torch.Tensor, slots: torch.Tensor, stored: torch.Tensor, fmt: RowFormat
-) -> None:
+def naive_put_row_bytes(pool: torch.Tensor, slots: torch.Tensor, stored: torch.Tensor, fmt: RowFormat) -> None:
     """Put back what `naive_row_bytes` returned, at ``slots``."""
     if fmt.group_rows == 1:
         pool[slots] = stored.contiguous().view(fmt.storage_dtype)

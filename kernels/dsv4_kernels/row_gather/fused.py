@@ -12,9 +12,20 @@ from dsv4_kernels.row_lists.kind import ListKind
 
 @triton.jit(do_not_specialize=["list_stride", "width"])
 def row_gather_kernel(
-    p_pool, p_positions, p_lists, list_stride, width, p_rows, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    MOST: tl.constexpr, FORMAT: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    p_pool,
+    p_positions,
+    p_lists,
+    list_stride,
+    width,
+    p_rows,
+    WINDOW: tl.constexpr,
+    RATIO: tl.constexpr,
+    MOST: tl.constexpr,
+    FORMAT: tl.constexpr,
+    D: tl.constexpr,
+    BC: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """``BC`` rows of one list."""
     i_t = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -28,12 +39,7 @@ def row_gather_kernel(
 
 
 def row_gather(
-    pool: torch.Tensor,
-    pool_format: RowFormat,
-    lists: torch.Tensor,
-    kind: ListKind,
-    positions: torch.Tensor,
-    rows: torch.Tensor,
+    pool: torch.Tensor, pool_format: RowFormat, lists: torch.Tensor, kind: ListKind, positions: torch.Tensor, rows: torch.Tensor
 ) -> None:
     """`naive_row_gather` in one launch, of lists whose lengths are ``kind``'s at ``positions``; fp8_584 pools, bf16 rows.
 
@@ -43,9 +49,7 @@ def row_gather(
     for name, tensor in (("pool", pool), ("positions", positions), ("rows", rows)):
         check_contiguous(name, tensor)
     if pool_format is not FP8_584_ROW or rows.dtype != torch.bfloat16:
-        raise ValueError(
-            f"row_gather: expected fp8_584 rows into bf16, got {pool_format.name} into {rows.dtype}"
-        )
+        raise ValueError(f"row_gather: expected fp8_584 rows into bf16, got {pool_format.name} into {rows.dtype}")
     num_tokens, width = lists.shape
     if num_tokens == 0:
         return

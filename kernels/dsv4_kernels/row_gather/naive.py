@@ -7,11 +7,7 @@ from dsv4_kernels.row_codec import naive_load_rows
 
 
 def naive_row_gather(
-    pool: torch.Tensor,
-    pool_format: RowFormat,
-    lists: torch.Tensor,
-    lengths: torch.Tensor,
-    rows: torch.Tensor,
+    pool: torch.Tensor, pool_format: RowFormat, lists: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor
 ) -> None:
     """Decode the rows of each list into the list's place in a dense workspace.
 

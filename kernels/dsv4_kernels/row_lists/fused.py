@@ -9,15 +9,30 @@ from dsv4_kernels.row_lists.kind import ListKind
 from dsv4_kernels.step import StepTensors
 
 
-@triton.jit(
-    do_not_specialize=["page_stride", "list_stride", "selected_stride", "width", "num_window_rows"]
-)
+@triton.jit(do_not_specialize=["page_stride", "list_stride", "selected_stride", "width", "num_window_rows"])
 def row_lists_kernel(
-    p_positions, p_token_rows, p_window_pages, p_history_pages, page_stride, p_selected, selected_stride, p_lists,
-    list_stride, p_lengths, width, num_window_rows, WINDOW: tl.constexpr, RATIO: tl.constexpr, MOST: tl.constexpr,
-    PAGE: tl.constexpr, WRITE_WINDOW: tl.constexpr, ENTRIES: tl.constexpr, PAD: tl.constexpr,
-    WRITE_LENGTHS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    p_positions,
+    p_token_rows,
+    p_window_pages,
+    p_history_pages,
+    page_stride,
+    p_selected,
+    selected_stride,
+    p_lists,
+    list_stride,
+    p_lengths,
+    width,
+    num_window_rows,
+    WINDOW: tl.constexpr,
+    RATIO: tl.constexpr,
+    MOST: tl.constexpr,
+    PAGE: tl.constexpr,
+    WRITE_WINDOW: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    PAD: tl.constexpr,
+    WRITE_LENGTHS: tl.constexpr,
+    BC: tl.constexpr,
+):
     """``BC`` columns of one query's list. ``ENTRIES``: 0 leaves them, 1 lists every visible one, 2 the selected ones."""
     i_t = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -31,9 +46,7 @@ def row_lists_kernel(
     m_entry = o_c < b_entries
     if ENTRIES == 1:
         PER_PAGE: tl.constexpr = PAGE // RATIO
-        b_page = tl.load(
-            p_history_pages + b_row * page_stride + o_c // PER_PAGE, mask=m_entry, other=0
-        )
+        b_page = tl.load(p_history_pages + b_row * page_stride + o_c // PER_PAGE, mask=m_entry, other=0)
         b_slot = num_window_rows + b_page * PER_PAGE + o_c % PER_PAGE
         tl.store(p_list, b_slot.to(tl.int32), mask=m_entry)
     if ENTRIES == 2:
@@ -43,9 +56,7 @@ def row_lists_kernel(
     m_window = (o_w >= 0) & (o_w < b_window)
     if WRITE_WINDOW:
         b_reached = b_position + 1 - b_window + o_w
-        b_page = tl.load(
-            p_window_pages + b_row * page_stride + b_reached // PAGE, mask=m_window, other=0
-        )
+        b_page = tl.load(p_window_pages + b_row * page_stride + b_reached // PAGE, mask=m_window, other=0)
         tl.store(p_list, (b_page * PAGE + b_reached % PAGE).to(tl.int32), mask=m_window)
     if PAD:
         tl.store(p_list, -1, mask=(o_w >= b_window) & (o_c < width))
@@ -74,10 +85,7 @@ def row_lists(
         check_contiguous("lengths", lengths)
     check_contiguous("positions", step.positions)
     check_contiguous("token_rows", step.token_rows)
-    if (
-        step.window_pages.stride() != step.history_pages.stride()
-        or step.window_pages.stride(-1) != 1
-    ):
+    if step.window_pages.stride() != step.history_pages.stride() or step.window_pages.stride(-1) != 1:
         raise ValueError(
             f"page tables: expected equal strides and rows of stride 1, got {step.window_pages.stride()} and "
             f"{step.history_pages.stride()}"

@@ -35,10 +35,25 @@ def _add_piece(b_acc, b_scale, p_x, b_weight, mask):
 
 @triton.jit(do_not_specialize=["num_heads"])
 def sink_rope_kernel(
-    p_out, p_lse, p_sink, p_positions, p_cos_sin, p_first_lane, p_num_pieces, p_partial, p_partial_lse, num_heads,
-    D: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, HAS_SINK: tl.constexpr, HAS_SPLITS: tl.constexpr,
-    BH: tl.constexpr, BJ: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    p_out,
+    p_lse,
+    p_sink,
+    p_positions,
+    p_cos_sin,
+    p_first_lane,
+    p_num_pieces,
+    p_partial,
+    p_partial_lse,
+    num_heads,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    RB: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    HAS_SPLITS: tl.constexpr,
+    BH: tl.constexpr,
+    BJ: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """``BH`` heads of one query; pieces are read ``BJ`` at a time. Channels that stay as they are are not touched.
 
     A vector of heads is a column ``[BH, 1]``, so that it is laid out as the rows are and no exchange through
@@ -85,9 +100,7 @@ def sink_rope_kernel(
                 p_row = p_partial + o_row * D
                 b_main = _add_piece(b_main, b_scale, p_row + o_d, b_weight, m_j & (o_d < D - R))
                 if R > 0:
-                    b_pair = _add_piece(
-                        b_pair, b_scale, p_row + (D - R) + o_r, b_weight, m_j & (o_r < R)
-                    )
+                    b_pair = _add_piece(b_pair, b_scale, p_row + (D - R) + o_r, b_weight, m_j & (o_r < R))
                 b_sum = b_sum * b_scale + b_weight
                 b_top = b_new
         b_inverse = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)
@@ -130,9 +143,7 @@ def sink_rope(
         check_contiguous(name, tensor)
     if num_tokens == 0:
         return
-    heads, pieces, warps = sink_rope_tuning(
-        num_tokens, 0 if splits is None else len(splits.partial) // 2
-    )
+    heads, pieces, warps = sink_rope_tuning(num_tokens, 0 if splits is None else len(splits.partial) // 2)
     sink_rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         p_out=out,
         p_lse=lse,

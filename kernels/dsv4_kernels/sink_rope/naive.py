@@ -8,9 +8,7 @@ from dsv4_kernels.norm_rope import naive_rope
 from dsv4_kernels.sink_rope.splits import Splits
 
 
-def _merged(
-    out: torch.Tensor, lse: torch.Tensor, splits: Splits
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merged(out: torch.Tensor, lse: torch.Tensor, splits: Splits) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = out.clone(), lse.clone()
     for token, count in enumerate(splits.num_pieces.tolist()):
         if count > 1:

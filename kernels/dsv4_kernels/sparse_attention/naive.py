@@ -7,12 +7,7 @@ from dsv4_kernels.row_codec.naive import naive_load_rows
 
 
 def naive_sparse_attention(
-    q: torch.Tensor,
-    pool: torch.Tensor,
-    pool_format: RowFormat,
-    indices: torch.Tensor,
-    sink: torch.Tensor,
-    sm_scale: float,
+    q: torch.Tensor, pool: torch.Tensor, pool_format: RowFormat, indices: torch.Tensor, sink: torch.Tensor, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend each query token to the rows in its list; a row is both key and value.
 
@@ -34,9 +29,7 @@ def naive_sparse_attention(
         the sink, ``[T, H]`` fp32, -inf for a token without rows.
     """
     valid = indices >= 0  # [T, N]
-    rows = naive_load_rows(pool, indices.clamp_min(0).flatten(), pool_format).view(
-        *indices.shape, -1
-    )  # [T, N, 512]
+    rows = naive_load_rows(pool, indices.clamp_min(0).flatten(), pool_format).view(*indices.shape, -1)  # [T, N, 512]
     rows = rows.masked_fill(~valid.unsqueeze(-1), 0.0)  # what an unused cell points at may be NaN
     logits = torch.einsum("thd,tnd->thn", q.float(), rows) * sm_scale
     logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))

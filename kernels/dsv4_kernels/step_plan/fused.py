@@ -73,17 +73,7 @@ def plan_tokens(given, out, block, num_requests, num_tokens, BT: tl.constexpr, B
 
 
 @triton.jit
-def plan_pages(
-    given,
-    out,
-    row,
-    block,
-    num_pages,
-    slot_stride,
-    page_stride,
-    PAGE: tl.constexpr,
-    BP: tl.constexpr,
-):
+def plan_pages(given, out, row, block, num_pages, slot_stride, page_stride, PAGE: tl.constexpr, BP: tl.constexpr):
     """``BP`` cells of a request's page tables, as far as its tokens reach."""
     used = tl.cdiv(tl.load(given.seq_lens + row), PAGE).to(tl.int32)
     used = tl.where(tl.load(given.extend_lens + row) > 0, tl.minimum(used, num_pages), 0)
@@ -98,13 +88,21 @@ def plan_pages(
         tl.store(out.window_pages + o_cell, b_window // PAGE, mask=m_p)
 
 
-@triton.jit(
-    do_not_specialize=["num_requests", "num_tokens", "num_pages", "slot_stride", "page_stride"]
-)
+@triton.jit(do_not_specialize=["num_requests", "num_tokens", "num_pages", "slot_stride", "page_stride"])
 def step_plan_kernel(
-    given, out, p_first_tokens, num_requests, num_tokens, num_pages, slot_stride, page_stride,
-    PAGE: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
+    given,
+    out,
+    p_first_tokens,
+    num_requests,
+    num_tokens,
+    num_pages,
+    slot_stride,
+    page_stride,
+    PAGE: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+):
     """The first program plans requests, the next ones tokens, the rest page tables."""
     i_p = tl.program_id(0)
     token_programs = tl.cdiv(num_tokens, BT)
@@ -159,10 +157,19 @@ class StepPlanLaunch:
         self._grid = (1 + triton.cdiv(num_tokens, _TOKENS) + page_programs, 1, 1)
         # In the kernel's order.
         self._arguments = (
-            PlanInputs(seq_lens, extend_lens, request_rows, token_slots, window_slots), step_pointers(out), first_tokens,
-            num_requests, num_tokens, num_pages, token_slots.stride(0), out.history_pages.stride(0), out.page_tokens,
-            _TOKENS, _REQUESTS, _PAGES,
-        )  # fmt: skip
+            PlanInputs(seq_lens, extend_lens, request_rows, token_slots, window_slots),
+            step_pointers(out),
+            first_tokens,
+            num_requests,
+            num_tokens,
+            num_pages,
+            token_slots.stride(0),
+            out.history_pages.stride(0),
+            out.page_tokens,
+            _TOKENS,
+            _REQUESTS,
+            _PAGES,
+        )
         self._compiled: Any = None
 
     def __call__(self) -> None:
@@ -189,6 +196,4 @@ def step_plan(
 
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, first_tokens.
     """
-    StepPlanLaunch(
-        out, first_tokens, seq_lens, extend_lens, request_rows, token_slots, window_slots
-    )()
+    StepPlanLaunch(out, first_tokens, seq_lens, extend_lens, request_rows, token_slots, window_slots)()

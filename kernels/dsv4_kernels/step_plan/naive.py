@@ -9,12 +9,7 @@ from dsv4_kernels.step import StepTensors
 
 
 def step_buffers(
-    max_requests: int,
-    max_tokens: int,
-    max_pages: int,
-    page_tokens: int,
-    num_window_rows: int,
-    device: torch.device | str,
+    max_requests: int, max_tokens: int, max_pages: int, page_tokens: int, num_window_rows: int, device: torch.device | str
 ) -> StepTensors:
     """Allocate the tensors of the largest step; they hold nothing until a step is planned into them."""
 
@@ -34,9 +29,7 @@ def step_buffers(
     )
 
 
-def step_part(
-    buffers: StepTensors, num_requests: int, num_tokens: int, num_pages: int
-) -> StepTensors:
+def step_part(buffers: StepTensors, num_requests: int, num_tokens: int, num_pages: int) -> StepTensors:
     """Views of buffers for a smaller step: what a graph of that size captures.
 
     Args:

@@ -13,24 +13,48 @@ from dsv4_kernels.step import StepTensors
 
 @triton.jit(do_not_specialize=["num_tokens", "page_stride"])
 def window_store_kernel(
-    p_positions, p_token_rows, p_window_pages, page_stride, p_kv, token_stride, p_weight, eps, p_cos_sin, p_pool,
-    num_tokens, E: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, CASTS: tl.constexpr,
-):  # fmt: skip
+    p_positions,
+    p_token_rows,
+    p_window_pages,
+    page_stride,
+    p_kv,
+    token_stride,
+    p_weight,
+    eps,
+    p_cos_sin,
+    p_pool,
+    num_tokens,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    CASTS: tl.constexpr,
+):
     """``E`` tokens per program; a token of position -1 is padding."""
     o_t = tl.program_id(0) * E + tl.arange(0, E)
     m_t = o_t < num_tokens
     b_position = tl.load(p_positions + o_t, mask=m_t, other=-1)
     b_row = tl.load(p_token_rows + o_t, mask=m_t, other=0)
     p_row = p_kv + o_t.to(tl.int64) * token_stride
-    b_x = tl.load(p_row[:, None] + tl.arange(0, D)[None, :], mask=m_t[:, None], other=0.0).to(
-        tl.float32
-    )  # [E, D]
+    b_x = tl.load(p_row[:, None] + tl.arange(0, D)[None, :], mask=m_t[:, None], other=0.0).to(tl.float32)  # [E, D]
     m_t = b_position >= 0
     b_page = tl.load(p_window_pages + b_row * page_stride + b_position // PAGE, mask=m_t, other=0)
     store_normed(
-        (b_x,), p_weight, eps, p_cos_sin + b_position * R, p_pool, b_page * PAGE + b_position % PAGE, m_t,
-        E, D, R, False, FORMAT, CASTS,
-    )  # fmt: skip
+        (b_x,),
+        p_weight,
+        eps,
+        p_cos_sin + b_position * R,
+        p_pool,
+        b_page * PAGE + b_position % PAGE,
+        m_t,
+        E,
+        D,
+        R,
+        False,
+        FORMAT,
+        CASTS,
+    )
 
 
 def window_store(

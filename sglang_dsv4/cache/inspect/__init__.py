@@ -1,0 +1,1 @@
+"""What a cache holds, counted, checked and shown."""

@@ -1,0 +1,269 @@
+"""Which sequences exist, how long they are, and which pages they hold. Host only; moves no rows."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from sglang_dsv4.cache.pages.allocator import NULL_PAGE, PageAllocator, PageGrant, PageList
+from sglang_dsv4.cache.pages.request import Request, Snapshot
+from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
+from sglang_dsv4.errors import StalePlanError, TruncateError, UnknownRequestError
+from sglang_dsv4.spec import CacheSpec
+
+
+class Ledger:
+    """Requests and snapshots of a cache that owns its pages.
+
+    Every method either does all it says, or raises before it changes anything.
+
+    Attributes:
+        epoch (int): goes up with every change. A plan is stale when one of its requests changed after the plan's epoch.
+    """
+
+    def __init__(self, spec: CacheSpec, allocator: PageAllocator) -> None:
+        self.spec = spec
+        self.allocator = allocator
+        self.epoch = 0
+        self._requests: dict[int, Request] = {}
+        self._snapshots: dict[int, Snapshot] = {}
+        # Steps appended and not over, with the requests that are still part of each.
+        self._steps: dict[StepPlan, dict[int, PlannedRequest]] = {}
+        self._next_id = 0
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Open requests, oldest first."""
+        return tuple(self._requests.values())
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Snapshots not released, oldest first."""
+        return tuple(self._snapshots.values())
+
+    @property
+    def steps(self) -> Collection[StepPlan]:
+        """Plans that were appended and neither committed nor abandoned."""
+        return self._steps.keys()
+
+    @property
+    def grants(self) -> tuple[PageGrant, ...]:
+        """What these hold for their requests."""
+        return tuple(item.grant for items in self._steps.values() for item in items.values())
+
+    def open(self, seq_len: int = 0, min_len: int = 0, shared: PageList | None = None) -> Request:
+        """Start a sequence, over the pages of another if ``shared`` is given.
+
+        Raises:
+            OutOfPagesError: every state slot is taken.
+        """
+        slot = self.allocator.slots.peek(0, 1)
+        self.allocator.slots.take(slot)
+        request = Request(self._new_id(), slot[0])
+        request.seq_len, request.min_len = seq_len, min_len
+        if shared is not None:
+            request.pages = self.allocator.share(shared)
+        self._requests[request.req_id] = request
+        self._change(request)
+        return request
+
+    def fork(self, request: Request) -> Request:
+        """Start a sequence over a settled request's pages.
+
+        Raises:
+            OutOfPagesError: every state slot is taken.
+        """
+        self.check_settled(request)
+        twin = self.open(request.seq_len, request.min_len, request.pages)
+        self._change(request)  # a plan made before does not know that its last page is shared now
+        return twin
+
+    def adopt(self, seq_len: int, min_len: int) -> Request:
+        """Start a sequence of a given length over fresh pages, for rows that come from elsewhere.
+
+        Raises:
+            OutOfPagesError: not enough pages or state slots.
+        """
+        allocator, page_tokens = self.allocator, self.spec.page_tokens
+        count = -(-seq_len // page_tokens)
+        first = self.spec.first_window_position(min_len) // page_tokens
+        history = allocator.history.peek(0, count)
+        window = allocator.window.peek(0, count - min(first, count))
+        request = self.open(seq_len, min_len)
+        allocator.history.take(history)
+        allocator.window.take(window)
+        request.pages = PageList(list(history), [NULL_PAGE] * (count - len(window)) + list(window))
+        return request
+
+    def close(self, request: Request) -> None:
+        """End a sequence and release what it holds."""
+        self.check_open(request)
+        self._withdraw(request)
+        self.allocator.release(request.pages)
+        self.allocator.slots.release(request.state_slot)
+        del self._requests[request.req_id]
+        self._change(request)
+
+    def keep(self, request: Request, pages: PageList, min_len: int, state: tuple[torch.Tensor, ...]) -> Snapshot:
+        """Take a snapshot of a settled request that shares some or all of its pages."""
+        self.check_settled(request)
+        snapshot = Snapshot(
+            snapshot_id=self._new_id(),
+            req_id=request.req_id,
+            seq_len=request.seq_len,
+            min_len=min_len,
+            pages=self.allocator.share(pages),
+            state=state,
+        )
+        self._snapshots[snapshot.snapshot_id] = snapshot
+        self._change(request)
+        return snapshot
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Drop a snapshot and release what it holds."""
+        self.check_kept(snapshot)
+        self.allocator.release(snapshot.pages)
+        del self._snapshots[snapshot.snapshot_id]
+        self.epoch += 1
+
+    def grant(self, items: Sequence[tuple[Request, int]]) -> tuple[PlannedRequest, ...]:
+        """What each request takes when it grows by so many tokens; changes nothing."""
+        for request, num_new_tokens in items:
+            self.check_settled(request)
+            if num_new_tokens < 0:
+                raise ValueError(f"{request}: expected 0 or more new tokens, got {num_new_tokens}")
+        if len({request.req_id for request, _ in items}) != len(items):
+            ids = [request.req_id for request, _ in items]
+            raise ValueError(f"plan: expected each request once, got {ids}")
+        grants = self.allocator.grant([(request.pages, request.seq_len, request.seq_len + new) for request, new in items])
+        return tuple(PlannedRequest(request, new, grant) for (request, new), grant in zip(items, grants, strict=True))
+
+    def begin(self, plan: StepPlan) -> None:
+        """Hold a plan's pages from its first write on."""
+        self.allocator.reserve([item.grant for item in plan.items])
+        self._steps[plan] = {item.request.req_id: item for item in plan.items}
+        self.epoch += 1
+
+    def commit(self, plan: StepPlan) -> None:
+        """Grow the requests of a step that was begun, then release window pages that no query can reach."""
+        items = self._steps.pop(plan).values()
+        for item in items:
+            request = item.request
+            self.allocator.settle(request.pages, item.grant)
+            request.seq_len += item.num_new_tokens
+            request.min_len = max(request.min_len, request.seq_len - self.spec.max_draft_tokens)
+            first = self.spec.first_window_position(request.min_len)
+            self.allocator.release_window(request.pages, first)
+            self._change(request)
+
+    def abandon(self, plan: StepPlan) -> tuple[PlannedRequest, ...]:
+        """Give back what a step holds; returns the requests that were still part of it.
+
+        Raises:
+            StalePlanError: it is over.
+        """
+        if plan not in self._steps:
+            raise StalePlanError(
+                "plan: expected one that was appended and is under way, got one that was committed or abandoned, "
+                "or whose requests are all closed"
+            )
+        items = tuple(self._steps.pop(plan).values())
+        for item in reversed(items):
+            self.allocator.withdraw(item.grant)
+            self._change(item.request)
+        return items
+
+    def narrow(self, item: PlannedRequest) -> None:
+        """Note that tokens which did not come have used up room for rolling back."""
+        request = item.request
+        reached = request.seq_len + item.num_new_tokens - self.spec.max_draft_tokens
+        request.min_len = min(request.seq_len, max(request.min_len, reached))
+        first = self.spec.first_window_position(request.min_len)
+        self.allocator.release_window(request.pages, first)
+
+    def shorten(self, request: Request, seq_len: int) -> None:
+        """Roll a request back by at most the draft tokens.
+
+        Raises:
+            TruncateError: names the lengths it could go to.
+        """
+        self.check_settled(request)
+        if not request.min_len <= seq_len <= request.seq_len:
+            kept = sorted({s.seq_len for s in self.snapshots if s.req_id == request.req_id})
+            raise TruncateError(
+                f"{request}: expected a length of {request.min_len} .. {request.seq_len}"
+                f"{f', or a snapshot (taken at {kept})' if kept else ''}, got {seq_len}"
+            )
+        self.allocator.shorten(request.pages, seq_len)
+        request.seq_len = seq_len
+        self._change(request)
+
+    def rewind(self, request: Request, snapshot: Snapshot) -> None:
+        """Give a request the pages and length of a snapshot."""
+        self.check_open(request)
+        self.check_kept(snapshot)
+        self._withdraw(request)
+        shared = self.allocator.share(snapshot.pages)
+        self.allocator.release(request.pages)
+        request.pages = shared
+        request.seq_len, request.min_len = snapshot.seq_len, snapshot.min_len
+        self._change(request)
+
+    def check_open(self, request: Request) -> None:
+        """Raise unless the request is open here."""
+        if self._requests.get(request.req_id) is not request:
+            raise UnknownRequestError(f"{request}: expected a request opened by this cache and not closed")
+
+    def check_settled(self, request: Request) -> None:
+        """Raise unless the request is open here and no appended plan of it waits for its commit."""
+        self.check_open(request)
+        if self._step_of(request) is not None:
+            raise StalePlanError(f"{request}: its last plan was appended; expected commit, abandon or close first")
+
+    def check_kept(self, snapshot: Snapshot) -> None:
+        """Raise unless the snapshot was taken here and not released."""
+        if self._snapshots.get(snapshot.snapshot_id) is not snapshot:
+            raise UnknownRequestError(f"{snapshot}: expected a snapshot taken by this cache and not released")
+
+    def is_begun(self, plan: StepPlan) -> bool:
+        """Whether a plan is being appended."""
+        return plan in self._steps
+
+    def check_plan(self, plan: StepPlan) -> None:
+        """Raise unless a plan can be appended, or appended further, and committed."""
+        if plan in self._steps:
+            if len(self._steps[plan]) < len(plan.items):
+                raise StalePlanError(
+                    "plan: one of its requests was closed or cut back; expected abandon, then a new plan of the others"
+                )
+            return
+        if plan.appended:
+            raise StalePlanError("plan: expected a new one, got one that is over")
+        for item in plan.items:
+            self.check_settled(item.request)
+            if item.request.changed_at > plan.epoch:
+                raise StalePlanError(
+                    f"plan: expected one made after {item.request} last changed, at epoch {item.request.changed_at}, "
+                    f"got one of epoch {plan.epoch}"
+                )
+            if not self.allocator.can_reserve(item.grant):
+                raise StalePlanError(f"plan: a page that it counted on for {item.request} went to another; expected a new plan")
+
+    def _new_id(self) -> int:
+        """A number that this cache has not used for a request or snapshot."""
+        self._next_id += 1
+        return self._next_id - 1
+
+    def _change(self, request: Request) -> None:
+        self.epoch += 1
+        request.changed_at = self.epoch
+
+    def _step_of(self, request: Request) -> StepPlan | None:
+        return next((plan for plan, items in self._steps.items() if request.req_id in items), None)
+
+    def _withdraw(self, request: Request) -> None:
+        """Take a request out of the step that is being appended, if it is in one; the step cannot be finished then."""
+        plan = self._step_of(request)
+        if plan is not None:
+            self.allocator.withdraw(self._steps[plan].pop(request.req_id).grant)
+            if not self._steps[plan]:
+                del self._steps[plan]

@@ -1,0 +1,1 @@
+"""What a checkpoint should answer, and whether a server does."""

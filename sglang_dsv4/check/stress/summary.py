@@ -1,0 +1,130 @@
+"""The result of a stress test, as plain values."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import quantiles
+from typing import Any
+
+from sglang_dsv4.check.stress.answers import Outcome
+from sglang_dsv4.check.stress.cases import GENERATE
+from sglang_dsv4.check.stress.drive import Load, Sample
+from sglang_dsv4.check.stress.references import Findings
+
+GIVEN = "given"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a stress test found.
+
+    Attributes:
+        target (str): ``URL``, ``--tiny`` or ``--runtime CHECKPOINT``: how the command names it.
+        load (Load): what was asked.
+        outcomes (Sequence[Outcome]): what came.
+        findings (Findings): of the comparison.
+        bound (float): largest allowed difference of a log-probability.
+        bound_origin (str): how that was found.
+        control (Sequence[str]): what the judge said of an answer to another prompt; empty if it noticed nothing.
+        leaks (Sequence[str]): what was still held at the end.
+        start (dict[str, Any]): the plug-in's facts before the load.
+        end (dict[str, Any]): and after it.
+        samples (Sequence[Sample]): the pools in between.
+        load_s (float): seconds of the load.
+        num_references (int): requests asked for alone.
+    """
+
+    target: str
+    load: Load
+    outcomes: Sequence[Outcome]
+    findings: Findings
+    bound: float
+    bound_origin: str
+    control: Sequence[str]
+    leaks: Sequence[str]
+    start: dict[str, Any]
+    end: dict[str, Any]
+    samples: Sequence[Sample]
+    load_s: float
+    num_references: int
+
+    @property
+    def faults(self) -> list[str]:
+        """Everything wrong, one line each; a mismatch with the command that sends its request again."""
+        faults = [
+            f"request {outcome.case.number} ({outcome.case.workload}): {fault}; again: {self.again(outcome)}"
+            for outcome, fault in self.findings.mismatches
+        ]
+        faults += self.leaks
+        before, after = (facts["report"]["total_bytes"] for facts in (self.start, self.end))
+        if before != after:
+            faults.append(f"leak: the cache had {before} bytes at the start, and has {after}")
+        if not self.control:
+            faults.append("control: no answer to another prompt was found wrong; the comparison proves nothing")
+        return faults
+
+    def again(self, outcome: Outcome) -> str:
+        """The command that sends a request again, beside those that were in flight with it."""
+        first = max(self.load.first, outcome.case.number - self.load.concurrency)
+        bound = f" --bound {self.bound}" if self.bound_origin == GIVEN else ""
+        return (
+            f"python -m sglang_dsv4 stress {self.target} --seed {self.load.seed} --first {first} "
+            f"--requests {outcome.case.number - first + 1} --concurrency {self.load.concurrency}{bound}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, by name."""
+        answers = [answer for outcome in self.outcomes for answer in outcome.answers]
+        served = [
+            answer
+            for outcome in self.outcomes
+            for answer in outcome.answers
+            if outcome.case.endpoint == GENERATE or self.end.get("enable_cache_report")
+        ]
+        prompt_tokens = sum(answer.prompt_tokens for answer in served)
+        cached = sum(answer.cached_tokens for answer in served)
+        return {
+            "target": self.target,
+            "load": asdict(self.load),
+            "requests": len(self.outcomes),
+            "requests_by_workload": dict(Counter(o.case.workload for o in self.outcomes)),
+            "answers_compared": self.findings.num_answers,
+            "tokens_compared": self.findings.num_tokens,
+            "references": self.num_references,
+            "doubts": self.findings.num_doubts,
+            "uncompared_tails": self.findings.num_uncompared,
+            "bound": self.bound,
+            "bound_origin": self.bound_origin,
+            "largest_difference": self.findings.largest,
+            "control": list(self.control),
+            "finish": dict(Counter(str(answer.finish) for answer in answers)),
+            "cached_share": cached / prompt_tokens if prompt_tokens else 0.0,
+            "retractions": sum(answer.retractions for answer in answers),
+            "lost_logprobs": sum(None in (answer.logprobs or ()) for answer in answers),
+            "load_s": self.load_s,
+            "seconds": percentiles([o.seconds for o in self.outcomes if is_served(o) and not o.case.pause_s]),
+            "first_token_s": percentiles([o.first_s for o in self.outcomes if o.first_s]),
+            "usage_start": self.start["usage"],
+            "usage_end": self.end["usage"],
+            "memory_start": self.start["memory"],
+            "memory_half": self.samples[len(self.samples) // 2].memory if self.samples else {},
+            "memory_end": self.end["memory"],
+            "cache_bytes": self.end["report"]["total_bytes"],
+            "samples": [asdict(sample) for sample in self.samples],
+            "faults": self.faults,
+        }
+
+
+def is_served(outcome: Outcome) -> bool:
+    """Whether all of an answer was asked for: a latency of one that left says nothing."""
+    return outcome.case.invalid is None and outcome.case.leave_after is None
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 90th, 99th and largest; empty without values."""
+    if not seconds:
+        return {}
+    if len(seconds) == 1:
+        return dict.fromkeys(("p50", "p90", "p99", "max"), seconds[0])
+    cuts = quantiles(seconds, n=100, method="inclusive")
+    return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98], "max": max(seconds)}

@@ -1,0 +1,1 @@
+"""Puts our pool, backend and portable operations in SGLang's places."""

@@ -1,0 +1,1 @@
+"""Prefixes of earlier sequences, found again and evicted."""
