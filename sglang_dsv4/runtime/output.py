@@ -42,7 +42,7 @@ class StopRule:
     def __init__(self, stop: Stop | None, eos_ids: Collection[int]) -> None:
         given: Sequence[str | int] = [stop] if isinstance(stop, (str, int)) else list(stop or ())
         for item in given:
-            if not isinstance(item, (str, int)) or item == "":
+            if not isinstance(item, (str, int)) or isinstance(item, bool) or item == "":
                 raise ValueError(f"stop: expected texts and token ids, got {item!r}")
         self.token_ids = frozenset(item for item in given if isinstance(item, int))
         if stop is None:

@@ -99,6 +99,7 @@ class Runtime:
             OutOfPagesError: it does not fit; nothing was changed.
             UnsupportedError: a text, and the checkpoint has no tokenizer.
             ValueError: no token, or an id out of range.
+            TypeError: an id that is no integer.
         """
         self.collect()
         sequence = LiveSequence(self.text.encode(text_or_ids))

@@ -1,6 +1,7 @@
 """Text to tokens and back."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 from sglang_dsv4.errors import UnsupportedError
@@ -28,6 +29,7 @@ class Text:
         Raises:
             UnsupportedError: a text, and no tokenizer.
             ValueError: no token, or an id out of range.
+            TypeError: an id that is no integer.
         """
         if isinstance(given, str):
             if self._tokenizer is None:
@@ -36,7 +38,7 @@ class Text:
                 )
             tokens = list(self._tokenizer(given)["input_ids"])
         else:
-            tokens = [int(token) for token in given]
+            tokens = [token_id(token) for token in given]
         if not tokens:
             raise ValueError("prompt: expected at least one token, got none")
         wrong = [token for token in tokens if not 0 <= token < self._vocab_size]
@@ -53,6 +55,20 @@ class Text:
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token's own text."""
         return [self.decode([token]) for token in tokens]
+
+
+def token_id(value: Any) -> int:
+    """An integer of any type, numpy's and torch's among them; neither a float nor a bool.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        try:
+            return index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"token ids: expected integers, got {value!r}")
 
 
 class TextStream:

@@ -77,18 +77,20 @@ def test_without_a_tokenizer(copy):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
+    ("prompt", "error", "message"),
     [
-        ("", "expected at least one token, got none"),
-        ([], "expected at least one token, got none"),
-        ([5, 264], "expected ids of 0 .. 263, got 264"),
-        ([-1], "expected ids of 0 .. 263, got -1"),
+        ("", ValueError, "expected at least one token, got none"),
+        ([], ValueError, "expected at least one token, got none"),
+        ([5, 264], ValueError, "expected ids of 0 .. 263, got 264"),
+        ([-1], ValueError, "expected ids of 0 .. 263, got -1"),
+        ([1.5], TypeError, "token ids: expected integers, got 1.5"),
+        ([5, True], TypeError, "token ids: expected integers, got True"),
     ],
 )
-def test_wrong_prompts(small_checkpoint, prompt, message):
+def test_wrong_prompts(small_checkpoint, prompt, error, message):
     runtime = make_runtime(small_checkpoint)
     for action in (runtime.open, lambda given: runtime.generate([given], 1)):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             action(prompt)
     with pytest.raises(ValueError, match="max_new_tokens: expected 0 or more, got -1"):
         runtime.generate([[5]], -1)

@@ -138,7 +138,7 @@ def test_stops(runtime):
         text = free.text[4:6]
         done = handle.fork().generate(12, stop=["never there", text])
         assert done.finish == "stop" and done.text == free.text[: free.text.find(text)]
-        for wrong in ([""], [1.5]):
+        for wrong in ([""], [1.5], [True], True):
             with pytest.raises(ValueError, match="stop: expected texts and token ids"):
                 handle.generate(1, stop=wrong)
 
