@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from sglang_dsv4.cache.inspect.report import history_page_bytes, stream_bytes_per_request, window_page_bytes
+from sglang_dsv4.cache.regions import Owner, RegionTable, history_bytes_per_token
 from sglang_dsv4.cache.sizing import GIB, most_tokens, released_spec
 from sglang_dsv4.plugin.install import options, refusals
 from sglang_dsv4.plugin.observe import metrics
@@ -72,10 +72,10 @@ def parts() -> str:
     rows = [
         (
             name,
-            f"{spec.history_bytes_per_token():,.2f}",
-            f"{history_page_bytes(spec):,}",
-            f"{window_page_bytes(spec):,}",
-            f"{stream_bytes_per_request(spec):,}",
+            f"{history_bytes_per_token(spec):,.2f}",
+            f"{RegionTable(spec).bytes_of(Owner.HISTORY_PAGE):,}",
+            f"{RegionTable(spec).bytes_of(Owner.WINDOW_PAGE):,}",
+            f"{RegionTable(spec).bytes_of(Owner.STATE_SLOT):,}",
         )
         for name, spec in _specs()
     ]

@@ -17,7 +17,7 @@ import torch
 from dsv4_kernels.norm_rope import naive_rope
 from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4 import CacheSpec, CompressedKVCache
-from sglang_dsv4.cache import CompressorInput, WindowInput
+from sglang_dsv4.cache import CompressorWeights, NormWeights
 from sglang_dsv4.errors import TruncateError
 
 torch.set_num_threads(1)
@@ -53,7 +53,7 @@ spec = CacheSpec.from_hf(
     index_format="fp32",
     max_draft_tokens=4,
 )
-cache = CompressedKVCache.create(spec, num_pages=40, max_requests=16)
+cache = CompressedKVCache(spec, num_pages=40, max_requests=16)
 for layer in spec.layers:
     print(f"layer {layer.layer_id}: {layer.kind}, {layer.ratio or 'no'} tokens per entry")
 
@@ -76,19 +76,26 @@ bias = {
 ones, index_ones, EPS = torch.ones(DIM), torch.ones(INDEX_DIM), 1e-6
 
 
-def compressor(name, tokens):
-    weight = index_ones if name == "index" else ones
-    return CompressorInput(table[name][tokens], bias[name], weight, EPS)
+def bind(cache):
+    """Give every layer its weights, once."""
+    for layer in cache.layers:
+        layer.bind(window=NormWeights(ones, EPS))
+    csa, hca = cache.layers[1:]
+    csa.bind(main=CompressorWeights(bias["csa"], ones, EPS), index=CompressorWeights(bias["index"], index_ones, EPS))
+    hca.bind(main=CompressorWeights(bias["hca"], ones, EPS))
+
+
+bind(cache)
 
 
 def feed(request, tokens, cache=cache):
     """One step: plan, append every layer's part, commit."""
     tokens = torch.tensor(tokens)
     plan = cache.plan([(request, len(tokens))])
-    window = WindowInput(table["window"][tokens], ones, EPS)
-    cache.append(0, plan, window=window)
-    cache.append(1, plan, window=window, main=compressor("csa", tokens), index=compressor("index", tokens))
-    cache.append(2, plan, window=window, main=compressor("hca", tokens))
+    part = {name: rows[tokens] for name, rows in table.items()}
+    cache.layers[0].append(plan, window=part["window"])
+    cache.layers[1].append(plan, window=part["window"], main=part["csa"], index=part["index"])
+    cache.layers[2].append(plan, window=part["window"], main=part["hca"])
     cache.commit(plan)
 
 
@@ -117,7 +124,7 @@ gates = torch.cat([gate_b[:4], gate_a[4:]]) + bias["csa"]
 weights = gates.softmax(dim=0)  # one softmax over the eight rows for each channel
 pooled = (weights * values).sum(dim=0)
 normed = pooled / (pooled.square().mean() + EPS).sqrt()
-cos_sin = cache.storage.rope_tables[spec.layers[1].rope]
+cos_sin = cache.layers[1].rope_table
 by_hand = naive_rope(normed.unsqueeze(0), cos_sin[4:5])[0]
 
 # %% [markdown]
@@ -129,7 +136,7 @@ def stored_entry(request, layer_id, entry):
     layer, page_tokens = spec.layers[layer_id], spec.page_tokens
     page, row = divmod(entry, page_tokens // layer.ratio)
     slot = request.pages.history[page] * (page_tokens // layer.ratio) + row
-    pool = cache.layers[layer_id].storage.pool
+    pool = cache.layers[layer_id].pool
     return naive_load_rows(pool, torch.tensor([cache.storage.num_window_rows + slot]), spec.rows)[0]
 
 
@@ -186,7 +193,7 @@ cache.close(slowly)
 
 # %%
 def pages_free():
-    return cache.pages.counts()["history_pages_free"]
+    return cache.report().counts["history_pages_free"]
 
 
 before = pages_free()
@@ -205,9 +212,8 @@ print("pages:", request.pages.history, "and", twin.pages.history)
 # %%
 lost = torch.tensor(tokens[:100])
 plan = cache.plan([(twin, len(lost))])
-window = WindowInput(table["window"][lost], ones, EPS)
-cache.append(0, plan, window=window)
-cache.append(1, plan, window=window, main=compressor("csa", lost), index=compressor("index", lost))
+cache.layers[0].append(plan, window=table["window"][lost])
+cache.layers[1].append(plan, window=table["window"][lost], main=table["csa"][lost], index=table["index"][lost])
 print("pages that the step holds:", before - pages_free())
 cache.abandon(plan)  # layer 2 was never reached
 print("pages after:", before - pages_free(), "- length:", twin.seq_len)
@@ -233,9 +239,9 @@ except TruncateError as error:
 # %%
 kept = cache.snapshot(twin)
 feed(twin, tokens[:40])
-cache.truncate(twin, kept)
+cache.rewind(twin, kept)
 print("back at", twin.seq_len)
-cache.release(kept)
+cache.close(kept)
 
 # %% [markdown]
 # ## Save and load
@@ -261,8 +267,8 @@ for number in range(10):
     sizes.append(size_on_disk() / 2**20)
     cache.close(branch)
 
-loaded, extra = cache.load(folder / "branch-7.dsv4kv")
-print(f"branch {extra['number']} again: {loaded.seq_len} tokens")
+loaded = cache.load(folder / "branch-7.dsv4kv")
+print(f"branch {loaded.extra['number']} again: {loaded.seq_len} tokens")
 
 figure, axes = plt.subplots(figsize=(9, 2.6))
 axes.bar(range(1, 11), sizes, label="on disk")
@@ -283,6 +289,6 @@ plt.show()
 for open_request in (request, twin, loaded):
     cache.close(open_request)
 cache.check_integrity(memory=True)
-counts = cache.pages.counts()
+counts = cache.report().counts
 print(f"{counts['history_pages_free']} of {counts['history_pages']} pages are free again")
 cache.report()

@@ -10,7 +10,19 @@ class UnsupportedError(CacheError):
 
 
 class OutOfPagesError(CacheError):
-    """Not enough free pages or request slots for a plan; nothing was changed."""
+    """Not enough free pages or request slots; nothing was changed.
+
+    Attributes:
+        pool (str): what there is too little of: ``history pages``, ``window pages`` or ``state slots``.
+        needed (int): how many must be free for what was asked.
+        free (int): how many are.
+    """
+
+    def __init__(self, message: str, pool: str = "", needed: int = 0, free: int = 0) -> None:
+        super().__init__(message)
+        self.pool = pool
+        self.needed = needed
+        self.free = free
 
 
 class StalePlanError(CacheError):
@@ -23,6 +35,10 @@ class UnknownRequestError(CacheError):
 
 class CacheInvariantError(CacheError):
     """The cache contradicts itself; the message starts with the invariant's label."""
+
+
+class DamagedRequestError(CacheError):
+    """An operation on the request failed half way; it can be rewound to a snapshot or closed, nothing else."""
 
 
 class TruncateError(CacheError):

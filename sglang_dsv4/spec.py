@@ -155,45 +155,6 @@ class CacheSpec:
         """Format of index keys."""
         return INDEX_FORMATS[self.index_format]
 
-    def first_window_position(self, min_len: int) -> int:
-        """First position whose window row a query can reach, of a sequence that may be cut back to ``min_len`` tokens."""
-        return max(0, min_len - self.window + 1)
-
-    def stream_rows(self, ratio: int) -> int:
-        """Raw stream rows a request keeps in an overlapping layer: the open and the previous block, and draft room."""
-        return 2 * ratio + self.max_draft_tokens
-
-    @property
-    def accumulator_rows(self) -> int:
-        """Accumulators a request keeps in an HCA layer: after its last token, and after each it may be rolled back to."""
-        return 1 + self.max_draft_tokens
-
-    def stream_bytes(self, layer: LayerSpec) -> int:
-        """Bytes of stream state per request in ``layer``."""
-        if layer.kind == "window":
-            return 0
-        if layer.kind == "hca":
-            return self.accumulator_rows * 3 * self.head_dim * _FP32_BYTES
-        width = self.head_dim + (self.index_dim if layer.indexed else 0)
-        return self.stream_rows(layer.ratio) * 4 * width * _FP32_BYTES
-
-    def boundary_bytes(self, layer: LayerSpec) -> int:
-        """Bytes of boundary state per window page in ``layer``: the last block's b-stream."""
-        if not layer.overlap:
-            return 0
-        width = self.head_dim + (self.index_dim if layer.indexed else 0)
-        return layer.ratio * 2 * width * _FP32_BYTES
-
-    def history_bytes_per_token(self) -> float:
-        """Bytes of entries and index keys per token of context, without group padding."""
-        total = 0.0
-        for layer in self.layers:
-            if layer.ratio:
-                total += self.rows.row_bytes / layer.ratio
-            if layer.indexed:
-                total += self.index_keys.row_bytes / layer.ratio
-        return total
-
     def digest(self) -> str:
         """Hash of every field; equal for two specs exactly when their caches are interchangeable."""
         text = json.dumps(asdict(self), sort_keys=True)

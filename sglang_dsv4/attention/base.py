@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache import CompressedKVCache, StepPlan
+from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, StepPlan
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Attention(ABC):
     def numbering(self) -> StepTensors | None:
         """The planned step over the tables that number the rows which ``run`` attends to; None where they are the pool's.
 
-        Selected rows must be of this numbering: `CompressedKVCache.select` takes it.
+        Selected rows must be of this numbering: `LayerCache.select` takes it.
         """
         return None
 
@@ -58,7 +58,7 @@ class Attention(ABC):
         """Bytes of the buffers that it keeps from step to step, by address; others may share them."""
         return {}
 
-    def __init__(self, cache: CompressedKVCache) -> None:
+    def __init__(self, cache: CompressedKVCache | ExternalKVCache) -> None:
         self.cache = cache
         self.sm_scale: float = cache.spec.head_dim**-0.5
 
@@ -88,7 +88,7 @@ class Attention(ABC):
             layer_id (int): the layer, whose parts of this step are appended.
             q (torch.Tensor): ``[T, H, 512]``, normed and rotated.
             sink (torch.Tensor): ``[H]``, sink logits.
-            selected (torch.Tensor | None): rows from `CompressedKVCache.select` by `numbering`, int32 or int64; CSA layers
+            selected (torch.Tensor | None): rows from `LayerCache.select` by `numbering`, int32 or int64; CSA layers
                 only.
             undo_rope (bool): rotate the last 64 channels of the result back, by each query's position.
 
@@ -118,7 +118,3 @@ class Attention(ABC):
         for name, tensor in (("q", q), ("selected rows", selected)):
             if tensor is not None and tensor.shape[0] != plan.num_tokens:
                 raise ValueError(f"layer {layer_id} {name}: expected {plan.num_tokens} tokens, got {tensor.shape[0]}")
-
-    def rope_table(self, layer_id: int) -> torch.Tensor:
-        """Cosines and sines of a layer's rotary embedding, by position."""
-        return self.cache.storage.rope_tables[self.cache.spec.layers[layer_id].rope]

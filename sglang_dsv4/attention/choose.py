@@ -10,7 +10,7 @@ from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.attention.device import Device, device_of
 from sglang_dsv4.attention.eager import EagerAttention
 from sglang_dsv4.attention.row_list_kinds import FixedShape
-from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache
 from sglang_dsv4.errors import UnsupportedError
 
 NAMES = ("eager", "flashinfer", "flashmla")
@@ -82,7 +82,7 @@ def choose_attention(name: str | None, capabilities: Capabilities) -> tuple[type
 
 def make_attention(
     name: str | None,
-    cache: CompressedKVCache,
+    cache: CompressedKVCache | ExternalKVCache,
     num_heads: int,
     *,
     fixed: FixedShape | None = None,

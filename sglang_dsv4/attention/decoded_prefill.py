@@ -1,7 +1,7 @@
 """Steps whose rows are decoded once: the pages that a step reads, and the numbers of their rows among the decoded ones.
 
 Decoded pages lie one after another, first the window pages of every request, then their history pages. A step over these
-numbers instead of the pool's is a step like any other: `row_lists` and `CompressedKVCache.select` write its lists.
+numbers instead of the pool's is a step like any other: `row_lists` and `LayerCache.select` write its lists.
 """
 
 from dataclasses import dataclass, replace

@@ -33,20 +33,18 @@ class EagerAttention(Attention):
         *,
         undo_rope: bool = False,
     ) -> torch.Tensor:
-        view = self.cache.view(layer_id, self._plan)
         self.check(layer_id, self._plan, q, selected)
-        indexed = self.cache.spec.layers[layer_id].indexed
-        entries = selected if indexed else view.entry_indices
-        indices = view.window_indices if entries is None else torch.cat([view.window_indices, entries], dim=1)
+        layer, rows = self.cache.layers[layer_id], self._plan.rows
+        entries = rows.every_entry(layer.ratio) if layer.ratio and selected is None else selected
+        indices = rows.window if entries is None else torch.cat([rows.window, entries], dim=1)  # [T, window + K]
         out = empty(tuple(q.shape), q.dtype, q.device)
         lse = empty(tuple(q.shape[:2]), torch.float32, q.device)
         chunk = max(1, _MAX_GATHERED_VALUES // (indices.shape[1] * q.shape[-1]))
         for begin in range(0, len(q), chunk):
             part = slice(begin, begin + chunk)
             out[part], lse[part] = naive_sparse_attention(
-                q[part], view.pool, view.pool_format, indices[part], sink, self.sm_scale
+                q[part], layer.pool, layer.row_format, indices[part], sink, self.sm_scale
             )
         if undo_rope:
-            positions = self._plan.step.positions
-            naive_sink_rope(out, lse, None, positions, self.rope_table(layer_id))
+            naive_sink_rope(out, lse, None, self._plan.step.positions, layer.rope_table)
         return out

@@ -25,7 +25,7 @@ from sglang_dsv4.attention.choose import load_prefill, why_not_flashinfer
 from sglang_dsv4.attention.flashinfer_schedule import KNOWN_VERSIONS, OwnSchedule, Partials, check_stock_plan, read_stock_plan
 from sglang_dsv4.attention.row_list_kinds import FixedShape, chunks, host_positions, is_in_place, kind_of, kinds_of, longest
 from sglang_dsv4.attention.workspace import Workspace
-from sglang_dsv4.cache import CompressedKVCache, StepPlan
+from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
 _DTYPE = torch.bfloat16
@@ -105,7 +105,7 @@ class FlashInferAttention(Attention):
 
     def __init__(
         self,
-        cache: CompressedKVCache,
+        cache: CompressedKVCache | ExternalKVCache,
         num_heads: int,
         *,
         schedule: str = "auto",
@@ -208,8 +208,8 @@ class FlashInferAttention(Attention):
         q = q.contiguous()
         out = empty(tuple(q.shape), q.dtype, q.device)
         lse = empty(tuple(q.shape[:2]), torch.float32, q.device)
-        pool = self.cache.layers[layer_id].storage.pool
-        table = self.rope_table(layer_id) if undo_rope else None
+        pool = self.cache.layers[layer_id].pool
+        table = self.cache.layers[layer_id].rope_table if undo_rope else None
         kind = kind_of(self.cache.spec, self.cache.spec.layers[layer_id])
         for chunk in self.chunks[kind.name]:
             part, positions = chunk.tokens, self._plan.step.positions[chunk.tokens]

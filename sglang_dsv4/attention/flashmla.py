@@ -19,7 +19,7 @@ from sglang_dsv4.attention.choose import why_not_flashmla
 from sglang_dsv4.attention.decoded_prefill import DecodedStep, choose_decoded, decoded_step
 from sglang_dsv4.attention.device import device_of
 from sglang_dsv4.attention.row_list_kinds import FixedShape, host_lengths, is_in_place, kind_of, kinds_of, longest
-from sglang_dsv4.cache import CompressedKVCache, StepPlan
+from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
 # Decoded rows are made room for so many at a time: each chunk of a long prompt has a few more than the one before.
@@ -66,7 +66,7 @@ class FlashMLAAttention(Attention):
 
     name = "flashmla"
 
-    def __init__(self, cache: CompressedKVCache, num_heads: int, *, fixed: FixedShape | None = None) -> None:
+    def __init__(self, cache: CompressedKVCache | ExternalKVCache, num_heads: int, *, fixed: FixedShape | None = None) -> None:
         super().__init__(cache)
         fault = why_not_flashmla(device_of(cache.device), cache.spec.row_format, num_heads)
         if fault:
@@ -131,14 +131,14 @@ class FlashMLAAttention(Attention):
             rows = self._decode(layer_id, self._decoded)
             out, lse = sparse_prefill(q.contiguous(), rows, lists, lengths, sink.float(), self.sm_scale)
         if undo_rope:
-            sink_rope(out, lse, None, step.positions, self.rope_table(layer_id))
+            sink_rope(out, lse, None, step.positions, self.cache.layers[layer_id].rope_table)
         return out
 
     def _attend_packed(
         self, layer_id: int, q: torch.Tensor, sink: torch.Tensor, lists: torch.Tensor, lengths: torch.Tensor, kind: ListKind
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """FlashMLA's decode kernel over the pool; results as of `sparse_prefill`."""
-        fmt, pool = self.cache.spec.rows, self.cache.layers[layer_id].storage.pool
+        fmt, pool = self.cache.spec.rows, self.cache.layers[layer_id].pool
         pages = pool.as_strided(
             (len(pool), fmt.group_rows, 1, fmt.row_bytes), (fmt.group_bytes, fmt.row_bytes, fmt.row_bytes, 1)
         )
@@ -166,7 +166,7 @@ class FlashMLAAttention(Attention):
         ratio = self.cache.spec.layers[layer_id].ratio
         rows = self._rows[: decoded.num_rows(ratio)]
         page_decode(
-            self.cache.layers[layer_id].storage.pool,
+            self.cache.layers[layer_id].pool,
             self.cache.spec.rows,
             decoded.window_pages,
             decoded.history_pages,

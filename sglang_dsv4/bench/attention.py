@@ -135,7 +135,7 @@ def _kernels(attention: Attention, work: AttentionWork) -> list[Callable[[], tor
     lse = empty(tuple(out.shape[:2]), torch.float32, out.device)
 
     def call(layer_id: int) -> torch.Tensor:
-        pool, q = work.cache.layers[layer_id].storage.pool, work.q[layer_id]
+        pool, q = work.cache.layers[layer_id].pool, work.q[layer_id]
         for chunk in attention.chunks[work.kind.name]:  # type: ignore[attr-defined]
             part = chunk.tokens
             attention.attend(work.kind, chunk, pool, q[part], out[part], lse[part])  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ def check(work: AttentionWork, calls: Calls) -> dict[str, float]:
     Raises:
         AssertionError: an error that is not allowed, or a key that could be missing unnoticed.
     """
-    table = work.cache.storage.rope_tables[work.cache.spec.layers[0].rope]
+    table = work.cache.layers[0].rope_table
     last = work.case.num_tokens - 1
     queries = sorted({0, last // 2, last})[:_CHECKED_QUERIES]
     expected = {}
@@ -228,7 +228,7 @@ def measure(case: AttentionCase, row_format: str, bandwidth: float, missing: set
         yield row
     if case.num_tokens <= 64 and case.longest <= 8192:
         indices = work.indices(0)
-        pool, fmt = work.cache.layers[0].storage.pool, work.cache.spec.rows
+        pool, fmt = work.cache.layers[0].pool, work.cache.spec.rows
         timing = time_eager(lambda: naive_sparse_attention(work.q[0], pool, fmt, indices, work.sink, 512**-0.5))
         yield {"op": "attention", "case": case.name, "row_format": row_format, "variant": "torch", "us": timing.median_us}
 

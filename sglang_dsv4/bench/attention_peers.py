@@ -35,12 +35,12 @@ def padded_lists(work: AttentionWork, layer_id: int, multiple: int) -> torch.Ten
 def decode(module: ModuleType, work: AttentionWork, layer_id: int, *, undo_rope: bool) -> Callable[[], torch.Tensor]:
     """A call of the decode kernel over packed rows; the sink is its own, the rotation is undone by our kernel."""
     fmt = FP8_584_ROW
-    pool = work.cache.layers[layer_id].storage.pool
+    pool = work.cache.layers[layer_id].pool
     rows = pool.as_strided((len(pool), fmt.group_rows, 1, fmt.row_bytes), (fmt.group_bytes, fmt.row_bytes, fmt.row_bytes, 1))
     lists = padded_lists(work, layer_id, DECODE_MULTIPLE).unsqueeze(1)
     lengths = work.kind.lengths(work.plan.step.positions).int()
     q, meta = work.q[layer_id].unsqueeze(1), module.get_mla_metadata()[0]
-    table = work.cache.storage.rope_tables[work.cache.spec.layers[layer_id].rope]
+    table = work.cache.layers[layer_id].rope_table
     positions, scale = work.plan.step.positions, 512**-0.5
 
     def call() -> torch.Tensor:
@@ -71,10 +71,10 @@ def decode(module: ModuleType, work: AttentionWork, layer_id: int, *, undo_rope:
 
 def prefill(module: ModuleType, work: AttentionWork, layer_id: int, *, undo_rope: bool) -> Callable[[], torch.Tensor]:
     """A call of the prefill kernel over bf16 rows."""
-    pool = work.cache.layers[layer_id].storage.pool
+    pool = work.cache.layers[layer_id].pool
     lists = padded_lists(work, layer_id, PREFILL_MULTIPLE).unsqueeze(1)
     lengths = work.kind.lengths(work.plan.step.positions).int()
-    table = work.cache.storage.rope_tables[work.cache.spec.layers[layer_id].rope]
+    table = work.cache.layers[layer_id].rope_table
     positions, scale = work.plan.step.positions, 512**-0.5
 
     def call() -> torch.Tensor:

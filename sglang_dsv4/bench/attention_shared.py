@@ -40,11 +40,10 @@ def prepare(work: AttentionWork, backend: str) -> list[Callable[[], torch.Tensor
     own = planned(arange, arange * window.window, lists.view(-1), window.lengths(positions))
     starts = torch.cat([runs.new_zeros(1), runs.cumsum(0)])
     shared = planned(starts, 0 * starts, last, values)
-    layer = work.cache.spec.layers[0]
-    table, step = work.cache.storage.rope_tables[layer.rope], work.plan.step
+    table, step = work.cache.layers[0].rope_table, work.plan.step
 
     def call(layer_id: int) -> torch.Tensor:
-        q, rows = work.q[layer_id], work.cache.layers[layer_id].storage.pool.view(-1, 1, 512)
+        q, rows = work.q[layer_id], work.cache.layers[layer_id].pool.view(-1, 1, 512)
         parts = [wrapper.run(q, q[..., :0], rows, rows[..., :0], return_lse=True) for wrapper in (own, shared)]
         tiles = [tensor.view(-1, _MERGED_HEADS, *tensor.shape[2:]) for part in parts for tensor in part]
         out, lse = flashinfer.merge_state(*tiles)

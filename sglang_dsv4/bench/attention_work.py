@@ -11,7 +11,7 @@ from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention.base import HostLengths
 from sglang_dsv4.attention.row_list_kinds import kind_of
 from sglang_dsv4.bench.cases import PAGE_TOKENS
-from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables, StepPlan
+from sglang_dsv4.cache import Capacity, ExternalKVCache, PageTables, StepPlan
 from sglang_dsv4.spec import CacheSpec
 
 RATIOS = {"window": 0, "csa": 4, "hca": 128}
@@ -85,10 +85,10 @@ class AttentionWork:
         }
         spec = CacheSpec.from_hf(config, row_format=row_format, page_tokens=PAGE_TOKENS)
         capacity = Capacity(batch * pages, window_count, 1, pages * PAGE_TOKENS)
-        self.cache = CompressedKVCache(spec, ExternalPages(capacity), device)
+        self.cache = ExternalKVCache(spec, capacity, device)
         self.kind: ListKind = kind_of(spec, spec.layers[0])
         for layer in self.cache.layers:
-            fill(layer.storage.pool, spec.rows, generator)
+            fill(layer.pool, spec.rows, generator)
         starts, extends = torch.tensor(case.starts), torch.tensor(case.extends)
         rows = torch.repeat_interleave(torch.arange(batch), extends)
         first = torch.cumsum(extends, 0) - extends
@@ -111,16 +111,14 @@ class AttentionWork:
 
     def indices(self, layer_id: int) -> torch.Tensor:
         """Listed pool rows of every query, -1 behind them; from the references."""
-        view = self.cache.view(layer_id, self.plan)
-        entries = self.selected[layer_id] if self.case.kind == "csa" else view.entry_indices
-        if entries is None:
-            return view.window_indices
-        return torch.cat([view.window_indices, entries.long()], 1)
+        rows, ratio = self.plan.rows, self.cache.layers[layer_id].ratio
+        entries = self.selected[layer_id] if self.case.kind == "csa" else rows.every_entry(ratio) if ratio else None
+        return rows.window if entries is None else torch.cat([rows.window, entries.long()], 1)
 
     def rows(self, layer_id: int, query: int) -> torch.Tensor:
         """The listed rows of one query, fp32."""
         listed = self.indices(layer_id)[query]
-        pool = self.cache.layers[layer_id].storage.pool
+        pool = self.cache.layers[layer_id].pool
         return naive_load_rows(pool, listed[listed >= 0], self.cache.spec.rows)
 
     def selected_by(self, layer_id: int, numbering: StepTensors | None) -> torch.Tensor | None:

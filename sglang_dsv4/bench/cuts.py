@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_dsv4.bench.machine import need_cuda
-from sglang_dsv4.cache import CompressedKVCache, CompressorInput, Request, WindowInput
+from sglang_dsv4.cache import CompressedKVCache, CompressorWeights, NormWeights, Request
+from sglang_dsv4.cache.regions import Part
 from sglang_dsv4.errors import CacheInvariantError
 from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
 
@@ -48,7 +49,7 @@ def make_spec(ratios: Sequence[int], row_format: str) -> CacheSpec:
 def make_cache(spec: CacheSpec, length: int, requests: int, device: str) -> CompressedKVCache:
     """Room for a sequence of this length and for what others write of their own."""
     pages = -(-length // spec.page_tokens) + 2 * requests
-    return CompressedKVCache.create(spec, num_pages=pages, num_window_pages=4 * requests, max_requests=requests, device=device)
+    return CompressedKVCache(spec, num_pages=pages, num_window_pages=4 * requests, max_requests=requests, device=device)
 
 
 def feed(cache: CompressedKVCache, request: Request, tokens: range, salt: int = 0) -> None:
@@ -56,26 +57,21 @@ def feed(cache: CompressedKVCache, request: Request, tokens: range, salt: int = 
     for begin in range(tokens.start, tokens.stop, _CHUNK):
         count = min(_CHUNK, tokens.stop - begin)
         plan = cache.plan([(request, count)])
-        for layer, parts in enumerate(cache.layers):
-            generator = torch.Generator().manual_seed(1_000_003 * salt + 97 * begin + layer)
+        for layer in cache.layers:
+            generator = torch.Generator().manual_seed(1_000_003 * salt + 97 * begin + layer.layer_id)
 
             def given(rows: int, width: int, g: torch.Generator = generator) -> torch.Tensor:
                 return torch.randn(rows, width, generator=g).to(cache.device)
 
-            kind = parts.layer
-            inputs: dict[str, WindowInput | CompressorInput] = {
-                "window": WindowInput(given(count, 512), torch.ones(512, device=cache.device), 1e-6)
-            }
-            for part in parts.parts[1:]:
-                dim = cache.spec.index_dim if part == "index" else cache.spec.head_dim
-                slots = (2 if kind.overlap else 1) * kind.ratio
-                inputs[part] = CompressorInput(
-                    given(count, (4 if kind.overlap else 2) * dim),
-                    torch.zeros(slots, dim, device=cache.device),
-                    torch.ones(dim, device=cache.device),
-                    1e-6,
-                )
-            cache.append(layer, plan, **inputs)
+            inputs = {"window": given(count, 512)}
+            layer.bind(window=NormWeights(torch.ones(512, device=cache.device), 1e-6))
+            for part in layer.parts[1:]:
+                dim = cache.spec.index_dim if part is Part.INDEX else cache.spec.head_dim
+                overlap = 2 if len(layer.parts) == 3 else 1
+                bias = torch.zeros(overlap * layer.ratio, dim, device=cache.device)
+                layer.bind(**{part.value: CompressorWeights(bias, torch.ones(dim, device=cache.device), 1e-6)})
+                inputs[part.value] = given(count, 2 * overlap * dim)
+            layer.append(plan, **inputs)
         cache.commit(plan)
 
 
@@ -119,12 +115,12 @@ def measure(row_format: str, device: str, lengths: Sequence[int] = LENGTHS) -> l
 
 
 def _measure(cache: CompressedKVCache, length: int) -> dict:
-    trunk = cache.ledger.adopt(length, length - DRAFT)  # times do not depend on the values
+    trunk = cache.requests.adopt(length, length - DRAFT)  # times do not depend on the values
     kept = cache.snapshot(trunk)
     row: dict = {"tokens": length, "pages": len(trunk.pages.history)}
     row["fork_us"] = _time(cache, lambda _: cache.fork(trunk), cache.close)
     row["truncate_us"] = _time(cache, lambda twin: cache.truncate(twin, length - DRAFT), cache.close, lambda: cache.fork(trunk))
-    row["snapshot_us"] = _time(cache, lambda _: cache.snapshot(trunk), cache.release)
+    row["snapshot_us"] = _time(cache, lambda _: cache.snapshot(trunk), cache.close)
     row["restore_us"] = _time(cache, lambda _: cache.restore(kept), cache.close)
     before = cache.report()
     twin = cache.fork(trunk)

@@ -1,75 +1,65 @@
 """The compressed KV cache as one object."""
 
 from collections.abc import Sequence
+from operator import index
+from pathlib import Path
 
 import torch
 
-from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
-from sglang_dsv4.cache.inspect import integrity, report
+from sglang_dsv4.cache.choose_kernels import make_kernels
+from sglang_dsv4.cache.inspect import integrity
+from sglang_dsv4.cache.inspect.report import CacheReport, build_report, report_request
+from sglang_dsv4.cache.kernels import LayerMemory
 from sglang_dsv4.cache.layer import LayerCache
-from sglang_dsv4.cache.ops import make_ops
-from sglang_dsv4.cache.pages.allocator import ExternalPages, PageAllocator, PageOwner, PageTables, stack_tables
-from sglang_dsv4.cache.pages.copy_on_write import plan_copies
-from sglang_dsv4.cache.pages.request import Request
-from sglang_dsv4.cache.pages.requests import Ledger
-from sglang_dsv4.cache.pages.step_undo import UndoCopies
+from sglang_dsv4.cache.pages.allocator import PageAllocator
+from sglang_dsv4.cache.pages.request import Request, Snapshot
+from sglang_dsv4.cache.pages.requests import Requests
+from sglang_dsv4.cache.pages.steps import OwnedSteps
+from sglang_dsv4.cache.persist.request import load_request, save_request
 from sglang_dsv4.cache.persist.rows import Transfer
-from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
-from sglang_dsv4.cache.sequences import CacheSequences
+from sglang_dsv4.cache.plan import StepPlan
+from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.cache.storage import CacheStorage, Capacity
-from sglang_dsv4.cache.view import LayerView
-from sglang_dsv4.errors import StalePlanError
 from sglang_dsv4.spec import CacheSpec
 
 CHECK_LEVELS = ("off", "pages", "memory")
 
 
-class CompressedKVCache(CacheSequences):
+class CompressedKVCache:
     """Window rows, compressed entries, index keys and stream state of many requests.
 
-    A step is ``plan`` (host, may fail, changes nothing), ``append`` for every part of every layer (device, cannot fail
-    once it has begun), then ``commit`` (host), or ``abandon``, which takes all of it back. Between ``append`` and
-    attention, ``view`` and ``select`` say which rows each new token attends to.
+    A step is ``plan`` (host, may fail, changes nothing), `LayerCache.append` for every part of every layer (device), then
+    ``commit`` (host), or ``abandon``, which takes all of it back. Between ``append`` and attention, `LayerCache.select` chooses
+    the entries of CSA layers.
 
     A plan is good as long as its requests stay as they are and the pages it counts on stay free. From its first append on
     it holds its pages: whatever happens to other requests, it can be finished. Its own requests can only be closed then,
-    or cut back to a snapshot.
+    or rewound to a snapshot. No operation harms a step of other requests that is under way.
 
-    With `PageAllocator` the cache owns its pages, and ``open``, ``plan``, ``commit`` and ``close`` manage requests. With
-    `ExternalPages` somebody else does, and passes page tables to ``plan_tables``; there is nothing to commit.
+    An operation that fails or is interrupted changes nothing, with three exceptions that the object remembers: an append has
+    to be taken back by ``abandon``, an ``abandon`` and a ``rewind`` have to be called again (or the request closed); until then
+    the requests concerned are refused.
+
+    Args:
+        spec (CacheSpec): from `CacheSpec.from_hf`.
+        num_pages (int): history pages, of ``spec.page_tokens`` tokens each.
+        max_requests (int): requests open at once.
+        num_window_pages (int | None): window pages; by default as many as history pages, so that a prefill of any length
+            fits in one step. Between steps a request holds at most two, and one more for draft tokens.
+        device (torch.device | str): where the memory lives.
+        checks (str): ``"pages"`` checks the books after every operation that changes them, ``"memory"`` also that all
+            a request needs is finite; ``"off"`` leaves it to `check_integrity`.
+        kernels (str): ``"triton"`` (a CUDA device), ``"torch"`` (anywhere), or ``"auto"``: Triton where it runs. The two
+            round some entries differently, in the last bit of a stored value.
+
+    Attributes:
+        layers (tuple[LayerCache, ...]): by layer; what a model's layers write to and attention reads.
+        requests (Requests): the books.
+        storage (CacheStorage): the tensors.
     """
 
     def __init__(
         self,
-        spec: CacheSpec,
-        pages: PageOwner,
-        device: torch.device | str = "cpu",
-        checks: str = "off",
-        kernels: str = "auto",
-        index_heads: int | None = None,
-    ) -> None:
-        """`create` says what the arguments are; with ``index_heads``, the indexer's scratch is allocated at once."""
-        if checks not in CHECK_LEVELS:
-            raise ValueError(f"checks: expected one of {CHECK_LEVELS}, got {checks!r}")
-        self.spec = spec
-        self.device = torch.device(device)
-        self.pages = pages
-        self.ops = make_ops(kernels, spec, pages.capacity, self.device, index_heads)
-        self.storage = CacheStorage(spec, pages.capacity, self.device)
-        self.layers = tuple(
-            LayerCache(spec, layer, storage, self.storage.rope_tables[layer.rope], self.storage.num_window_rows, self.ops)
-            for layer, storage in zip(spec.layers, self.storage.layers, strict=True)
-        )
-        self._ledger = Ledger(spec, pages) if isinstance(pages, PageAllocator) else None
-        self._transfer = Transfer(spec, self.layers)
-        self._checks = checks
-        self._undo = UndoCopies(spec, self._stream_state())
-        self._bytes_copied = dict.fromkeys(report.COPIED_BY, 0)
-
-    @classmethod
-    def create(
-        cls,
         spec: CacheSpec,
         *,
         num_pages: int,
@@ -78,24 +68,47 @@ class CompressedKVCache(CacheSequences):
         device: torch.device | str = "cpu",
         checks: str = "off",
         kernels: str = "auto",
-    ) -> "CompressedKVCache":
-        """Make a cache that owns its pages.
-
-        Args:
-            spec (CacheSpec): from `CacheSpec.from_hf`.
-            num_pages (int): history pages, of ``spec.page_tokens`` tokens each.
-            max_requests (int): requests open at once.
-            num_window_pages (int | None): window pages; by default as many as history pages, so that a prefill of any
-                length fits in one step. Between steps a request holds at most two, and one more for draft tokens.
-            device (torch.device | str): where the memory lives.
-            checks (str): ``"pages"`` checks the books after every operation that changes them, ``"memory"`` also that all
-                a request could read is finite; ``"off"`` leaves it to `check_integrity`.
-            kernels (str): ``"triton"`` (a CUDA device), ``"torch"`` (anywhere), or ``"auto"``: Triton where it runs. The
-                two round some entries differently, in the last bit of a stored value.
-        """
+    ) -> None:
+        if checks not in CHECK_LEVELS:
+            raise ValueError(f"checks: expected one of {CHECK_LEVELS}, got {checks!r}")
         window_pages = num_pages if num_window_pages is None else num_window_pages
         capacity = Capacity(num_pages, window_pages, max_requests, num_pages * spec.page_tokens)
-        return cls(spec, PageAllocator(capacity, spec.page_tokens), device, checks, kernels)
+        self.spec = spec
+        self.device = torch.device(device)
+        self.kernels = make_kernels(kernels, spec, capacity, self.device)
+        self.storage = CacheStorage(spec, capacity, self.device)
+        self.requests = Requests(self.storage.table, spec.max_draft_tokens, PageAllocator(capacity, spec.page_tokens))
+        self._steps = OwnedSteps(spec, self.requests, self.storage, self.device)
+        self.layers = tuple(
+            LayerCache(LayerMemory(spec, layer, memory, self.storage.rope_tables[layer.rope]), self.kernels, self._steps)
+            for layer, memory in zip(spec.layers, self.storage.layers, strict=True)
+        )
+        self._checks = checks
+        self._bytes_copied = {"fork": 0, "snapshot": 0, "restore": 0}
+
+    def open(self) -> Request:
+        """Start an empty sequence.
+
+        Raises:
+            OutOfPagesError: every state slot is taken; nothing was changed.
+        """
+        request = self.requests.open()
+        self._after()
+        return request
+
+    def close(self, held: Request | Snapshot) -> None:
+        """End a sequence, or drop a snapshot, and free what it alone holds.
+
+        A step of the sequence that was appended cannot be finished then; ``abandon`` sets its other requests free.
+
+        Raises:
+            UnknownRequestError: not open, not taken, or closed already, or another cache's; nothing was changed.
+        """
+        if isinstance(held, Snapshot):
+            self.requests.release(held)
+        else:
+            self.requests.close(held)
+        self._after()
 
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
         """Prepare a step; changes nothing.
@@ -107,145 +120,19 @@ class CompressedKVCache(CacheSequences):
         Raises:
             OutOfPagesError: not enough pages for all of them together.
             StalePlanError: a request's last plan was appended but not committed.
+            DamagedRequestError: a request was left half way.
             UnknownRequestError: a request is not open here.
             ValueError: a request twice, or a negative number of tokens.
         """
-        planned = self.ledger.grant(items)
-        tables = stack_tables([(item.request.pages, item.grant) for item in planned], self.device)
-        return StepPlan(
-            step=self._step_tensors(planned, tables),
-            window=self.spec.window,
-            items=planned,
-            epoch=self.ledger.epoch,
-            owner=self,
-            copies=plan_copies(self.spec, planned, self.device),
-        )
-
-    def plan_tables(
-        self,
-        *,
-        positions: torch.Tensor,
-        token_rows: torch.Tensor,
-        seq_lens: torch.Tensor,
-        extend_lens: torch.Tensor,
-        state_slots: torch.Tensor,
-        tables: PageTables,
-    ) -> StepPlan:
-        """Prepare a step over pages that somebody else owns; arguments as in `dsv4_kernels.step.StepTensors`.
-
-        A sequence may start only at a page boundary, with all earlier pages complete. Its state slot needs no reset.
-        """
-        if not isinstance(self.pages, ExternalPages):
-            raise TypeError(f"plan_tables: expected a cache over ExternalPages, got {type(self.pages).__name__}")
-        step = StepTensors(
-            positions=positions.long(),
-            token_rows=token_rows.long(),
-            seq_lens=seq_lens.long(),
-            extend_lens=extend_lens.long(),
-            state_slots=state_slots.long(),
-            history_pages=tables.history,
-            window_pages=tables.window,
-            page_tokens=self.spec.page_tokens,
-            num_window_rows=self.storage.num_window_rows,
-        )
-        return self.plan_step(step)
-
-    def plan_step(self, step: StepTensors) -> StepPlan:
-        """Prepare a step over pages that somebody else owns, whose tensors are filled already; as `plan_tables`."""
-        if not isinstance(self.pages, ExternalPages):
-            raise TypeError(f"plan_step: expected a cache over ExternalPages, got {type(self.pages).__name__}")
-        return StepPlan(step=step, window=self.spec.window, owner=self)
-
-    def append(
-        self,
-        layer_id: int,
-        plan: StepPlan,
-        *,
-        window: WindowInput | None = None,
-        main: CompressorInput | None = None,
-        index: CompressorInput | None = None,
-    ) -> None:
-        """Write one layer's share of a step; parts may come in one call or in several, each once per step.
-
-        Args:
-            layer_id (int): index in ``spec.layers``.
-            plan (StepPlan): the step.
-            window (WindowInput | None): the K=V projection.
-            main (CompressorInput | None): the compressor's projections; CSA and HCA layers.
-            index (CompressorInput | None): the indexer's compressor's projections; CSA layers.
-
-        Raises:
-            StalePlanError: what the plan rests on has changed, or a part was appended already; nothing was changed.
-            ValueError, TypeError: an input does not fit; nothing was changed.
-        """
-        cache = self._layer(layer_id)
-        given = {"window": window, "main": main, "index": index}
-        parts = {part: value for part, value in given.items() if value is not None}
-        self._check_current(plan)
-        for part, value in parts.items():
-            cache.check(plan, part, value)
-            if (layer_id, part) in plan.appended:
-                raise StalePlanError(f"layer {layer_id} {part}: expected once per step, got a second append")
-        if plan.items:
-            self._begin(plan)
-        if plan.copies is not None and not any(done == layer_id for done, _ in plan.appended):
-            self._bytes_copied["copy_on_write"] += cache.copy_shared(plan.copies)
-        cache.append(plan, parts)
-        plan.appended.update((layer_id, part) for part in parts)
-
-    def view(self, layer_id: int, plan: StepPlan) -> LayerView:
-        """Which rows each new token attends to in one layer."""
-        self._check_current(plan)
-        return self._layer(layer_id).view(plan)
-
-    def select(
-        self,
-        layer_id: int,
-        plan: StepPlan,
-        index_q: torch.Tensor,
-        index_weights: torch.Tensor,
-        out: torch.Tensor | None = None,
-        numbering: StepTensors | None = None,
-    ) -> torch.Tensor:
-        """Choose the entries each new token attends to in a CSA layer.
-
-        Args:
-            layer_id (int): a CSA layer, whose index keys of this step are appended.
-            plan (StepPlan): the step.
-            index_q (torch.Tensor): ``[T, heads, 128]``, index queries before RoPE and rotation, fp32 or bf16.
-            index_weights (torch.Tensor): ``[T, heads]``; a positive factor common to all chooses the same.
-            out (torch.Tensor | None): ``[T, K]`` int32, to write into: of `Attention.selected_buffer`. Cells behind the entries
-                are left alone then.
-            numbering (StepTensors | None): `Attention.numbering` of the attention that reads the result: the chosen entries are
-                numbered by this step's tables, of the same requests, instead of the pool's.
-
-        Returns:
-            torch.Tensor: ``out``, or ``[T, K]`` int64 or (Triton) int32 rows of the layer's pool, or of the numbering, in
-            ascending entry order, then -1.
-        """
-        self._check_current(plan)
-        if plan.num_tokens and (layer_id, "index") not in plan.appended:
-            raise StalePlanError(f"layer {layer_id}: expected its index keys appended before select, got none")
-        return self._layer(layer_id).select(plan, index_q, index_weights, out, numbering)
+        return self._steps.plan(items)
 
     def commit(self, plan: StepPlan) -> None:
-        """Make a step's tokens part of their sequences, and free window pages that no query can reach any more.
+        """Make a step's tokens part of their sequences, and free window pages that nothing needs any more.
 
         Raises:
             StalePlanError: what the plan rests on has changed, or a part of a layer was not appended; nothing was changed.
         """
-        ledger = self.ledger
-        self._check_current(plan)
-        missing = [
-            (cache.layer.layer_id, part)
-            for cache in self.layers
-            for part in cache.parts
-            if (cache.layer.layer_id, part) not in plan.appended
-        ]
-        if missing and plan.num_tokens:
-            raise StalePlanError(f"commit: expected every part of every layer appended, missing (layer, part) {missing}")
-        self._begin(plan)
-        ledger.commit(plan)
+        self._steps.commit(plan, self.layers)
         self._after()
 
     def abandon(self, plan: StepPlan) -> None:
@@ -258,76 +145,166 @@ class CompressedKVCache(CacheSequences):
         Raises:
             StalePlanError: it was committed or abandoned, or all its requests are closed; nothing was changed.
         """
-        self._check_owner(plan)
-        if not plan.appended:
-            return
-        for item in self.ledger.abandon(plan):
-            if not self._undo.put_back(plan, item):
-                self.ledger.narrow(item)
+        self._steps.abandon(plan)
         self._after()
 
-    def report(self) -> report.CacheReport:
+    def fork(self, request: Request) -> Request:
+        """Start a second sequence that continues from the same tokens.
+
+        Pages are shared until one of the two writes; only the stream state is copied.
+
+        Raises:
+            OutOfPagesError: every state slot is taken; nothing was changed.
+            StalePlanError: the request's last plan was appended but not committed.
+            DamagedRequestError, UnknownRequestError: as in `plan`.
+        """
+        self.requests.check_settled(request)
+        slot = self.requests.next_slot()
+        for state in self.storage.stream_state:  # into a free slot: nothing is changed until the books are
+            state[slot] = state[request.state_slot]
+        twin = self.requests.fork(request)
+        self._after("fork")
+        return twin
+
+    def truncate(self, request: Request, seq_len: int) -> None:
+        """Cut a sequence back by draft tokens; moves nothing.
+
+        Args:
+            request (Request): the sequence.
+            seq_len (int): from ``request.min_len`` (the committed length less ``max_draft_tokens``) to ``request.seq_len``.
+
+        Raises:
+            TruncateError: a length out of range; the message names those that are possible.
+            StalePlanError, DamagedRequestError, UnknownRequestError: as in `plan`.
+        """
+        self.requests.shorten(request, index(seq_len))
+        self._after()
+
+    def rewind(self, request: Request, snapshot: Snapshot) -> None:
+        """Give a sequence the tokens of a snapshot, its own or another request's; the snapshot stays.
+
+        A step of the sequence that was appended cannot be finished then; ``abandon`` sets its other requests free.
+
+        Raises:
+            UnknownRequestError: one of the two is not open here; nothing was changed.
+        """
+        self.requests.check_open(request)
+        self.requests.check_kept(snapshot)
+        request.is_damaged = True  # until its stream state is whole again
+        self._put_state(request.state_slot, snapshot)
+        self.requests.rewind(request, snapshot)
+        self._after("restore")
+
+    def snapshot(self, request: Request, *, pages_only: bool = False) -> Snapshot:
+        """Hold on to a sequence as it is now: its pages, shared, and a copy of its stream state.
+
+        Args:
+            request (Request): the sequence.
+            pages_only (bool): of a sequence that ends at a page boundary, hold only the pages that another one with the same
+                tokens needs in order to go on: all history pages, the last window page, and no stream state.
+
+        Raises:
+            ValueError: ``pages_only`` of a sequence that does not end at a page boundary.
+            StalePlanError, DamagedRequestError, UnknownRequestError: as in `plan`.
+        """
+        self.requests.check_settled(request)
+        if pages_only:
+            taken = self.requests.keep_page_cut(request)
+            self._after()
+            return taken
+        state = tuple(state[request.state_slot].clone() for state in self.storage.stream_state)
+        taken = self.requests.keep(request, state)
+        self._after("snapshot")
+        return taken
+
+    def restore(self, snapshot: Snapshot) -> Request:
+        """Start a sequence that continues from a snapshot; the snapshot stays.
+
+        Raises:
+            OutOfPagesError: every state slot is taken; nothing was changed.
+            UnknownRequestError: the snapshot was closed, or is another cache's.
+        """
+        self.requests.check_kept(snapshot)
+        self._put_state(self.requests.next_slot(), snapshot)
+        request = self.requests.open(snapshot.seq_len, snapshot.min_len, snapshot.pages)
+        self._after("restore")
+        return request
+
+    def save(self, request: Request, path: Path | str, extra: dict[str, str] | None = None) -> None:
+        """Write a sequence to disk: the manifest at ``path``, its pages in the folder ``dsv4kv-pages`` beside it.
+
+        Pages that another sequence saved there already are not stored again.
+
+        Args:
+            request (Request): the sequence.
+            path (Path | str): the manifest; replaced if it exists.
+            extra (dict[str, str] | None): small strings to get back from `load`.
+
+        Raises:
+            SavedFileError: it cannot be written; what was saved before is as it was, and no new file is left.
+            StalePlanError, DamagedRequestError, UnknownRequestError: as in `plan`.
+        """
+        self.requests.check_settled(request)
+        save_request(self.spec, self._transfer(), request, Path(path), dict(extra or {}))
+
+    def load(self, path: Path | str) -> Request:
+        """Read a sequence that `save` wrote, also in another process, into a cache of the same spec.
+
+        Args:
+            path (Path | str): the manifest.
+
+        Returns:
+            Request: a new sequence; what was saved as ``extra`` is its ``extra``.
+
+        Raises:
+            SavedFileError: missing, damaged, of a newer format or of another spec; nothing was changed.
+            OutOfPagesError: no room; nothing was changed.
+        """
+        request = load_request(self.spec, self.requests, self._transfer(), Path(path))
+        self._after()
+        return request
+
+    def report(self) -> CacheReport:
         """Where the bytes are; equal to what is really allocated."""
-        beside = {"undo": self._undo.nbytes, "scratch": self.ops.nbytes}
-        return report.build_report(self.spec, self.storage, self.pages, self._ledger, beside, self._bytes_copied)
+        books = self.requests
+        copies = sum(state.nbytes for taken in books.snapshots for state in taken.state)
+        beside = {"snapshots": copies, "undo": self._steps.undo.nbytes, "scratch": self.kernels.nbytes}
+        return build_report(
+            self.spec,
+            self.storage,
+            books.allocator.capacity,
+            books.allocator.counts(),
+            beside,
+            self._bytes_copied | self._steps.bytes_copied,
+            tuple(report_request(self.spec, self.storage.table, books.allocator, request) for request in books.opened),
+        )
 
     def check_integrity(self, *, memory: bool = False) -> None:
         """Check the invariants of `sglang_dsv4.cache.inspect.integrity`.
 
         Args:
-            memory (bool): also read everything that a request could read, and require it to be finite.
+            memory (bool): also read everything that a request needs, and require it to be finite.
 
         Raises:
             CacheInvariantError: the message starts with the label of the broken invariant.
         """
-        ledger = self.ledger
-        requests = ledger.requests
-        integrity.check_pages(self.spec, ledger.allocator, requests, ledger.snapshots, ledger.grants)
+        books = self.requests
+        integrity.check_pages(self.storage.table, books.allocator, books.opened, books.snapshots, books.grants)
         if memory:
-            integrity.check_memory(self.spec, self.layers, requests)
+            integrity.check_memory(self.storage, books.opened)
 
-    def _layer(self, layer_id: int) -> LayerCache:
-        if not 0 <= layer_id < len(self.layers):
-            raise ValueError(f"layer_id: expected 0 .. {len(self.layers) - 1}, got {layer_id}")
-        return self.layers[layer_id]
+    def _transfer(self) -> Transfer:
+        return Transfer(self.storage.table, self.storage.layers)
 
-    def _check_owner(self, plan: StepPlan) -> None:
-        if plan.owner is not self:
-            raise StalePlanError("plan: expected one of this cache, got another cache's")
-
-    def _check_current(self, plan: StepPlan) -> None:
-        self._check_owner(plan)
-        if self._ledger is not None:
-            self._ledger.check_plan(plan)
-
-    def _begin(self, plan: StepPlan) -> None:
-        """Before a step's first write: hold its pages, and what `abandon` will need."""
-        if not self.ledger.is_begun(plan):
-            self._bytes_copied["undo"] += self._undo.keep(plan)
-            self.ledger.begin(plan)
+    def _put_state(self, slot: int, snapshot: Snapshot) -> None:
+        if snapshot.state:  # one of pages alone needs none
+            for state, kept in zip(self.storage.stream_state, snapshot.state, strict=True):
+                state[slot] = kept
 
     def _after(self, copied_state_by: str | None = None) -> None:
         """Count a copy of one request's stream state, and check what the user asked to have checked."""
         if copied_state_by is not None:
-            self._bytes_copied[copied_state_by] += report.stream_bytes_per_request(self.spec)
-        self._undo.drop_all_but(self.ledger.steps)
+            self._bytes_copied[copied_state_by] += self.storage.table.bytes_of(Owner.STATE_SLOT)
+        self._steps.undo.drop_all_but(self.requests.steps)
         if self._checks != "off":
             self.check_integrity(memory=self._checks == "memory")
-
-    def _step_tensors(self, planned: Sequence[PlannedRequest], tables: PageTables) -> StepTensors:
-        def tensor(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-        rows = [row for row, item in enumerate(planned) for _ in range(item.num_new_tokens)]
-        positions = [item.request.seq_len + offset for item in planned for offset in range(item.num_new_tokens)]
-        return StepTensors(
-            positions=tensor(positions),
-            token_rows=tensor(rows),
-            seq_lens=tensor([item.request.seq_len + item.num_new_tokens for item in planned]),
-            extend_lens=tensor([item.num_new_tokens for item in planned]),
-            state_slots=tensor([item.request.state_slot for item in planned]),
-            history_pages=tables.history,
-            window_pages=tables.window,
-            page_tokens=self.spec.page_tokens,
-            num_window_rows=self.storage.num_window_rows,
-        )

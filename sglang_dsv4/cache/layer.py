@@ -1,106 +1,143 @@
-"""One layer of the cache: what is written to it and read from it in a step."""
+"""One layer of a cache: the handle that a model's layer writes through, and that attention reads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from dsv4_kernels.flush import CompressorParams, CsaFlush
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.row_codec import naive_copy_rows
 from dsv4_kernels.step import StepTensors
 from dsv4_kernels.streams import CSA_PARTS, HCA_PARTS
-from sglang_dsv4.cache.checks import check_tensor
-from sglang_dsv4.cache.inputs import CompressorInput, WindowInput
-from sglang_dsv4.cache.ops import CacheOps
-from sglang_dsv4.cache.plan import RowCopies, StepPlan
-from sglang_dsv4.cache.storage import LayerStorage, StreamStorage
-from sglang_dsv4.cache.view import LayerView
-from sglang_dsv4.spec import CacheSpec, LayerSpec
+from sglang_dsv4.cache.kernels import Kernels, LayerMemory
+from sglang_dsv4.cache.plan import StepPlan
+from sglang_dsv4.cache.regions import Part
+from sglang_dsv4.cache.weights import FLOATS, CompressorWeights, NormWeights, check_eps, check_tensor
+from sglang_dsv4.errors import StalePlanError
 
-_FLOATS = (torch.float32, torch.bfloat16)
+_PARTS = {"window": (Part.WINDOW,), "csa": (Part.WINDOW, Part.MAIN, Part.INDEX), "hca": (Part.WINDOW, Part.MAIN)}
+
+
+class Steps(Protocol):
+    """What a layer asks of its cache about a step."""
+
+    def check(self, plan: StepPlan) -> None:
+        """Raise unless the plan is this cache's and can be appended to."""
+
+    def begin(self, plan: StepPlan, layer: "LayerCache") -> None:
+        """Before a layer's first write: hold the step's pages, and copy what it shares with others."""
 
 
 class LayerCache:
-    """Rows, index keys and stream state of one layer."""
+    """Rows, index keys and stream state of one layer.
 
-    def __init__(
+    Attributes:
+        memory (LayerMemory): where they lie.
+        parts (tuple[Part, ...]): what every step appends.
+    """
+
+    def __init__(self, memory: LayerMemory, kernels: Kernels, steps: Steps) -> None:
+        self.memory = memory
+        self.parts = _PARTS[memory.layer.kind]
+        self._kernels = kernels
+        self._steps = steps
+        self._weights: dict[Part, NormWeights | CompressorWeights] = {}
+        self._writers: dict[Part, Callable[[StepTensors, torch.Tensor], None]] = {}
+        self._write_both: Callable[[StepTensors, torch.Tensor, torch.Tensor], None] | None = None
+        layer, spec = memory.layer, memory.spec
+        streams = CSA_PARTS if layer.overlap else HCA_PARTS
+        self._dims = {Part.WINDOW: spec.head_dim, Part.MAIN: spec.head_dim, Part.INDEX: spec.index_dim}
+        self._widths = {part: dim * (1 if part is Part.WINDOW else streams) for part, dim in self._dims.items()}
+
+    @property
+    def layer_id(self) -> int:
+        """Its number in the model."""
+        return self.memory.layer.layer_id
+
+    @property
+    def ratio(self) -> int:
+        """Tokens per entry; 0 where the layer has none."""
+        return self.memory.layer.ratio
+
+    @property
+    def pool(self) -> torch.Tensor:
+        """The row pool: window rows, then entries."""
+        return self.memory.storage.pool
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How the rows of the pool are packed."""
+        return self.memory.spec.rows
+
+    @property
+    def rope_table(self) -> torch.Tensor:
+        """``[max_seq_len, R]`` fp32, cosines then sines; of the layer's queries as well."""
+        return self.memory.rope_table
+
+    def bind(
         self,
-        spec: CacheSpec,
-        layer: LayerSpec,
-        storage: LayerStorage,
-        cos_sin: torch.Tensor,
-        num_window_rows: int,
-        ops: CacheOps,
+        *,
+        window: NormWeights | None = None,
+        main: CompressorWeights | None = None,
+        index: CompressorWeights | None = None,
     ) -> None:
-        self.spec = spec
-        self.ops = ops
-        self.layer = layer
-        self.storage = storage
-        self.cos_sin = cos_sin
-        self.num_window_rows = num_window_rows
-        parts = {"window": (), "csa": ("main", "index"), "hca": ("main",)}[layer.kind]
-        self.parts: tuple[str, ...] = ("window", *parts)
+        """Take constants of the layer, which `append` uses from then on; again for a part whose weights were replaced.
 
-    def check(self, plan: StepPlan, part: str, given: WindowInput | CompressorInput) -> None:
-        """Raise unless the layer has this part and the input fits it; changes nothing."""
-        layer, device = self.layer, self.storage.pool.device
-        if part not in self.parts:
-            raise ValueError(f"layer {layer.layer_id} ({layer.kind}): expected parts {self.parts}, got {part!r}")
-        name = f"layer {layer.layer_id} {part}"
-        dim = self.spec.index_dim if part == "index" else self.spec.head_dim
-        check_tensor(f"{name} norm_weight", given.norm_weight, (dim,), _FLOATS, device)
-        if isinstance(given, WindowInput):
-            check_tensor(f"{name} kv", given.kv, (plan.num_tokens, dim), _FLOATS, device)
+        Args:
+            window (NormWeights | None): of the K=V projection.
+            main (CompressorWeights | None): of the compressor; CSA and HCA layers.
+            index (CompressorWeights | None): of the indexer's compressor; CSA layers.
+
+        Raises:
+            ValueError, TypeError: the layer has no such part, or a weight does not fit it; nothing was changed.
+        """
+        given = {Part.WINDOW: window, Part.MAIN: main, Part.INDEX: index}
+        checked = {part: self._checked(part, weights) for part, weights in given.items() if weights is not None}
+        self._weights |= checked
+        for part in checked:
+            self._writers[part] = self._kernels.writer(self.memory, part, self._weights[part])
+        if Part.MAIN in self._weights and Part.INDEX in self._weights:
+            self._write_both = self._kernels.writer_of_both(self.memory, self._weights[Part.MAIN], self._weights[Part.INDEX])
+
+    def append(
+        self,
+        plan: StepPlan,
+        *,
+        window: torch.Tensor | None = None,
+        main: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+    ) -> None:
+        """Write the layer's share of a step; parts may come in one call or in several, each once per step.
+
+        A CSA layer's ``main`` and ``index`` take one launch if they come together.
+
+        Args:
+            plan (StepPlan): the step.
+            window (torch.Tensor | None): ``[T, 512]``, the K=V projection before its norm and RoPE, fp32 or bf16.
+            main (torch.Tensor | None): the compressor's projections, fp32 or bf16, without position bias: ``[T, 4*D]`` (CSA:
+                kv_b, kv_a, gate_b, gate_a) or ``[T, 2*D]`` (HCA: kv, gate). The checkpoint's ``[wkv; wgate]`` has this order.
+            index (torch.Tensor | None): the same of the indexer's compressor.
+
+        Raises:
+            StalePlanError: what the plan rests on has changed, or a part was appended before; nothing was changed.
+            ValueError, TypeError: an input does not fit, or its part has no weights yet; nothing was changed.
+        """
+        given = ((Part.WINDOW, window), (Part.MAIN, main), (Part.INDEX, index))
+        parts = [(part, values) for part, values in given if values is not None]
+        self._steps.check(plan)
+        for part, values in parts:
+            self._check_input(plan, part, values)
+        if not parts:
             return
-        width = (CSA_PARTS if layer.overlap else HCA_PARTS) * dim
-        slots = 2 * layer.ratio if layer.overlap else layer.ratio
-        check_tensor(f"{name} kv_score", given.kv_score, (plan.num_tokens, width), _FLOATS, device)
-        check_tensor(f"{name} slot_bias", given.slot_bias, (slots, dim), (torch.float32,), device)
-
-    def copy_shared(self, copies: RowCopies) -> int:
-        """Bring over the rows of shared pages that this step writes into; returns how many bytes."""
-        storage, rows, ratio = self.storage, self.spec.rows, self.layer.ratio
-        naive_copy_rows(storage.pool, *copies.window, rows)
-        copied = len(copies.window[0]) * rows.row_bytes
-        if ratio:
-            sources, targets = copies.history[ratio]
-            base = self.num_window_rows
-            naive_copy_rows(storage.pool, base + sources, base + targets, rows)
-            copied += len(sources) * rows.row_bytes
-            if storage.index_pool is not None:
-                keys = self.spec.index_keys
-                naive_copy_rows(storage.index_pool, sources, targets, keys)
-                copied += len(sources) * keys.row_bytes
-        sources, targets = copies.boundary
-        for state in (storage.main, storage.index):
-            if state is not None:
-                state.boundary[targets] = state.boundary[sources]
-                copied += len(sources) * state.boundary[0].nbytes
-        return copied
-
-    def append(self, plan: StepPlan, parts: Mapping[str, WindowInput | CompressorInput]) -> None:
-        """Write parts of a step: window rows, and the new tokens' share of the streams with what they close."""
-        ops, storage, rows = self.ops, self.storage, self.spec.rows
-        window = parts.get("window")
-        if isinstance(window, WindowInput):
-            ops.store_window(plan, window, self.cos_sin, storage.pool, rows)
-        main, index = self._compressor(parts, "main"), self._compressor(parts, "index")
-        if storage.accumulators is not None:
-            if main is not None:
-                ops.flush_hca(plan, main.kv_score, storage.accumulators, storage.pool, rows, self._params("main", main))
-        elif main is not None or index is not None:
-            ops.flush_csa(plan, self._csa("main", main), self._csa("index", index))
-
-    def view(self, plan: StepPlan) -> LayerView:
-        """Rows to attend to; a CSA layer's entries come from `select`."""
-        ratio = self.layer.ratio
-        listed = ratio > 0 and not self.layer.indexed
-        return LayerView(
-            pool=self.storage.pool,
-            pool_format=self.spec.rows,
-            window_indices=plan.window_indices,
-            entry_indices=plan.every_entry_indices(ratio) if listed else None,
-        )
+        self._steps.begin(plan, self)
+        layer_id = self.memory.layer.layer_id
+        # A part whose write fails stays started: writing it again would pool its tokens twice.
+        plan.started.update((layer_id, part) for part, _ in parts)
+        if main is not None and index is not None and self._write_both is not None:
+            self._write_both(plan.step, main, index)
+            parts = [(part, values) for part, values in parts if part is Part.WINDOW]
+        for part, values in parts:
+            self._writers[part](plan.step, values)
+        plan.appended.update((layer_id, part) for part, values in given if values is not None)
 
     def select(
         self,
@@ -110,39 +147,66 @@ class LayerCache:
         out: torch.Tensor | None = None,
         numbering: StepTensors | None = None,
     ) -> torch.Tensor:
-        """Choose the CSA entries of each new token; see `CompressedKVCache.select`."""
-        if self.storage.index_pool is None:
-            raise ValueError(f"layer {self.layer.layer_id}: expected a CSA layer, got {self.layer.kind!r}")
-        num_tokens, heads = index_weights.shape
-        name, device = f"layer {self.layer.layer_id} index_q", self.storage.pool.device
-        check_tensor(name, index_q, (num_tokens, heads, self.spec.index_dim), _FLOATS, device)
-        if num_tokens != plan.num_tokens:
-            raise ValueError(f"{name}: expected {plan.num_tokens} tokens, got {num_tokens}")
-        if out is not None and len(out) != num_tokens:
-            raise ValueError(f"layer {self.layer.layer_id} out: expected {num_tokens} tokens, got {len(out)}")
-        return self.ops.select(
-            plan, index_q, index_weights, self.storage.index_pool, self.cos_sin, self.layer.ratio, out, numbering
-        )
+        """Choose the entries that each new token attends to in a CSA layer.
 
-    @staticmethod
-    def _compressor(parts: Mapping[str, WindowInput | CompressorInput], part: str) -> CompressorInput | None:
-        given = parts.get(part)
-        return given if isinstance(given, CompressorInput) else None
+        Args:
+            plan (StepPlan): the step, with this layer's index keys appended.
+            index_q (torch.Tensor): ``[T, heads, 128]``, index queries before RoPE and rotation, fp32 or bf16.
+            index_weights (torch.Tensor): ``[T, heads]``; a positive factor common to all chooses the same.
+            out (torch.Tensor | None): ``[T, K]`` int32 to write into, so that a graph's attention finds the rows in its own
+                list (`Attention.selected_buffer`); cells behind the entries are left alone then.
+            numbering (StepTensors | None): tables of the same requests by which the result is numbered instead of the pool's:
+                a long prefill attends over decoded copies of the rows (`Attention.numbering`).
 
-    def _params(self, part: str, given: CompressorInput) -> CompressorParams:
-        return CompressorParams(given.slot_bias, given.norm_weight, given.eps, self.cos_sin, rotate=part == "index")
+        Returns:
+            torch.Tensor: ``out``, or ``[T, K]`` int64 or (Triton) int32 rows of the pool, or of ``numbering``'s, in ascending
+            entry order, then -1.
 
-    def _csa(self, part: str, given: CompressorInput | None) -> CsaFlush | None:
-        if given is None:
-            return None
-        state, pool, fmt = self._overlapping(part)
-        params = self._params(part, given)
-        return CsaFlush(given.kv_score, state.streams, state.boundary, pool, fmt, params)
+        Raises:
+            StalePlanError: the plan is not current, or the index keys are not appended.
+            ValueError, TypeError: no CSA layer, or an input does not fit.
+        """
+        self._steps.check(plan)
+        name, memory = f"layer {self.layer_id}", self.memory
+        if Part.INDEX not in self.parts:
+            raise ValueError(f"{name}: expected a CSA layer, got {memory.layer.kind!r}")
+        if plan.num_tokens and (self.layer_id, Part.INDEX) not in plan.appended:
+            raise StalePlanError(f"{name}: expected its index keys appended before select, got none")
+        heads = index_weights.shape[-1] if isinstance(index_weights, torch.Tensor) and index_weights.ndim else 0
+        check_tensor(f"{name} index_weights", index_weights, (plan.num_tokens, heads), FLOATS, self.pool.device)
+        check_tensor(f"{name} index_q", index_q, (plan.num_tokens, heads, memory.spec.index_dim), FLOATS, self.pool.device)
+        if out is not None and len(out) != plan.num_tokens:
+            raise ValueError(f"{name} out: expected {plan.num_tokens} tokens, got {len(out)}")
+        return self._kernels.select(memory, plan, index_q, index_weights, out, numbering)
 
-    def _overlapping(self, part: str) -> tuple[StreamStorage, torch.Tensor, RowFormat]:
-        storage = self.storage
-        if part == "index":
-            assert storage.index is not None and storage.index_pool is not None, "a CSA layer has an indexer"
-            return storage.index, storage.index_pool, self.spec.index_keys
-        assert storage.main is not None, "a CSA layer has streams"
-        return storage.main, storage.pool, self.spec.rows
+    def _checked(self, part: Part, weights: NormWeights | CompressorWeights) -> NormWeights | CompressorWeights:
+        """Weights of a part, detached from any graph of gradients."""
+        name, device = f"layer {self.layer_id} {part.value}", self.pool.device
+        self._check_part(part)
+        kind = NormWeights if part is Part.WINDOW else CompressorWeights
+        if not isinstance(weights, kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(weights).__name__}")
+        check_eps(name, weights.eps)
+        dim, layer = self._dims[part], self.memory.layer
+        norm = check_tensor(f"{name} norm_weight", weights.norm_weight, (dim,), FLOATS, device).detach()
+        if isinstance(weights, NormWeights):
+            return NormWeights(norm, weights.eps)
+        slots = layer.ratio * (1 + layer.overlap)
+        bias = check_tensor(f"{name} slot_bias", weights.slot_bias, (slots, dim), (torch.float32,), device).detach()
+        return CompressorWeights(bias, norm, weights.eps)
+
+    def _check_input(self, plan: StepPlan, part: Part, values: object) -> None:
+        name, key = f"layer {self.layer_id} {part.value}", (self.layer_id, part)
+        self._check_part(part)
+        check_tensor(name, values, (plan.num_tokens, self._widths[part]), FLOATS, self.pool.device)
+        if part not in self._writers:
+            raise ValueError(f"{name}: expected weights by `bind` before the first append, got none")
+        if key in plan.appended:
+            raise StalePlanError(f"{name}: expected once per step, got a second append")
+        if key in plan.started:
+            raise StalePlanError(f"{name}: an append of it failed half way; expected abandon, then a new plan")
+
+    def _check_part(self, part: Part) -> None:
+        if part not in self.parts:
+            has = ", ".join(found.value for found in self.parts)
+            raise ValueError(f"layer {self.layer_id} ({self.memory.layer.kind}): expected parts {has}, got {part.value}")

@@ -42,7 +42,7 @@ def load_deep_gemm() -> Any:
     return importlib.import_module("deep_gemm")
 
 
-def takes(step: StepTensors, heads: int, ratio: int, k: int) -> bool:
+def is_worthwhile(step: StepTensors, heads: int, ratio: int, k: int) -> bool:
     """Whether a step is one that DeepGEMM's kernel is faster for, as shapes say: a long prefill of one request."""
     per_page = step.page_tokens // ratio
     entries = step.history_pages.shape[1] * per_page
@@ -80,7 +80,7 @@ def select_long(
     pad: bool,
     numbering: StepTensors | None,
 ) -> None:
-    """`dsv4_kernels.index_score.fused.select_entries` for a step that `takes` takes; arguments as there.
+    """The DeepGEMM variant of `dsv4_kernels.index_score.fused.select_entries`, for steps that `is_worthwhile` accepts.
 
     Not for graphs: the layer's keys are gathered, and DeepGEMM makes its scores, in new memory, which goes back when the layer
     is done: 132 bytes a key, and 4.5 a score of at most `MOST_SCORES`.
@@ -95,7 +95,7 @@ def select_long(
     maxima = empty((size, entries // GROUP), torch.float32, index_q.device)
     for first in range(0, num_tokens, size):
         count = min(size, num_tokens - first)
-        # What it numbers, tiles of our own kernel's scores, is nobody's here.
+        # `first_tiles` numbers tiles of our own kernel's scores; it is unused on this path.
         index_query(
             step,
             index_q,

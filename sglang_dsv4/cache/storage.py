@@ -6,54 +6,19 @@ import torch
 
 from dsv4_kernels.memory import empty
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
-from dsv4_kernels.streams import CSA_PARTS
-from sglang_dsv4.spec import CacheSpec, LayerSpec
+from dsv4_kernels.row_codec import naive_copy_rows, naive_load_rows, naive_put_row_bytes, naive_row_bytes
+from sglang_dsv4.cache.regions import Kind, Owner, Part, Region, RegionTable
+from sglang_dsv4.spec import CacheSpec
 
-
-@dataclass(frozen=True)
-class StreamStorage:
-    """State of one overlapping compressor.
-
-    Attributes:
-        streams (torch.Tensor): ``[state slots, ring, 4*D]`` fp32, raw rows; row ``position % ring``.
-        boundary (torch.Tensor): ``[window pages, m, 2, D]`` fp32: kv_b and gate_b of the last block of each page.
-    """
-
-    streams: torch.Tensor
-    boundary: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LayerStorage:
-    """Memory of one layer.
-
-    Attributes:
-        pool (torch.Tensor): row pool: all window rows, then all entries.
-        index_pool (torch.Tensor | None): index keys of a CSA layer.
-        main (StreamStorage | None): state of a CSA layer's main compressor.
-        index (StreamStorage | None): state of a CSA layer's indexer compressor.
-        accumulators (torch.Tensor | None): ``[state slots, ring, 3, D]`` fp32, the open block of an HCA layer after each
-            of the last tokens; row ``position % ring``.
-    """
-
-    pool: torch.Tensor
-    index_pool: torch.Tensor | None
-    main: StreamStorage | None
-    index: StreamStorage | None
-    accumulators: torch.Tensor | None
-
-    def tensors(self) -> dict[str, list[torch.Tensor]]:
-        """Every tensor of the layer, by the pool it belongs to."""
-        stores = [store for store in (self.main, self.index) if store is not None]
-        streams = [store.streams for store in stores]
-        if self.accumulators is not None:
-            streams.append(self.accumulators)
-        return {
-            "row_pools": [self.pool],
-            "index_keys": [] if self.index_pool is None else [self.index_pool],
-            "stream_state": streams,
-            "boundary_state": [store.boundary for store in stores],
-        }
+# The pool that a kind of row is counted in.
+_POOLS = {
+    Kind.WINDOW_ROW: "row_pools",
+    Kind.ENTRY: "row_pools",
+    Kind.INDEX_KEY: "index_keys",
+    Kind.STREAM: "stream_state",
+    Kind.ACCUMULATOR: "stream_state",
+    Kind.BOUNDARY: "boundary_state",
+}
 
 
 @dataclass(frozen=True)
@@ -79,21 +44,137 @@ class Capacity:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
+    def count(self, owner: Owner) -> int:
+        """How many there are of an owner."""
+        counts = {
+            Owner.HISTORY_PAGE: self.history_pages,
+            Owner.WINDOW_PAGE: self.window_pages,
+            Owner.STATE_SLOT: self.state_slots,
+        }
+        return counts[owner]
+
+
+@dataclass(frozen=True)
+class StoredRegion:
+    """A region and its memory.
+
+    Attributes:
+        region (Region): what it is.
+        tensor (torch.Tensor): a pool of packed rows, or fp32 ``[owners, rows_per_owner, *shape]``.
+        first_row (int): the region's row 0 among the rows of the tensor; a row pool holds window rows, then entries.
+    """
+
+    region: Region
+    tensor: torch.Tensor
+    first_row: int = 0
+
+    def values(self, rows: torch.Tensor) -> torch.Tensor:
+        """What rows ``[R]`` stand for: ``[R, width]`` fp32."""
+        if self.region.row_format is None:
+            return self.tensor.flatten(0, 1)[rows].flatten(1)
+        return naive_load_rows(self.tensor, self.first_row + rows, self.region.row_format)
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as they are stored: ``[R, row_bytes]`` uint8, or ``[R, *shape]`` fp32."""
+        if self.region.row_format is None:
+            return self.tensor.flatten(0, 1)[rows]
+        return naive_row_bytes(self.tensor, self.first_row + rows, self.region.row_format)
+
+    def write(self, rows: torch.Tensor, stored: torch.Tensor) -> None:
+        """Put back what `read` returned."""
+        stored = stored.to(self.tensor.device)
+        if self.region.row_format is None:
+            self.tensor.flatten(0, 1)[rows] = stored
+        else:
+            naive_put_row_bytes(self.tensor, self.first_row + rows, stored, self.region.row_format)
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> int:
+        """Copy rows within the region; returns how many bytes."""
+        if self.region.row_format is None:
+            self.write(targets, self.read(sources))
+        else:
+            naive_copy_rows(self.tensor, self.first_row + sources, self.first_row + targets, self.region.row_format)
+        return len(sources) * self.region.row_bytes
+
+    @staticmethod
+    def layout(region: Region, num_rows: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what `read` returns for so many rows."""
+        if region.row_format is None:
+            return (num_rows, *region.shape), torch.float32
+        return (num_rows, region.row_bytes), torch.uint8
+
+
+class LayerStorage:
+    """Memory of one layer.
+
+    Attributes:
+        regions (tuple[StoredRegion, ...]): what it holds, in the order of `sglang_dsv4.cache.regions.layer_regions`.
+        num_window_rows (int): window rows of the row pool; its entries follow them.
+    """
+
+    def __init__(self, regions: tuple[Region, ...], capacity: Capacity, device: torch.device) -> None:
+        counts = {region: capacity.count(region.owner) * region.rows_per_owner for region in regions}
+        window = next(region for region in regions if region.kind is Kind.WINDOW_ROW)
+        in_pool = sum(count for region, count in counts.items() if _POOLS[region.kind] == "row_pools")
+        self.num_window_rows = counts[window]
+        pool = _packed(window, in_pool, device)
+        found = []
+        for region, count in counts.items():
+            if _POOLS[region.kind] == "row_pools":
+                found.append(StoredRegion(region, pool, 0 if region is window else self.num_window_rows))
+            elif region.row_format is not None:
+                found.append(StoredRegion(region, _packed(region, count, device)))
+            else:
+                shape = (capacity.count(region.owner), region.rows_per_owner, *region.shape)
+                found.append(StoredRegion(region, empty(shape, torch.float32, device)))
+        self.regions = tuple(found)
+
+    @property
+    def pool(self) -> torch.Tensor:
+        """The row pool: all window rows, then all entries."""
+        return self.regions[0].tensor
+
+    def tensor(self, kind: Kind, part: Part) -> torch.Tensor | None:
+        """The memory of one kind of row; None in a layer that has none."""
+        found = (stored.tensor for stored in self.regions if (stored.region.kind, stored.region.part) == (kind, part))
+        return next(found, None)
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """Every tensor of the layer, by the pool it belongs to."""
+        pools: dict[str, list[torch.Tensor]] = {name: [] for name in _POOLS.values()}
+        for stored in self.regions:
+            pool = pools[_POOLS[stored.region.kind]]
+            if not any(stored.tensor is known for known in pool):
+                pool.append(stored.tensor)
+        return pools
+
 
 class CacheStorage:
-    """All tensors of a cache. Uninitialised: nothing may read a row before it was written."""
+    """All tensors of a cache. Uninitialised: nothing may read a row before it was written.
+
+    Attributes:
+        table (RegionTable): what they hold.
+        layers (tuple[LayerStorage, ...]): by layer.
+        rope_tables (dict[RopeSpec, torch.Tensor]): ``[max_seq_len, R]`` fp32 each.
+        num_window_rows (int): window rows of each row pool.
+    """
 
     def __init__(self, spec: CacheSpec, capacity: Capacity, device: torch.device) -> None:
-        self.num_window_rows = capacity.window_pages * spec.page_tokens
-        self.layers = tuple(_allocate_layer(spec, layer, capacity, device) for layer in spec.layers)
-        ropes = {layer.rope for layer in spec.layers}
+        self.table = RegionTable(spec)
+        self.layers = tuple(LayerStorage(regions, capacity, device) for regions in self.table.layers)
+        self.num_window_rows = self.layers[0].num_window_rows
         self.rope_tables: dict[RopeSpec, torch.Tensor] = {
-            rope: rope_table(rope, capacity.max_seq_len, device) for rope in ropes
+            rope: rope_table(rope, capacity.max_seq_len, device) for rope in {layer.rope for layer in spec.layers}
         }
+
+    @property
+    def stream_state(self) -> list[torch.Tensor]:
+        """Every tensor that a request has a row of, ``[state slots, ...]``."""
+        return [stored.tensor for layer in self.layers for stored in layer.regions if stored.region.owner is Owner.STATE_SLOT]
 
     def bytes_by_pool(self) -> dict[str, int]:
         """Bytes really allocated, by pool."""
-        totals = {"row_pools": 0, "index_keys": 0, "stream_state": 0, "boundary_state": 0}
+        totals = dict.fromkeys(_POOLS.values(), 0)
         for layer in self.layers:
             for name, tensors in layer.tensors().items():
                 totals[name] += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -101,26 +182,7 @@ class CacheStorage:
         return totals
 
 
-def _allocate_layer(spec: CacheSpec, layer: LayerSpec, capacity: Capacity, device: torch.device) -> LayerStorage:
-    window_rows = capacity.window_pages * spec.page_tokens
-    entries = capacity.history_pages * (spec.page_tokens // layer.ratio) if layer.ratio else 0
-    rows, keys = spec.rows, spec.index_keys
-    return LayerStorage(
-        pool=empty(rows.pool_shape(window_rows + entries), rows.storage_dtype, device),
-        index_pool=empty(keys.pool_shape(entries), keys.storage_dtype, device) if layer.indexed else None,
-        main=_allocate_streams(spec, layer, spec.head_dim, capacity, device) if layer.overlap else None,
-        index=_allocate_streams(spec, layer, spec.index_dim, capacity, device) if layer.indexed else None,
-        accumulators=(
-            empty((capacity.state_slots, spec.accumulator_rows, 3, spec.head_dim), torch.float32, device)
-            if layer.kind == "hca"
-            else None
-        ),
-    )
-
-
-def _allocate_streams(spec: CacheSpec, layer: LayerSpec, dim: int, capacity: Capacity, device: torch.device) -> StreamStorage:
-    ring = spec.stream_rows(layer.ratio)
-    return StreamStorage(
-        streams=empty((capacity.state_slots, ring, CSA_PARTS * dim), torch.float32, device),
-        boundary=empty((capacity.window_pages, layer.ratio, 2, dim), torch.float32, device),
-    )
+def _packed(region: Region, num_rows: int, device: torch.device) -> torch.Tensor:
+    """A pool of so many packed rows."""
+    assert region.row_format is not None, f"{region.name}: a packed region has a row format"
+    return empty(region.row_format.pool_shape(num_rows), region.row_format.storage_dtype, device)

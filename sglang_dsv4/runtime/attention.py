@@ -8,7 +8,7 @@ from torch import nn
 from dsv4_kernels.norm_rope import naive_rope
 from dsv4_kernels.streams import slot_bias
 from sglang_dsv4.attention import Attention
-from sglang_dsv4.cache import CompressedKVCache, CompressorInput, StepPlan, WindowInput
+from sglang_dsv4.cache import CompressedKVCache, CompressorWeights, NormWeights, StepPlan
 
 
 class StepInProgress:
@@ -33,15 +33,15 @@ class CachedAttention:
 
     def __init__(self, module: nn.Module, cache: CompressedKVCache, attention: Attention, step: StepInProgress) -> None:
         self._module = module
-        self._cache = cache
         self._attention = attention
         self._step = step
-        self._layer = cache.spec.layers[module.layer_idx]
-        self._rope = cache.storage.rope_tables[self._layer.rope]
-        self._biases: dict[str, torch.Tensor] = {}
+        self._layer = cache.layers[module.layer_idx]
+        norm = module.kv_norm
+        self._layer.bind(window=NormWeights(norm.weight, norm.variance_epsilon))
         for part, compressor in self._compressors().items():
-            dim = compressor.head_dim
-            self._biases[part] = slot_bias(compressor.position_bias.detach().float(), dim)
+            bias = slot_bias(compressor.position_bias.detach().float(), compressor.head_dim)
+            norm = compressor.kv_norm
+            self._layer.bind(**{part: CompressorWeights(bias, norm.weight, norm.variance_epsilon)})
 
     def __call__(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """Attend.
@@ -55,11 +55,11 @@ class CachedAttention:
         """
         module, plan, x = self._module, self._step.current(), hidden_states[0]
         num_tokens = len(x)
-        cos_sin = self._rope[plan.step.positions]  # [T, 64]
+        cos_sin = self._layer.rope_table[plan.step.positions]  # [T, 64]
         latent = module.q_a_norm(module.q_a_proj(x))
         q = module.q_b_norm(module.q_b_proj(latent).view(num_tokens, -1, module.head_dim))
         self._append(plan, x)
-        selected = self._select(plan, x, latent) if self._layer.indexed else None
+        selected = self._select(plan, x, latent) if "index" in self._compressors() else None
         out = self._attention.run(self._layer.layer_id, naive_rope(q, cos_sin).to(x.dtype), module.sinks, selected)
         out = naive_rope(out, cos_sin, inverse=True).to(x.dtype)  # [T, H, 512]
         grouped = out.reshape(1, num_tokens, module.config.o_groups, -1)
@@ -70,22 +70,14 @@ class CachedAttention:
         if compressor is None:
             return {}
         found = {"main": compressor}
-        return {**found, "index": compressor.indexer} if self._layer.indexed else found
+        return {**found, "index": compressor.indexer} if self._layer.memory.layer.indexed else found
 
     def _append(self, plan: StepPlan, x: torch.Tensor) -> None:
-        module = self._module
-        norm = module.kv_norm
-        window = WindowInput(module.kv_proj(x), norm.weight, norm.variance_epsilon)
-        parts = {
-            part: CompressorInput(
-                torch.cat([compressor.kv_proj(x), compressor.gate_proj(x)], dim=-1),
-                self._biases[part],
-                compressor.kv_norm.weight,
-                compressor.kv_norm.variance_epsilon,
-            )
+        projections = {
+            part: torch.cat([compressor.kv_proj(x), compressor.gate_proj(x)], dim=-1)
             for part, compressor in self._compressors().items()
         }
-        self._cache.append(self._layer.layer_id, plan, window=window, **parts)
+        self._layer.append(plan, window=self._module.kv_proj(x), **projections)
 
     def _select(self, plan: StepPlan, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         indexer = self._module.compressor.indexer
@@ -94,4 +86,4 @@ class CachedAttention:
         scale = scorer.softmax_scale * scorer.weights_scaling
         weights = scorer.weights_proj(x).float() * scale
         numbering = self._attention.numbering
-        return self._cache.select(self._layer.layer_id, plan, q, weights, numbering=numbering)
+        return self._layer.select(plan, q, weights, numbering=numbering)

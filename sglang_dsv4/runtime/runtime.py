@@ -71,7 +71,7 @@ class Runtime:
         config = loaded.model.config
         self.spec = CacheSpec.from_hf(config, **_spec_options(**spec_options))
         # Sequences in work hold two or three window pages each; the index can use more, one for each boundary it keeps.
-        self.cache = CompressedKVCache.create(
+        self.cache = CompressedKVCache(
             self.spec,
             num_pages=num_pages,
             num_window_pages=min(num_pages, 4 * max_requests + num_pages // 8),
@@ -177,8 +177,8 @@ class Runtime:
             SavedFileError: missing, damaged, or of another spec; nothing was changed.
         """
         self.collect()
-        request, extra = self._load(Path(path))
-        sequence = unpack_sequence(extra, request.seq_len, self.cache.device)
+        request = self._load(Path(path))
+        sequence = unpack_sequence(request.extra, request.seq_len, self.cache.device)
         if sequence is None:
             self.cache.close(request)
             raise SavedFileError(f"{path}: expected a sequence that Runtime.save wrote, got no tokens")
@@ -247,7 +247,7 @@ class Runtime:
         while self.orphans:
             gone = self.orphans.pop()
             if isinstance(gone, Snapshot):
-                self.cache.release(gone)
+                self.cache.close(gone)
                 continue
             self._live = [sequence for sequence in self._live if sequence is not gone]
             if gone.request is not None:
@@ -255,13 +255,13 @@ class Runtime:
                 self.cache.close(gone.request)
                 gone.request = None
 
-    def _load(self, path: Path) -> tuple[Request, dict[str, str]]:
+    def _load(self, path: Path) -> Request:
         while True:
             try:
                 return self.cache.load(path)
-            except OutOfPagesError:
+            except OutOfPagesError as error:
                 # The index holds pages, but no state slot.
-                if not self.cache.pages.counts()["state_slots_free"] or not self.index.evict():
+                if error.pool == "state slots" or not self.index.evict():
                     raise
 
     @staticmethod

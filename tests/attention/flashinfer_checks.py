@@ -13,7 +13,7 @@ from sglang_dsv4.attention import EagerAttention, FixedShape, device
 from sglang_dsv4.attention import row_list_kinds as lists
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
-from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables
+from sglang_dsv4.cache import Capacity, ExternalKVCache, PageTables
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention import flashinfer_model
 from tests.cache.driver import make_spec
@@ -127,9 +127,9 @@ def check_fixed_shape():
 def check_all_kinds_share_a_workspace():
     """A window-only, a CSA and an HCA layer of packed rows: all buffers are made by the first plan of a fixed shape."""
     spec = make_spec(("fp8_584", "fp8"))
-    cache = CompressedKVCache(spec, ExternalPages(Capacity(8, 8, 4, 1024)))
+    cache = ExternalKVCache(spec, Capacity(8, 8, 4, 1024))
     for layer in cache.layers:
-        fill(layer.storage.pool, spec.rows, torch.Generator().manual_seed(1))
+        fill(layer.memory.storage.pool, spec.rows, torch.Generator().manual_seed(1))
     table = torch.arange(8).view(2, 4)
     attention = FLASHINFER.FlashInferAttention(cache, 4, fixed=FixedShape(3, 1024))
     for positions in ([5, 700, -1], [900, 255, 3]):
@@ -145,7 +145,7 @@ def check_all_kinds_share_a_workspace():
         eager = EagerAttention(cache)
         eager.plan(replace(plan, step=replace(plan.step, positions=plan.step.positions.clamp_min(0))))
         q, sink = torch.randn(3, 4, 512).bfloat16(), torch.randn(4)
-        chosen = eager._plan.entry_indices(eager._plan.visible_entries(4)[:, :16], 4)
+        chosen = eager._plan.rows.entries(eager._plan.rows.visible_entries(4)[:, :16], 4)
         for layer_id, selected in ((0, None), (1, chosen), (2, None)):
             found = attention.run(layer_id, q, sink, selected, undo_rope=True)
             expected = eager.run(layer_id, q.float(), sink, selected, undo_rope=True)

@@ -37,7 +37,7 @@ def make_work(kind, place, starts=STARTS, extends=EXTENDS, heads=64):
 
 def forget_unlisted(work, layer_id):
     """NaN in every row that no query lists."""
-    pool, fmt = work.cache.layers[layer_id].storage.pool, work.cache.spec.rows
+    pool, fmt = work.cache.layers[layer_id].pool, work.cache.spec.rows
     listed = work.indices(layer_id)
     unlisted = torch.ones(len(pool) * fmt.group_rows, dtype=torch.bool, device=pool.device)
     unlisted[listed[listed >= 0]] = False

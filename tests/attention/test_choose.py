@@ -86,7 +86,7 @@ def test_eager_is_always_possible():
 
 
 def test_a_cpu_gets_eager_attention():
-    cache = CompressedKVCache.create(make_spec(), num_pages=1, max_requests=1)
+    cache = CompressedKVCache(make_spec(), num_pages=1, max_requests=1)
     attention, reason = make_attention(None, cache, 4)
     assert isinstance(attention, EagerAttention) and "flashinfer: expected" in reason
     with pytest.raises(UnsupportedError, match="attention flashinfer: "):

@@ -12,6 +12,7 @@ from sglang_dsv4.attention import HostLengths
 from sglang_dsv4.attention.decoded_prefill import choose_decoded, count_pages, decoded_step
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache.regions import Kind, Part
 from tests.attention.flashmla_checks import EXTENDS, STARTS, forget_unlisted
 from tests.cache.driver import make_spec
 
@@ -36,7 +37,7 @@ def decode(pool, spec, ratio, step, decoded):
 
 def faults(work, decoded):
     """Queries whose listed rows are others than those over the pool, or in another order."""
-    step, pool, spec = work.plan.step, work.cache.layers[0].storage.pool, work.cache.spec
+    step, pool, spec = work.plan.step, work.cache.layers[0].pool, work.cache.spec
     rows = decode(pool, spec, work.kind.ratio, step, decoded)
     width = work.kind.width(work.case.longest)
     physical, numbered = torch.full((2, work.case.num_tokens, width), -9, dtype=torch.int32)
@@ -110,23 +111,24 @@ def test_when_rows_are_decoded(ends, extends, decoded):
 
 @pytest.mark.parametrize("extends", [(300, 40), (50, 10)], ids=["chosen", "all"])
 def test_chosen_entries_are_numbered(extends):
-    """`CompressedKVCache.select` by another numbering: the same entries."""
+    """`LayerCache.select` by another numbering: the same entries."""
     spec = make_spec(("fp8_584", "fp8"))
-    cache = CompressedKVCache.create(spec, num_pages=8, max_requests=4)
+    cache = CompressedKVCache(spec, num_pages=8, max_requests=4)
     cache.plan([(cache.open(), 10)])
     plan = cache.plan([(cache.open(), count) for count in extends])
     layer, generator = cache.layers[1], torch.Generator().manual_seed(1)
-    fill(layer.storage.pool, spec.rows, generator)
-    fill(layer.storage.index_pool, spec.index_keys, generator)
+    plan.appended.add((1, Part.INDEX))  # the keys are drawn, not appended
+    fill(layer.memory.storage.pool, spec.rows, generator)
+    fill(layer.memory.storage.tensor(Kind.INDEX_KEY, Part.INDEX), spec.index_keys, generator)
     lengths = HostLengths(extends, extends)
     decoded = decoded_step(plan.step, count_pages(lengths, spec.page_tokens, 128), 128)
-    rows = decode(layer.storage.pool, spec, 4, plan.step, decoded)
+    rows = decode(layer.memory.storage.pool, spec, 4, plan.step, decoded)
     arguments = (plan, torch.randn(sum(extends), 4, 128), torch.rand(sum(extends), 4))
     physical = layer.select(*arguments)
     numbered = layer.select(*arguments, numbering=decoded.step)
     used = physical >= 0
     assert torch.equal(numbered >= 0, used) and used.any()
-    expected = naive_load_rows(layer.storage.pool, physical[used], spec.rows)
+    expected = naive_load_rows(layer.memory.storage.pool, physical[used], spec.rows)
     assert torch.equal(rows[numbered[used]].float(), expected)
     assert not torch.equal(rows[numbered[used].roll(1)].float(), expected)
     place = torch.full((sum(extends), 16), -5, dtype=torch.int32)

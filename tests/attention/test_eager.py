@@ -12,9 +12,9 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 from dsv4_kernels.norm_rope import naive_rope
 from dsv4_kernels.streams import slot_bias
 from sglang_dsv4.attention import EagerAttention
-from sglang_dsv4.cache import CompressedKVCache, CompressorInput, WindowInput
+from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.spec import CacheSpec
-from tests.cache.driver import CONFIG, make_spec
+from tests.cache.driver import CONFIG, CompressorInput, WindowInput, append, make_spec
 
 LENGTH = 391
 KINDS = ["window", "csa", "hca"]
@@ -86,7 +86,7 @@ def run_ours(model, layer_id, cuts, index_topk=512, shift=0):
     """Our cache and eager attention over the same inputs, step by step."""
     spec = CacheSpec.from_hf(model.config)
     spec = CacheSpec(layers=spec.layers, index_topk=index_topk)
-    cache = CompressedKVCache.create(spec, num_pages=2, max_requests=1)
+    cache = CompressedKVCache(spec, num_pages=2, max_requests=1)
     attention, request = EagerAttention(cache), cache.open()
     q, latent = model.queries()
     outputs, chosen = [], []
@@ -102,15 +102,15 @@ def run_ours(model, layer_id, cuts, index_topk=512, shift=0):
             if layer_id == 1:
                 indexer = module.compressor.indexer
                 parts["index"] = compressor_input(indexer, x, 128)
-            cache.append(layer_id, plan, **parts)
+            append(cache, layer_id, plan, **parts)
             if layer_id == 1:
                 index_q = indexer.q_b_proj(latent[begin:end]).view(-1, 8, 128)
                 weights = indexer.scorer.weights_proj(x) * (128**-0.5 * 8**-0.5)
-                selected = cache.select(layer_id, plan, index_q, weights)
+                selected = cache.layers[layer_id].select(plan, index_q, weights)
                 chosen.append(selected - cache.storage.num_window_rows)  # pages are handed out in order: entry numbers
             attention.plan(plan)
             out = attention.run(layer_id, q[begin:end], module.sinks, selected)
-        table = cache.storage.rope_tables[spec.layers[layer_id].rope]
+        table = cache.layers[layer_id].rope_table
         outputs.append(naive_rope(out, table[torch.arange(begin, end) + shift], inverse=True))
         for other, layer in enumerate(cache.layers):  # the other layers of the step, so that it can be committed
             plan.appended.update((other, part) for part in layer.parts)
@@ -135,12 +135,12 @@ def test_matches_transformers(layer_id, cuts):
 @pytest.mark.parametrize("layer_id", [1, 2], ids=KINDS[1:])
 def test_a_block_seen_one_token_late_is_noticed(layer_id, monkeypatch):
     """The twin: entries visible from the token after their block, as the report's text has it."""
-    from sglang_dsv4.cache.plan import StepPlan
+    from sglang_dsv4.cache.step_rows import StepRows
 
     model = Model(layer_id)
     exact, rounded = model.forward(), model.forward(round_rows=True)
     allowed = 2 * (rounded - exact).abs().max() + 512 * 2.0**-24 * exact.abs().max()
-    monkeypatch.setattr(StepPlan, "num_visible", lambda self, ratio: self.step.positions // ratio)
+    monkeypatch.setattr(StepRows, "num_visible", lambda self, ratio: self.step.positions // ratio)
     found, _ = run_ours(model, layer_id, [LENGTH])
     assert (found - exact).abs().max() > allowed
 
@@ -178,7 +178,7 @@ def test_selection_matches_transformers_away_from_ties(cuts):
 
 
 def test_selected_rows_are_asked_for_exactly_in_csa_layers():
-    cache = CompressedKVCache.create(make_spec(), num_pages=1, max_requests=1)
+    cache = CompressedKVCache(make_spec(), num_pages=1, max_requests=1)
     attention, request = EagerAttention(cache), cache.open()
     attention.plan(cache.plan([(request, 2)]))
     q, sink = torch.randn(2, 4, 512), torch.zeros(4)
@@ -192,15 +192,15 @@ def test_selected_rows_are_asked_for_exactly_in_csa_layers():
 
 @pytest.mark.parametrize("layer_id", [0, 2])
 def test_the_rotation_can_be_undone(layer_id):
-    cache = CompressedKVCache.create(make_spec(), num_pages=1, max_requests=1)
+    cache = CompressedKVCache(make_spec(), num_pages=1, max_requests=1)
     attention, request = EagerAttention(cache), cache.open()
     plan = cache.plan([(request, 5)])
     window = WindowInput(torch.randn(5, 512), torch.ones(512), 1e-6)
-    cache.append(layer_id, plan, window=window)
+    append(cache, layer_id, plan, window=window)
     attention.plan(plan)
     q, sink = torch.randn(5, 4, 512), torch.randn(4)
     rotated = attention.run(layer_id, q, sink)
-    table = attention.rope_table(layer_id)
+    table = cache.layers[layer_id].rope_table
     expected = naive_rope(rotated, table[torch.arange(5)], inverse=True)
     assert torch.equal(attention.run(layer_id, q, sink, undo_rope=True), expected)
     assert not torch.equal(rotated, expected)

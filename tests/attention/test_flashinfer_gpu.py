@@ -40,7 +40,7 @@ def make_work(kind, heads=64, row_format="bf16", starts=STARTS, extends=None, to
 def forget_unlisted(work, layer_id):
     """NaN in every row that no query lists."""
     listed = work.indices(layer_id)
-    pool = work.cache.layers[layer_id].storage.pool
+    pool = work.cache.layers[layer_id].pool
     if work.cache.spec.rows is FP8_584_ROW:
         return  # its rows share groups with others; the gather's own check has NaN beside them
     unlisted = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
@@ -288,7 +288,7 @@ def test_mixed_lengths(schedule):
 def test_a_million_tokens_and_a_pool_beyond_32_bits():
     case = AttentionCase("csa", ((1 << 20) - 1,) * 20, (1,) * 20)
     work = AttentionWork(case, 1, "bf16", torch.device("cuda"))
-    assert work.cache.layers[0].storage.pool.numel() > 1 << 31
+    assert work.cache.layers[0].pool.numel() > 1 << 31
     work.q, work.selected = work.q * 2, work.selected * 2
     assert int(work.selected[0].max()) * 512 > 1 << 31
     for schedule in ("own", "stock"):
@@ -317,7 +317,7 @@ def test_rows_are_what_the_reference_lists():
     attention = make(work)
     attention.plan(work.plan, work.lengths)
     found = run(attention, work, 0)
-    pool = work.cache.layers[0].storage.pool
+    pool = work.cache.layers[0].pool
     rows = naive_load_rows(pool, work.indices(0)[1], work.cache.spec.rows)
     table = work.cache.storage.rope_tables[work.cache.spec.layers[0].rope]
     other = exact(work.q[0][0], rows, work.sink, SCALE, table[work.plan.step.positions[0]])

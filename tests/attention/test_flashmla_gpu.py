@@ -46,7 +46,7 @@ def test_a_pool_beyond_32_bits():
         return
     case = AttentionCase("csa", ((1 << 20) - 1,) * 30, (1,) * 30)
     work = AttentionWork(case, 1, "fp8_584", torch.device("cuda"))
-    pool, fmt = work.cache.layers[0].storage.pool, work.cache.spec.rows
+    pool, fmt = work.cache.layers[0].pool, work.cache.spec.rows
     assert pool.numel() * pool.element_size() > 1 << 32
     work.q, work.selected = work.q * 2, work.selected * 2
     farthest = int(work.selected[0].max()) // fmt.group_rows * fmt.group_bytes

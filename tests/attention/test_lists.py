@@ -28,7 +28,7 @@ def test_host_positions():
     lengths = HostLengths((5, 300, 7), (2, 3, 0))
     assert lengths.positions().tolist() == [3, 4, 297, 298, 299]
     assert HostLengths((), ()).positions().tolist() == []
-    cache = CompressedKVCache.create(make_spec(), num_pages=4, max_requests=2)
+    cache = CompressedKVCache(make_spec(), num_pages=4, max_requests=2)
     first, second = cache.open(), cache.open()
     plan = cache.plan([(first, 3), (second, 260)])
     assert torch.equal(host_positions(plan, None), plan.step.positions)

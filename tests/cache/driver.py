@@ -7,7 +7,8 @@ import torch
 
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec.naive import _load_grouped
-from sglang_dsv4.cache import CompressedKVCache, CompressorInput, Request, StepPlan, WindowInput
+from sglang_dsv4.cache import CompressedKVCache, CompressorWeights, ExternalKVCache, NormWeights, Request, StepPlan
+from sglang_dsv4.cache.regions import Kind, Part
 from sglang_dsv4.spec import CacheSpec
 
 CONFIG = {
@@ -29,6 +30,50 @@ FORMATS = [("bf16", "bf16"), ("fp8_584", "fp8"), ("fp32", "fp32")]
 def make_spec(formats: tuple[str, str] = FORMATS[0], **options) -> CacheSpec:
     """A window-only, a CSA and an HCA layer."""
     return CacheSpec.from_hf(CONFIG, row_format=formats[0], index_format=formats[1], **options)
+
+
+@dataclass(frozen=True)
+class WindowInput:
+    """A layer's K=V projection, with the weights that go with it."""
+
+    kv: torch.Tensor
+    norm_weight: torch.Tensor
+    eps: float
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.kv
+
+    @property
+    def weights(self) -> NormWeights:
+        return NormWeights(self.norm_weight, self.eps)
+
+
+@dataclass(frozen=True)
+class CompressorInput:
+    """A compressor's projections, with the weights that go with them."""
+
+    kv_score: torch.Tensor
+    slot_bias: torch.Tensor
+    norm_weight: torch.Tensor
+    eps: float
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.kv_score
+
+    @property
+    def weights(self) -> CompressorWeights:
+        return CompressorWeights(self.slot_bias, self.norm_weight, self.eps)
+
+
+def append(
+    cache: CompressedKVCache | ExternalKVCache, layer_id: int, plan: StepPlan, **parts: WindowInput | CompressorInput
+) -> None:
+    """Bind the parts' weights, and append the parts."""
+    layer = cache.layers[layer_id]
+    layer.bind(**{part: given.weights for part, given in parts.items()})
+    layer.append(plan, **{part: given.values for part, given in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -100,10 +145,9 @@ def _joined(given: Sequence[WindowInput | CompressorInput]) -> WindowInput | Com
 def append_all(cache: CompressedKVCache, plan: StepPlan, cuts: Sequence[tuple[TokenInputs, int, int]]) -> None:
     """Append every part of every layer; ``cuts`` are (sequence, begin, end) in the plan's order."""
     for layer_id, layer in enumerate(cache.layers):
-        parts = {
-            part: _joined([sequence.cut(layer_id, part, begin, end) for sequence, begin, end in cuts]) for part in layer.parts
-        }
-        cache.append(layer_id, plan, **parts)
+        names = [part.value for part in layer.parts]
+        parts = {name: _joined([sequence.cut(layer_id, name, begin, end) for sequence, begin, end in cuts]) for name in names}
+        append(cache, layer_id, plan, **parts)
 
 
 def feed(cache: CompressedKVCache, items: Sequence[tuple[Request, TokenInputs, int]]) -> StepPlan:
@@ -137,16 +181,17 @@ def table_bytes(
     """As `reachable_bytes`, from page tables."""
     spec, found = cache.spec, {}
     page_tokens = spec.page_tokens
-    positions = torch.arange(spec.first_window_position(seq_len), seq_len)
+    positions = torch.arange(max(0, seq_len - spec.window + 1), seq_len)
     window_rows = window[positions // page_tokens] * page_tokens + positions % page_tokens
     for layer in cache.layers:
-        storage, layer_id, ratio = layer.storage, layer.layer.layer_id, layer.layer.ratio
+        storage, layer_id, ratio = layer.memory.storage, layer.layer_id, layer.ratio
         found[layer_id, "window"] = raw_rows(storage.pool, window_rows, spec.rows)
         if ratio:
             entries = torch.arange(seq_len // ratio)
             per_page = page_tokens // ratio
             rows = history[entries // per_page] * per_page + entries % per_page
             found[layer_id, "entries"] = raw_rows(storage.pool, cache.storage.num_window_rows + rows, spec.rows)
-            if storage.index_pool is not None:
-                found[layer_id, "index keys"] = raw_rows(storage.index_pool, rows, spec.index_keys)
+            keys = storage.tensor(Kind.INDEX_KEY, Part.INDEX)
+            if keys is not None:
+                found[layer_id, "index keys"] = raw_rows(keys, rows, spec.index_keys)
     return found

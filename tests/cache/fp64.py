@@ -5,8 +5,8 @@ from functools import cache
 import torch
 
 from dsv4_kernels.layout import RowFormat
-from sglang_dsv4.cache import CompressorInput
 from sglang_dsv4.spec import LayerSpec
+from tests.cache.driver import CompressorInput
 
 # One rounding to bf16; fp32 arithmetic of up to 300 roundings; fp32 angles of positions below 4,096 (see test_oracle.py).
 BF16 = 2.0**-8

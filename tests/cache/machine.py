@@ -12,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache.regions import Kind, Part
 from sglang_dsv4.errors import OutOfPagesError, StalePlanError, TruncateError
 from tests.cache import fp64
-from tests.cache.driver import FORMATS, feed, make_spec, reachable_bytes
+from tests.cache.driver import FORMATS, append, feed, make_spec, reachable_bytes
 from tests.cache.test_branching import Words, words
 
 MAX_DRAFT = 5
@@ -44,7 +45,7 @@ class Oracle:
         return self._known[key]
 
     def _run(self, tokens):
-        cache = CompressedKVCache.create(self.spec, num_pages=max(1, -(-len(tokens) // 128)), max_requests=1)
+        cache = CompressedKVCache(self.spec, num_pages=max(1, -(-len(tokens) // 128)), max_requests=1)
         request = cache.open()
         if tokens:
             feed(cache, [(request, self.text.inputs(tokens), len(tokens))])
@@ -56,18 +57,18 @@ class Oracle:
         inputs, spec = self.text.inputs(tokens), cache.spec
         history = torch.tensor(request.pages.history, dtype=torch.int64)
         for layer in cache.layers:
-            kind, storage = layer.layer, layer.storage
+            kind, storage = layer.memory.layer, layer.memory.storage
             if not kind.ratio:
                 continue
             per_page = spec.page_tokens // kind.ratio
             entries = torch.arange(request.num_entries(kind.ratio))
             rows = history[entries // per_page] * per_page + entries % per_page
             parts = inputs.parts[kind.layer_id]
-            found = naive_load_rows(storage.pool, layer.num_window_rows + rows, spec.rows)
+            found = naive_load_rows(storage.pool, layer.memory.storage.num_window_rows + rows, spec.rows)
             expected = fp64.entries(parts["main"], kind, rotate=False)
             assert fp64.excess(found, expected, spec.rows) <= 0
             if kind.indexed:
-                found = naive_load_rows(storage.index_pool, rows, spec.index_keys)
+                found = naive_load_rows(storage.tensor(Kind.INDEX_KEY, Part.INDEX), rows, spec.index_keys)
                 expected = fp64.entries(parts["index"], kind, rotate=True)
                 assert fp64.excess(found, expected, spec.index_keys) <= 0
 
@@ -95,7 +96,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(formats=st.sampled_from(FORMATS), page_tokens=st.sampled_from(sorted(PAGES)), draft=st.integers(0, MAX_DRAFT))
     def start(self, formats, page_tokens, draft):
         spec = make_spec(formats, page_tokens=page_tokens, max_draft_tokens=draft)
-        self.cache = CompressedKVCache.create(spec, num_pages=PAGES[page_tokens], max_requests=4)
+        self.cache = CompressedKVCache(spec, num_pages=PAGES[page_tokens], max_requests=4)
         if formats not in self.oracles:
             self.oracles[formats] = Oracle(formats)
         self.oracle = self.oracles[formats]
@@ -154,8 +155,8 @@ class CacheMachine(RuleBasedStateMachine):
         step = self.step
         todo = [(i, part) for i, layer in enumerate(self.cache.layers) for part in layer.parts]
         for layer, part in [key for key in todo if key not in step.plan.appended][:count]:
-            given = step.inputs.cut(layer, part, 0, step.plan.num_tokens)
-            self.cache.append(layer, step.plan, **{part: given})
+            given = step.inputs.cut(layer, part.value, 0, step.plan.num_tokens)
+            append(self.cache, layer, step.plan, **{part.value: given})
 
     def finish(self):
         step, self.step = self.step, None
@@ -288,14 +289,14 @@ class CacheMachine(RuleBasedStateMachine):
         request = self.request(pick)
         kept, tokens = self.snapshots[which % len(self.snapshots)]
         self.leaves(request)
-        self.cache.truncate(request, kept)
+        self.cache.rewind(request, kept)
         self.tokens[request] = list(tokens)
         self.count("rewind")
 
     @precondition(lambda self: self.snapshots)
     @rule(which=picks)
     def release(self, which):
-        self.cache.release(self.snapshots.pop(which % len(self.snapshots))[0])
+        self.cache.close(self.snapshots.pop(which % len(self.snapshots))[0])
         self.count("release")
 
     @precondition(lambda self: any(self.tokens.values()) and len(self.files) < 4)
@@ -312,7 +313,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(which=picks)
     def load(self, which):
         path, tokens = self.files[which % len(self.files)]
-        self.opened("load", lambda: self.cache.load(path)[0], tokens)
+        self.opened("load", lambda: self.cache.load(path), tokens)
 
     @precondition(lambda self: len(self.tokens) > 2)
     @rule(pick=picks)
@@ -327,7 +328,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.tokens:
             self.end(self.request(0))
         if self.snapshots:
-            self.cache.release(self.snapshots.pop(0)[0])
+            self.cache.close(self.snapshots.pop(0)[0])
         self.count("evict")
 
     def end(self, request):
@@ -336,7 +337,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.close(request)
 
     def free(self):
-        counts = self.cache.pages.counts()
+        counts = self.cache.requests.allocator.counts()
         return [counts[f"{kind}_free"] for kind in ("history_pages", "window_pages", "state_slots")]
 
     # What must hold after every rule.
@@ -344,7 +345,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def every_byte_is_a_cold_run_s(self):
         self.cache.check_integrity(memory=True)
-        assert list(self.tokens) == list(self.cache.ledger.requests)
+        assert list(self.tokens) == list(self.cache.requests.opened)
         for request, tokens in self.tokens.items():
             assert request.seq_len == len(tokens)
             assert reachable_bytes(self.cache, request) == self.oracle.bytes_of(tokens), request

@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from dsv4_kernels.memory import set_poison
-from sglang_dsv4.cache import CompressedKVCache, CompressorInput, WindowInput
+from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import OutOfPagesError, StalePlanError, TruncateError, UnknownRequestError
-from tests.cache.driver import TokenInputs, append_all, feed, make_spec, random_sequence, reachable_bytes
+from tests.cache.driver import (
+    CompressorInput,
+    TokenInputs,
+    WindowInput,
+    append,
+    append_all,
+    feed,
+    make_spec,
+    random_sequence,
+    reachable_bytes,
+)
 
 DRAFT = 5
 VOCABULARY = 7
@@ -16,7 +26,7 @@ def make_cache(formats=("bf16", "bf16"), num_pages=24, max_requests=6, draft=DRA
     """Small pages, poisoned memory."""
     set_poison(True)
     spec = make_spec(formats, page_tokens=128, max_draft_tokens=draft)
-    return CompressedKVCache.create(spec, num_pages=num_pages, max_requests=max_requests)
+    return CompressedKVCache(spec, num_pages=num_pages, max_requests=max_requests)
 
 
 class Words:
@@ -49,9 +59,7 @@ class Words:
         """What one full forward of these tokens leaves where a query can reach."""
         key = tuple(tokens)
         if key not in self._known:
-            fresh = CompressedKVCache.create(
-                cache.spec, num_pages=max(1, -(-len(tokens) // cache.spec.page_tokens)), max_requests=1
-            )
+            fresh = CompressedKVCache(cache.spec, num_pages=max(1, -(-len(tokens) // cache.spec.page_tokens)), max_requests=1)
             request = fresh.open()
             if tokens:
                 feed(fresh, [(request, self.inputs(tokens), len(tokens))])
@@ -73,9 +81,9 @@ def test_fork_at_every_kind_of_position(cache, length):
     text = Words(cache.spec)
     first = cache.open()
     tokens = text.append(cache, first, [], words(length)) if length else []
-    before = cache.pages.counts()
+    before = cache.requests.allocator.counts()
     second = cache.fork(first)
-    after = cache.pages.counts()
+    after = cache.requests.allocator.counts()
     assert after["history_pages_free"] == before["history_pages_free"]  # a fork takes no page
     left = text.append(cache, first, tokens, words(9, 1))
     right = text.append(cache, second, tokens, words(140, 2))
@@ -132,7 +140,7 @@ def test_truncate_too_far_says_where_it_could_go(cache):
     cache.truncate(request, 195)
     with pytest.raises(TruncateError, match="length of 195 .. 195"):
         cache.truncate(request, 194)  # older rows were overwritten when the later ones came
-    cache.truncate(request, taken)
+    cache.rewind(request, taken)
     assert request.seq_len == 150
     tokens = text.append(cache, request, tokens, words(30, 9))
     assert reachable_bytes(cache, request) == text.expected(cache, tokens)
@@ -151,8 +159,8 @@ def test_a_snapshot_outlives_its_request_and_can_be_restored_twice(cache):
         both = text.append(cache, again, tokens, words(130, salt))
         assert reachable_bytes(cache, again) == text.expected(cache, both)
         cache.close(again)
-    cache.release(taken)
-    counts = cache.pages.counts()
+    cache.close(taken)
+    counts = cache.requests.allocator.counts()
     assert counts["history_pages_free"] == counts["history_pages"]
     assert counts["window_pages_free"] == counts["window_pages"]
 
@@ -160,8 +168,8 @@ def test_a_snapshot_outlives_its_request_and_can_be_restored_twice(cache):
 def test_released_and_foreign_snapshots_are_refused(cache):
     request = cache.open()
     taken = cache.snapshot(request)
-    cache.release(taken)
-    for action in (lambda: cache.release(taken), lambda: cache.restore(taken), lambda: cache.truncate(request, taken)):
+    cache.close(taken)
+    for action in (lambda: cache.close(taken), lambda: cache.restore(taken), lambda: cache.rewind(request, taken)):
         with pytest.raises(UnknownRequestError, match="expected a snapshot taken by this cache and not released"):
             action()
 
@@ -170,11 +178,11 @@ def test_a_fork_without_a_slot_changes_nothing():
     cache = make_cache(max_requests=1)
     request = cache.open()
     taken = cache.snapshot(request)
-    epoch = cache.ledger.epoch
+    epoch = cache.requests.epoch
     for action in (lambda: cache.fork(request), lambda: cache.restore(taken)):
         with pytest.raises(OutOfPagesError, match="state slots: expected 1 free, got 0 of 1"):
             action()
-    assert cache.ledger.epoch == epoch
+    assert cache.requests.epoch == epoch
     cache.check_integrity()
 
 
@@ -184,10 +192,10 @@ def test_copy_on_write_without_a_page_changes_nothing():
     first = cache.open()
     tokens = text.append(cache, first, [], words(200))
     second = cache.fork(first)
-    epoch = cache.ledger.epoch
+    epoch = cache.requests.epoch
     with pytest.raises(OutOfPagesError, match="history pages: expected 1 free, got 0 of 2"):
         cache.plan([(second, 1)])
-    assert cache.ledger.epoch == epoch
+    assert cache.requests.epoch == epoch
     cache.close(first)
     tokens = text.append(cache, second, tokens, words(9))
     assert reachable_bytes(cache, second) == text.expected(cache, tokens)
@@ -199,7 +207,7 @@ def test_no_operation_between_append_and_commit():
     request = cache.open()
     plan = cache.plan([(request, 4)])
     given = text.inputs(words(4))
-    cache.append(0, plan, window=given.cut(0, "window", 0, 4))
+    append(cache, 0, plan, window=given.cut(0, "window", 0, 4))
     for action in (cache.fork, cache.snapshot, lambda r: cache.truncate(r, 0)):
         with pytest.raises(StalePlanError, match="expected commit, abandon or close"):
             action(request)
@@ -230,9 +238,9 @@ def test_what_fork_and_truncate_copy_does_not_depend_on_the_length(length):
     """A fork copies the stream state; the first write after it, at most one page; truncating to a length, nothing."""
     spec = make_spec(max_draft_tokens=DRAFT)
     pages = length // spec.page_tokens + 3
-    cache = CompressedKVCache.create(spec, num_pages=pages, max_requests=2, num_window_pages=4)
+    cache = CompressedKVCache(spec, num_pages=pages, max_requests=2, num_window_pages=4)
     text = Words(spec)
-    trunk = cache.ledger.adopt(length, length - DRAFT)
+    trunk = cache.requests.adopt(length, length - DRAFT)
     twin = cache.fork(trunk)
     report = cache.report()
     assert report.bytes_copied == {

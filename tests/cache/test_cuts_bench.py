@@ -5,22 +5,22 @@ import json
 import pytest
 
 from sglang_dsv4.bench import cuts
-from sglang_dsv4.cache.sequences import CacheSequences
+from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cli import main
 from sglang_dsv4.errors import CacheInvariantError
 
 
 def test_the_check_notices_a_fork_that_forgets_its_state(monkeypatch):
     cuts.check("bf16", "cpu", length=262)
-    stock = CacheSequences.fork
+    stock = CompressedKVCache.fork
 
     def fork(cache, request):
         twin = stock(cache, request)
-        for state in cache._stream_state():
+        for state in cache.storage.stream_state:
             state[twin.state_slot] = 0
         return twin
 
-    monkeypatch.setattr(CacheSequences, "fork", fork)
+    monkeypatch.setattr(CompressedKVCache, "fork", fork)
     with pytest.raises(CacheInvariantError, match="fork: expected the bytes of a cold run"):
         cuts.check("bf16", "cpu", length=262)
 

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalPages, PageTables
+from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalKVCache, PageTables
+from sglang_dsv4.cache.regions import Kind
 from tests.cache.driver import FORMATS, append_all, feed, make_spec, random_sequence, reachable_bytes, table_bytes
 
 NEAR = [length + delta for length in (128, 256, 384) for delta in range(-5, 6)]
@@ -15,7 +16,7 @@ LONGEST = max(LENGTHS)
 
 def make_cache(spec, requests=1):
     pages = requests * (-(-LONGEST // spec.page_tokens))
-    return CompressedKVCache.create(spec, num_pages=pages, max_requests=requests)
+    return CompressedKVCache(spec, num_pages=pages, max_requests=requests)
 
 
 @pytest.fixture(scope="module", params=FORMATS, ids="-".join)
@@ -82,7 +83,7 @@ def test_two_chunks_around_a_page_boundary(case):
     """The last block of a page comes half from each chunk, and the block after it closes in the second."""
     spec, sequence, full = case
     cuts = [(first, second) for first in range(251, 262) for second in (1, 4, 9)]
-    cache = CompressedKVCache.create(spec, num_pages=2 * len(cuts), max_requests=len(cuts))
+    cache = CompressedKVCache(spec, num_pages=2 * len(cuts), max_requests=len(cuts))
     handles = [cache.open() for _ in cuts]
     for begin in range(0, len(cuts), 11):  # in batches that fit the memory of a small machine
         batch = list(zip(handles, cuts, strict=True))[begin : begin + 11]
@@ -101,7 +102,7 @@ def test_after_a_prefix_hit(case, seed):
     page_tokens = spec.page_tokens
     lengths = [length for length in LENGTHS if length > page_tokens]
     pages = 4 + 4 * len(lengths)
-    cache = CompressedKVCache(spec, ExternalPages(Capacity(pages, pages, 2, 1024)))
+    cache = ExternalKVCache(spec, Capacity(pages, pages, 2, 1024))
     other = random_sequence(spec, LONGEST, seed=99)
 
     def run(inputs, slot, begin, end, table):
@@ -135,7 +136,7 @@ def test_after_a_prefix_hit(case, seed):
 def test_without_boundary_state_the_first_entry_after_a_hit_is_wrong(case):
     """The twin: the same hit with the boundary state lost must differ, in exactly the first new entry."""
     spec, sequence, full = case
-    cache = CompressedKVCache(spec, ExternalPages(Capacity(8, 8, 2, 1024)))
+    cache = ExternalKVCache(spec, Capacity(8, 8, 2, 1024))
 
     def run(slot, begin, end):
         table = torch.tensor([[0, 1, 2, 3]])
@@ -151,9 +152,8 @@ def test_without_boundary_state_the_first_entry_after_a_hit_is_wrong(case):
 
     run(0, 0, 256)
     for layer in cache.layers:
-        for store in (layer.storage.main, layer.storage.index):
-            if store is not None:
-                store.boundary.zero_()
+        for part in layer.parts[1:] if len(layer.parts) == 3 else ():
+            layer.memory.tensor(Kind.BOUNDARY, part).zero_()
     run(1, 256, 261)
     table = torch.tensor([0, 1])
     found = table_bytes(cache, 261, table, table)

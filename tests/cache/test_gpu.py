@@ -14,12 +14,12 @@ LENGTH = 700
 
 
 def make_cache(spec, kernels="auto"):
-    return CompressedKVCache.create(spec, num_pages=40, max_requests=6, device="cuda", checks="memory", kernels=kernels)
+    return CompressedKVCache(spec, num_pages=40, max_requests=6, device="cuda", checks="memory", kernels=kernels)
 
 
 def cold_bytes(spec, sequence, length):
     cache = make_cache(spec)
-    assert cache.ops.name == "triton"
+    assert cache.kernels.name == "triton"
     request = cache.open()
     feed(cache, [(request, sequence, length)])
     return reachable_bytes(cache, request)
@@ -68,7 +68,7 @@ def test_values_are_those_of_the_torch_operations():
         feed(cache, [(request, sequence, LENGTH)])
         pools.append((cache, request))
     for ours, theirs in zip(pools[0][0].layers, pools[1][0].layers, strict=True):
-        ratio = ours.layer.ratio
+        ratio = ours.ratio
         if ratio:
             per_page = spec.page_tokens // ratio
             entries = torch.arange(LENGTH // ratio, device="cuda")
@@ -97,7 +97,7 @@ def test_select_chooses_what_the_torch_operations_choose(formats):
         request = cache.open()
         plan = cache.plan([(request, LENGTH)])
         append_all(cache, plan, [(sequence, 0, LENGTH)])
-        chosen.append(cache.select(1, plan, index_q, weights).long())
+        chosen.append(cache.layers[1].select(plan, index_q, weights).long())
     for ours, theirs in zip(*(rows.tolist() for rows in chosen), strict=True):
         assert [row for row in ours if row >= 0] == sorted(row for row in ours if row >= 0)
         assert len(set(ours) - {-1}) == len(set(theirs) - {-1})
@@ -108,5 +108,5 @@ def test_select_chooses_what_the_torch_operations_choose(formats):
 def test_scratch_is_in_the_report():
     cache = make_cache(make_spec(("bf16", "bf16")))
     held = cache.report().bytes_by_pool
-    assert held["scratch"] == cache.ops.nbytes > 0
+    assert held["scratch"] == cache.kernels.nbytes > 0
     assert cache.report().total_bytes == sum(held.values())

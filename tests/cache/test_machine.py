@@ -8,6 +8,7 @@ failure it prints the seed (``--hypothesis-seed``) and the shortest program that
 import pytest
 from hypothesis import settings
 
+from sglang_dsv4.cache.regions import Kind, Part
 from tests.cache.driver import FORMATS
 from tests.cache.machine import CacheMachine, Oracle
 from tests.cache.test_branching import words
@@ -66,7 +67,10 @@ def test_the_oracle_notices_a_wrong_entry(formats):
     layer = cache.layers[1]
     rows, keys = cache.spec.rows, cache.spec.index_keys
     row = request.pages.history[1] * 32 + 3
-    for pool, fmt, at in ((layer.storage.pool, rows, layer.num_window_rows + row), (layer.storage.index_pool, keys, row)):
+    for pool, fmt, at in (
+        (layer.memory.storage.pool, rows, layer.memory.storage.num_window_rows + row),
+        (layer.memory.storage.tensor(Kind.INDEX_KEY, Part.INDEX), keys, row),
+    ):
         group, first = divmod(at, fmt.group_rows)
         stored = pool[group].clone()
         width = stored.numel() if fmt.group_rows == 1 else fmt.data_bytes

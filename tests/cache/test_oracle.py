@@ -10,8 +10,9 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACo
 from dsv4_kernels.hadamard import naive_hadamard
 from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.streams import slot_bias
-from sglang_dsv4.cache import CompressedKVCache, CompressorInput, WindowInput
-from tests.cache.driver import CONFIG, make_spec
+from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache.regions import Kind, Part
+from tests.cache.driver import CONFIG, CompressorInput, WindowInput, append, make_spec
 
 HIDDEN = 64
 LENGTHS = [*range(1, 21), *range(123, 134), *range(251, 262), *range(379, 390), 517, 640]
@@ -54,7 +55,7 @@ def fill(model, length, swap_halves=False):
     """Our cache after a full forward of ``length`` tokens."""
     csa, hca, x = model
     spec = make_spec()
-    cache = CompressedKVCache.create(spec, num_pages=3, max_requests=1)
+    cache = CompressedKVCache(spec, num_pages=3, max_requests=1)
     request = cache.open()
     plan = cache.plan([(request, length)])
 
@@ -67,22 +68,22 @@ def fill(model, length, swap_halves=False):
         return CompressorInput(kv_score, bias, module.kv_norm.weight.detach(), module.kv_norm.variance_epsilon)
 
     window = WindowInput(torch.randn(length, 512), torch.ones(512), 1e-6)
-    cache.append(0, plan, window=window)
-    cache.append(1, plan, window=window, main=given(csa, 512), index=given(csa.indexer, 128))
-    cache.append(2, plan, window=window, main=given(hca, 512))
+    append(cache, 0, plan, window=window)
+    append(cache, 1, plan, window=window, main=given(csa, 512), index=given(csa.indexer, 128))
+    append(cache, 2, plan, window=window, main=given(hca, 512))
     cache.commit(plan)
     return cache, request
 
 
 def stored(cache, request, layer_id, index=False):
     layer = cache.layers[layer_id]
-    ratio, page_tokens = layer.layer.ratio, cache.spec.page_tokens
+    ratio, page_tokens = layer.ratio, cache.spec.page_tokens
     entries = torch.arange(request.num_entries(ratio))
     per_page = page_tokens // ratio
     rows = torch.tensor(request.pages.history)[entries // per_page] * per_page + entries % per_page
     if index:
-        return naive_load_rows(layer.storage.index_pool, rows, cache.spec.index_keys)
-    return naive_load_rows(layer.storage.pool, cache.storage.num_window_rows + rows, cache.spec.rows)
+        return naive_load_rows(layer.memory.storage.tensor(Kind.INDEX_KEY, Part.INDEX), rows, cache.spec.index_keys)
+    return naive_load_rows(layer.memory.storage.pool, cache.storage.num_window_rows + rows, cache.spec.rows)
 
 
 def transformers_entries(module, x, index=False):

@@ -6,26 +6,27 @@ import pytest
 import torch
 
 from dsv4_kernels.memory import set_poison
-from sglang_dsv4.cache import CompressedKVCache, WindowInput
+from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache.regions import Kind, Part
 from sglang_dsv4.errors import CacheInvariantError, OutOfPagesError, StalePlanError, UnknownRequestError
-from tests.cache.driver import append_all, feed, make_spec, random_sequence, reachable_bytes
+from tests.cache.driver import WindowInput, append, append_all, feed, make_spec, random_sequence, reachable_bytes
 
 
 def state_of(cache):
     """Everything on the host that an operation could change."""
-    pages = cache.pages
+    pages = cache.requests.allocator
     return (
         list(pages.history.free),
         list(pages.window.free),
         list(pages.slots.free),
-        [(r.req_id, r.seq_len, list(r.pages.history), list(r.pages.window)) for r in cache.ledger.requests],
-        cache.ledger.epoch,
+        [(r.req_id, r.seq_len, list(r.pages.history), list(r.pages.window)) for r in cache.requests.opened],
+        cache.requests.epoch,
     )
 
 
 @pytest.fixture
 def cache():
-    return CompressedKVCache.create(make_spec(), num_pages=4, max_requests=2, num_window_pages=4)
+    return CompressedKVCache(make_spec(), num_pages=4, max_requests=2, num_window_pages=4)
 
 
 def test_plan_changes_nothing(cache):
@@ -75,8 +76,8 @@ def test_commit_needs_every_part(cache):
     request = cache.open()
     plan = cache.plan([(request, 4)])
     given = random_sequence(cache.spec, 4).parts[0]["window"]
-    cache.append(0, plan, window=given)
-    with pytest.raises(StalePlanError, match=r"\(1, 'main'\)"):
+    append(cache, 0, plan, window=given)
+    with pytest.raises(StalePlanError, match="missing layer 1 window, 1 main, "):
         cache.commit(plan)
     assert request.seq_len == 0
 
@@ -85,9 +86,9 @@ def test_a_part_is_appended_once(cache):
     request = cache.open()
     plan = cache.plan([(request, 4)])
     given = random_sequence(cache.spec, 4).parts[0]["window"]
-    cache.append(0, plan, window=given)
+    append(cache, 0, plan, window=given)
     with pytest.raises(StalePlanError, match="layer 0 window: expected once"):
-        cache.append(0, plan, window=given)
+        append(cache, 0, plan, window=given)
 
 
 def test_an_appended_plan_must_be_committed_abandoned_or_closed(cache):
@@ -104,10 +105,9 @@ def test_an_appended_plan_must_be_committed_abandoned_or_closed(cache):
 @pytest.mark.parametrize(
     ("field", "error", "message"),
     [
-        ("shape", ValueError, r"layer 0 window kv: expected shape \(4, 512\), got \(3, 512\)"),
-        ("dtype", TypeError, r"layer 0 window kv: expected torch.float32 or torch.bfloat16, got torch.float16"),
-        ("part", ValueError, r"layer 0 \(window\): expected parts \('window',\), got 'main'"),
-        ("layer", ValueError, r"layer_id: expected 0 .. 2, got 3"),
+        ("shape", ValueError, r"layer 0 window: expected shape \(4, 512\), got \(3, 512\)"),
+        ("dtype", TypeError, r"layer 0 window: expected torch.float32 or torch.bfloat16, got torch.float16"),
+        ("part", ValueError, r"layer 0 \(window\): expected parts window, got main"),
     ],
 )
 def test_wrong_input_is_named_and_nothing_is_written(cache, field, error, message):
@@ -118,13 +118,11 @@ def test_wrong_input_is_named_and_nothing_is_written(cache, field, error, messag
     before = [t.clone() for layer in cache.storage.layers for ts in layer.tensors().values() for t in ts]
     with pytest.raises(error, match=message):
         if field == "shape":
-            cache.append(0, plan, window=WindowInput(window.kv[:3], window.norm_weight, 1e-6))
+            append(cache, 0, plan, window=WindowInput(window.kv[:3], window.norm_weight, 1e-6))
         elif field == "dtype":
-            cache.append(0, plan, window=WindowInput(window.kv.half(), window.norm_weight, 1e-6))
-        elif field == "part":
-            cache.append(0, plan, window=window, main=sequence.parts[2]["main"])
+            append(cache, 0, plan, window=WindowInput(window.kv.half(), window.norm_weight, 1e-6))
         else:
-            cache.append(3, plan, window=window)
+            append(cache, 0, plan, window=window, main=sequence.parts[2]["main"])
     after = [t for layer in cache.storage.layers for ts in layer.tensors().values() for t in ts]
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, after, strict=True))
     assert not plan.appended
@@ -136,7 +134,7 @@ def test_closed_and_foreign_requests_are_refused(cache):
     for action in (lambda: cache.plan([(request, 1)]), lambda: cache.close(request)):
         with pytest.raises(UnknownRequestError, match="expected a request opened by this cache"):
             action()
-    foreign = CompressedKVCache.create(make_spec(), num_pages=1, max_requests=1).open()
+    foreign = CompressedKVCache(make_spec(), num_pages=1, max_requests=1).open()
     cache.open()
     with pytest.raises(UnknownRequestError):
         cache.plan([(foreign, 1)])
@@ -156,7 +154,7 @@ def test_window_pages_are_freed_when_no_query_reaches_them(cache):
     feed(cache, [(request, sequence, 1024)])
     # The next query, at 1024, reaches back to 897: page 3 only.
     assert [page >= 0 for page in request.pages.window] == [False, False, False, True]
-    assert cache.pages.counts()["window_pages_free"] == 3
+    assert cache.requests.allocator.counts()["window_pages_free"] == 3
     cache.check_integrity(memory=True)
 
 
@@ -165,7 +163,7 @@ def test_pages_are_conserved_over_a_thousand_opens_and_closes():
     spec = make_spec()
     set_poison(True)
     try:
-        cache = CompressedKVCache.create(spec, num_pages=24, max_requests=8, num_window_pages=16)
+        cache = CompressedKVCache(spec, num_pages=24, max_requests=8, num_window_pages=16)
     finally:
         set_poison(False)
     sequences = [random_sequence(spec, 900, seed=s) for s in range(2)]
@@ -187,7 +185,7 @@ def test_pages_are_conserved_over_a_thousand_opens_and_closes():
             cache.close(item[0])
             running.remove(item)
         cache.check_integrity()
-    counts = cache.pages.counts()
+    counts = cache.requests.allocator.counts()
     assert counts["history_pages_free"] == counts["history_pages"] == 24
     assert counts["window_pages_free"] == counts["window_pages"] == 16
     assert counts["state_slots_free"] == counts["state_slots"] == 8
@@ -197,9 +195,9 @@ def test_no_cross_talk_between_requests_that_reuse_pages():
     """Two requests in turn on the same pages and slot give the bytes each gives alone."""
     spec = make_spec()
     sequences = [random_sequence(spec, 300, seed=s) for s in range(3)]
-    cache = CompressedKVCache.create(spec, num_pages=2, max_requests=1)
+    cache = CompressedKVCache(spec, num_pages=2, max_requests=1)
     for sequence in (*sequences, sequences[0]):
-        alone = CompressedKVCache.create(spec, num_pages=2, max_requests=1)
+        alone = CompressedKVCache(spec, num_pages=2, max_requests=1)
         handle, expected = cache.open(), alone.open()
         for count in (3, 130, 167):
             feed(cache, [(handle, sequence, count)])
@@ -211,10 +209,10 @@ def test_no_cross_talk_between_requests_that_reuse_pages():
 @pytest.mark.parametrize(
     ("label", "damage"),
     [
-        ("I1", lambda cache, request: cache.pages.history.free.append(request.pages.history[0])),
-        ("I1", lambda cache, request: cache.pages.history.free.pop()),
-        ("I2", lambda cache, request: cache.pages.window.free.append(request.pages.window[-1])),
-        ("I3", lambda cache, request: cache.pages.slots.free.append(request.state_slot)),
+        ("I1", lambda cache, request: cache.requests.allocator.history.free.append(request.pages.history[0])),
+        ("I1", lambda cache, request: cache.requests.allocator.history.free.pop()),
+        ("I2", lambda cache, request: cache.requests.allocator.window.free.append(request.pages.window[-1])),
+        ("I3", lambda cache, request: cache.requests.allocator.slots.free.append(request.state_slot)),
         ("I4", lambda cache, request: setattr(request, "seq_len", 900)),
         ("I5", lambda cache, request: setattr(request, "min_len", 400)),
     ],
@@ -233,9 +231,9 @@ def test_each_page_invariant_is_checked_under_its_label(cache, label, damage):
     [
         ("I6", 0, "window row", lambda layer, slot: layer.pool[slot["window"]]),
         ("I6", 1, "entry", lambda layer, slot: layer.pool[slot["entry"]]),
-        ("I6", 1, "index key", lambda layer, slot: layer.index_pool[slot["key"]]),
-        ("I7", 1, "main stream row", lambda layer, slot: layer.main.streams[slot["state"], 300 % 8]),
-        ("I7", 2, "accumulator", lambda layer, slot: layer.accumulators[slot["state"], 0, 1]),
+        ("I6", 1, "index key", lambda layer, slot: layer.tensor(Kind.INDEX_KEY, Part.INDEX)[slot["key"]]),
+        ("I7", 1, "main stream row", lambda layer, slot: layer.tensor(Kind.STREAM, Part.MAIN)[slot["state"], 300 % 8]),
+        ("I7", 2, "accumulator", lambda layer, slot: layer.tensor(Kind.ACCUMULATOR, Part.MAIN)[slot["state"], 0, 1]),
     ],
 )
 def test_each_memory_invariant_is_checked_under_its_label(cache, label, layer_id, what, tensor):
@@ -255,21 +253,21 @@ def test_each_memory_invariant_is_checked_under_its_label(cache, label, layer_id
 def test_boundary_state_is_checked(cache):
     request = cache.open()
     feed(cache, [(request, random_sequence(cache.spec, 257), 257)])
-    cache.storage.layers[1].main.boundary[request.pages.window[0]].fill_(float("nan"))
-    with pytest.raises(CacheInvariantError, match="^I7 .*layer 1: main boundary state"):
+    cache.storage.layers[1].tensor(Kind.BOUNDARY, Part.MAIN)[request.pages.window[0]].fill_(float("nan"))
+    with pytest.raises(CacheInvariantError, match="^I7 .*layer 1: main boundary row"):
         cache.check_integrity(memory=True)
 
 
 def test_a_plan_of_another_cache_is_refused():
     """Two caches at the same epoch: the numbers fit, the pages are others."""
-    caches = [CompressedKVCache.create(make_spec(), num_pages=2, max_requests=1) for _ in range(2)]
+    caches = [CompressedKVCache(make_spec(), num_pages=2, max_requests=1) for _ in range(2)]
     requests = [cache.open() for cache in caches]
     sequence = random_sequence(caches[0].spec, 8)
     plan = caches[0].plan([(requests[0], 8)])
     for action in (
         lambda: append_all(caches[1], plan, [(sequence, 0, 8)]),
         lambda: caches[1].commit(plan),
-        lambda: caches[1].view(0, plan),
+        lambda: caches[1].layers[1].select(plan, None, None),
     ):
         with pytest.raises(StalePlanError, match="expected one of this cache, got another cache's"):
             action()
@@ -278,4 +276,4 @@ def test_a_plan_of_another_cache_is_refused():
 def test_select_before_append_is_refused(cache):
     plan = cache.plan([(cache.open(), 8)])
     with pytest.raises(StalePlanError, match="layer 1: expected its index keys appended before select"):
-        cache.select(1, plan, torch.zeros(8, 4, 128), torch.zeros(8, 4))
+        cache.layers[1].select(plan, torch.zeros(8, 4, 128), torch.zeros(8, 4))

@@ -14,9 +14,10 @@ import pytest
 
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cache.persist import format as saved_module
-from sglang_dsv4.cache.persist.contents import history_shapes, state_shapes, window_shapes
+from sglang_dsv4.cache.persist.rows import Transfer, shapes_of
+from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError, StalePlanError
-from tests.cache.driver import FORMATS, make_spec, reachable_bytes
+from tests.cache.driver import FORMATS, append, make_spec, reachable_bytes
 from tests.cache.test_branching import DRAFT, Words, make_cache, words
 
 LENGTHS = [0, 1, 3, 4, 5, 126, 127, 128, 129, 255, 256, 257, 383, 517]
@@ -33,7 +34,7 @@ def blobs(folder):
 
 
 def counts(cache):
-    return cache.pages.counts(), cache.ledger.epoch, len(cache.ledger.requests)
+    return cache.requests.allocator.counts(), cache.requests.epoch, len(cache.requests.opened)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -43,7 +44,8 @@ def test_a_loaded_sequence_continues_exactly(cache, tmp_path, length):
     tokens = text.append(cache, request, [], words(length)) if length else []
     cache.save(request, tmp_path / "a.dsv4kv", {"tokens": json.dumps(tokens)})
     cache.close(request)
-    again, extra = cache.load(tmp_path / "a.dsv4kv")
+    again = cache.load(tmp_path / "a.dsv4kv")
+    extra = again.extra
     assert json.loads(extra["tokens"]) == tokens
     cache.check_integrity(memory=True)
     tokens = text.append(cache, again, tokens, words(3, 1))
@@ -58,7 +60,7 @@ def test_a_loaded_sequence_can_still_be_rolled_back(cache, tmp_path, back):
     tokens = text.append(cache, request, [], words(131))
     cache.save(request, tmp_path / "a.dsv4kv")
     other = make_cache_like(cache)
-    again, _ = other.load(tmp_path / "a.dsv4kv")
+    again = other.load(tmp_path / "a.dsv4kv")
     other.truncate(again, 131 - back)
     tokens = text.append(other, again, tokens[: 131 - back], words(130, 3))
     assert reachable_bytes(other, again) == text.expected(other, tokens)
@@ -79,7 +81,7 @@ def test_another_process_loads_the_same_bytes(tmp_path):
         "from tests.cache.test_branching import make_cache\n"
         "from tests.cache.driver import reachable_bytes\n"
         "cache = make_cache()\n"
-        "found = reachable_bytes(cache, cache.load(sys.argv[1])[0])\n"
+        "found = reachable_bytes(cache, cache.load(sys.argv[1]))\n"
         "print(hashlib.sha256(b''.join(found[key] for key in sorted(found))).hexdigest())\n"
     )
     found = reachable_bytes(cache, request)
@@ -185,8 +187,8 @@ DAMAGES = {
         lambda p: p.write_text(p.read_text().replace('"seq_len": 300', '"seq_len": 301')),
         "damaged, its checksum does not match",
     ),
-    "newer version": (lambda p: edit(p, version=2), "expected format version 1, got 2"),
-    "page counts": (lambda p: edit(p, seq_len=600, min_len=595), "expected 5 history pages"),
+    "newer version": (lambda p: edit(p, version=1), "expected format version 2, got 1"),
+    "page counts": (lambda p: edit(p, seq_len=600, min_len=595), "expected 5 history and window pages"),
     "no field": (lambda p: edit(p, window=None), "expected names of pages, got None"),
     "no number": (lambda p: edit(p, seq_len="300"), "seq_len: expected a number of tokens, got '300'"),
     "a path": (lambda p: edit(p, state="../a"), "expected names of pages, got '../a'"),
@@ -194,11 +196,11 @@ DAMAGES = {
     "not cut at all": (lambda p: edit(p, min_len=301), "got one of 300 tokens with min_len 301"),
     "another page": (
         lambda p: edit(p, history=(h := json.loads(p.read_text())["history"])[:2] + h[:1]),
-        r"tensor layer.1.entries: expected \(\(11, 1024\).*got \(\(32, 1024\)",
+        r"tensor layer.1.entry.main: expected \(\(11, 1024\).*got \(\(32, 1024\)",
     ),
     "another state": (
         lambda p: edit(p, state=json.loads(p.read_text())["history"][0]),
-        "tensor layer.1.entries: expected none, got",
+        "tensor layer.1.entry.main: expected none, got",
     ),
     "missing page": (lambda p: blobs(p.parent)[1].unlink(), "page missing: expected"),
     "cut page": (lambda p: blobs(p.parent)[1].write_bytes(blobs(p.parent)[1].read_bytes()[:50]), "is damaged"),
@@ -211,7 +213,8 @@ def test_what_is_not_damaged_loads(kept):
     """The twin of the next test: signing again is not what makes a manifest bad."""
     cache, request, path = kept
     edit(path, extra={"a": "b"})
-    again, extra = cache.load(path)
+    again = cache.load(path)
+    extra = again.extra
     assert extra == {"a": "b"}
     assert reachable_bytes(cache, again) == reachable_bytes(cache, request)
 
@@ -241,14 +244,13 @@ def test_the_shapes_checked_are_those_saved(formats, length):
         request = cache.open()
         if length:
             Words(cache.spec).append(cache, request, [], words(length))
-        spec, transfer, min_len = cache.spec, cache._transfer, request.min_len
-        pairs = [(transfer.read_state(request), state_shapes(spec, length, min_len))]
+        table = cache.storage.table
+        transfer = Transfer(table, cache.storage.layers)
+        pieces = [(Owner.STATE_SLOT, 0)]
         for index, page in enumerate(request.pages.window):
-            pairs.append((transfer.read_history(request, index), history_shapes(spec, length, index)))
-            if page >= 0:
-                shapes = window_shapes(spec, length, min_len, index)
-                pairs.append((transfer.read_window(request, index), shapes))
-        for tensors, shapes in pairs:
+            pieces += [(Owner.HISTORY_PAGE, index), (Owner.WINDOW_PAGE, index)][: 1 + (page >= 0)]
+        for owner, index in pieces:
+            tensors, shapes = transfer.read(request, owner, index), shapes_of(table, owner, length, request.min_len, index)
             assert {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} == shapes
 
 
@@ -270,7 +272,7 @@ def test_each_damage_is_one_sentence_and_changes_nothing(kept, damage):
 
 def test_another_spec_is_named(kept):
     _, _, path = kept
-    other = CompressedKVCache.create(make_spec(page_tokens=256, max_draft_tokens=DRAFT), num_pages=4, max_requests=1)
+    other = CompressedKVCache(make_spec(page_tokens=256, max_draft_tokens=DRAFT), num_pages=4, max_requests=1)
     with pytest.raises(SavedFileError, match="of another spec: page_tokens: expected 256, got 128"):
         other.load(path)
     other = make_cache(("fp8_584", "fp8"))
@@ -311,7 +313,7 @@ def test_a_full_disk_leaves_nothing_behind(kept, tmp_path, monkeypatch):
         assert "cannot be written, nothing was saved" in str(caught.value)
         assert [p for p in folder.rglob("*") if p.is_file()] == []
     assert full_after > 7  # three history pages, two window pages, the state, the folder, the manifest
-    again, _ = cache.load(folder / "b.dsv4kv")
+    again = cache.load(folder / "b.dsv4kv")
     assert reachable_bytes(cache, again) == reachable_bytes(cache, request)
 
 
@@ -320,7 +322,7 @@ def test_a_damaged_page_is_mended_by_the_next_save(kept):
     for blob in blobs(path.parent):
         blob.write_bytes(blob.read_bytes()[:50])
     cache.save(request, path)
-    again, _ = cache.load(path)
+    again = cache.load(path)
     assert reachable_bytes(cache, again) == reachable_bytes(cache, request)
 
 
@@ -330,7 +332,7 @@ def test_saves_at_the_same_time_do_not_harm_each_other(kept, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda path: cache.save(request, path), paths))
     for path in paths:
-        again, _ = cache.load(path)
+        again = cache.load(path)
         assert reachable_bytes(cache, again) == reachable_bytes(cache, request)
         cache.close(again)
 
@@ -353,7 +355,7 @@ def test_an_unsettled_request_is_not_saved(tmp_path):
     cache = make_cache()
     request = cache.open()
     given = Words(cache.spec).inputs(words(4))
-    cache.append(0, cache.plan([(request, 4)]), window=given.cut(0, "window", 0, 4))
+    append(cache, 0, cache.plan([(request, 4)]), window=given.cut(0, "window", 0, 4))
     with pytest.raises(StalePlanError):
         cache.save(request, tmp_path / "a.dsv4kv")
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sglang_dsv4.cache import CompressedKVCache, ExternalPages
+from sglang_dsv4.cache import ExternalKVCache
 from sglang_dsv4.cache.sizing import ServerSize, bytes_by_pool, most_tokens, released_spec, size_of
 from sglang_dsv4.cli import main
 from sglang_dsv4.errors import UnsupportedError
@@ -16,7 +16,7 @@ from tests.cache.driver import CONFIG, FORMATS, make_spec
 def test_bytes_are_those_of_a_cache(formats, tokens):
     spec = make_spec(formats)
     capacity = ServerSize(tokens, 3, 0.5, context_tokens=2048).capacity(spec.page_tokens)
-    found = CompressedKVCache(spec, ExternalPages(capacity)).report().bytes_by_pool
+    found = ExternalKVCache(spec, capacity).report().bytes_by_pool
     computed = bytes_by_pool(spec, capacity)
     assert computed == {name: size for name, size in found.items() if name in computed}
     assert sum(computed.values()) == sum(found.values())

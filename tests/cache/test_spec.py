@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-from sglang_dsv4.cache.inspect.report import stream_bytes_per_request, window_page_bytes
+from sglang_dsv4.cache.regions import Owner, RegionTable, history_bytes_per_token
 from sglang_dsv4.cache.sizing import RELEASED
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
@@ -34,14 +34,14 @@ def test_layers_of_flash_and_pro():
 )
 def test_bytes_per_token(config, formats, bytes_per_token):
     spec = CacheSpec.from_hf(config, row_format=formats[0], index_format=formats[1])
-    assert spec.history_bytes_per_token() == bytes_per_token
+    assert history_bytes_per_token(spec) == bytes_per_token
 
 
 def test_state_of_flash():
     """1.84 MB of streams a request; 20 KiB of boundary state per CSA layer and page, beside the window rows."""
     spec = CacheSpec.from_hf(FLASH, row_format="fp8_584", index_format="fp8")
-    assert stream_bytes_per_request(spec) == 21 * 8 * 4 * (512 + 128) * 4 + 20 * 3 * 512 * 4 == 1_843_200
-    assert window_page_bytes(spec) == 43 * 256 * 584 + 21 * 20 * 1024
+    assert RegionTable(spec).bytes_of(Owner.STATE_SLOT) == 21 * 8 * 4 * (512 + 128) * 4 + 20 * 3 * 512 * 4 == 1_843_200
+    assert RegionTable(spec).bytes_of(Owner.WINDOW_PAGE) == 43 * 256 * 584 + 21 * 20 * 1024
 
 
 @pytest.mark.parametrize("config", [FLASH, PRO, CONFIG], ids=["flash", "pro", "tiny"])

@@ -4,7 +4,7 @@ import pytest
 
 from sglang_dsv4.cache.pages.step_undo import UndoCopies
 from sglang_dsv4.errors import StalePlanError
-from tests.cache.driver import FORMATS, append_all, feed, reachable_bytes
+from tests.cache.driver import FORMATS, append, append_all, feed, reachable_bytes
 from tests.cache.test_branching import DRAFT, Words, make_cache, words
 from tests.cache.test_requests import state_of
 
@@ -16,10 +16,10 @@ def append_some(cache, plan, given, layers):
     """The first parts of a step: every part of some layers, and of the next one only its window."""
     count = plan.num_tokens
     for layer in range(layers):
-        parts = cache.layers[layer].parts
-        cache.append(layer, plan, **{part: given.cut(layer, part, 0, count) for part in parts})
+        parts = [part.value for part in cache.layers[layer].parts]
+        append(cache, layer, plan, **{part: given.cut(layer, part, 0, count) for part in parts})
     if layers < len(cache.layers):
-        cache.append(layers, plan, window=given.cut(layers, "window", 0, count))
+        append(cache, layers, plan, window=given.cut(layers, "window", 0, count))
 
 
 def books(cache):
@@ -97,7 +97,7 @@ def test_undo_copies_are_counted_and_dropped():
 
     def begin():
         plan = cache.plan([(requests[0], DRAFT + 1), (requests[1], DRAFT), (requests[2], 50)])
-        cache.append(0, plan, window=text.inputs(words(plan.num_tokens)).parts[0]["window"])
+        append(cache, 0, plan, window=text.inputs(words(plan.num_tokens)).parts[0]["window"])
         assert cache.report().bytes_by_pool["undo"] == state  # of the first: others need none
         return plan
 
@@ -141,12 +141,12 @@ def others_actions(cache, text, tmp_path):
         "fork": lambda: cache.fork(other),
         "step": lambda: text.append(cache, other, tokens, words(150, 6)),
         "truncate": lambda: cache.truncate(other, other.seq_len - 2),
-        "rewind": lambda: cache.truncate(other, kept),
+        "rewind": lambda: cache.rewind(other, kept),
         "snapshot": lambda: cache.snapshot(other),
         "restore": lambda: cache.restore(kept),
         "load": lambda: cache.load(tmp_path / "a.dsv4kv"),
         "close": lambda: cache.close(other),
-        "release": lambda: cache.release(kept),
+        "release": lambda: cache.close(kept),
     }
 
 
@@ -161,9 +161,9 @@ def test_what_others_do_does_not_overtake_a_step(tmp_path):
         plan = cache.plan([(request, new)])
         tokens = [*tokens, *words(new, 7)]
         given, begin = text.inputs(tokens), request.seq_len
-        for layer, part in [(i, part) for i in range(3) for part in cache.layers[i].parts]:
+        for layer, part in [(i, part) for i in range(3) for part in [part.value for part in cache.layers[i].parts]]:
             next(actions, lambda: None)()
-            cache.append(layer, plan, **{part: given.cut(layer, part, begin, begin + new)})
+            append(cache, layer, plan, **{part: given.cut(layer, part, begin, begin + new)})
             cache.check_integrity()
         cache.commit(plan)
     assert next(actions, None) is None
@@ -178,11 +178,11 @@ def test_two_steps_at_a_time():
     plans = []
     for request in requests:  # the second is planned when the first holds its pages
         plans.append(cache.plan([(request, 140)]))
-        cache.append(0, plans[-1], window=text.inputs(words(140)).parts[0]["window"])
+        append(cache, 0, plans[-1], window=text.inputs(words(140)).parts[0]["window"])
     for plan in plans:
         for layer in (1, 2):
-            given, parts = text.inputs(words(140)), cache.layers[layer].parts
-            cache.append(layer, plan, **{part: given.cut(layer, part, 0, 140) for part in parts})
+            given, parts = text.inputs(words(140)), [part.value for part in cache.layers[layer].parts]
+            append(cache, layer, plan, **{part: given.cut(layer, part, 0, 140) for part in parts})
     for plan, request in zip(reversed(plans), reversed(requests), strict=True):
         cache.commit(plan)
         assert reachable_bytes(cache, request) == text.expected(cache, words(140))
@@ -224,9 +224,13 @@ def test_a_request_that_leaves_a_step_ends_it():
     plan = cache.plan([(goes, 140), (stays, 140), (rewinds, 140)])
     append_some(cache, plan, text.inputs(words(420)), 2)
     cache.close(goes)
-    cache.truncate(rewinds, kept)
+    cache.rewind(rewinds, kept)
     cache.check_integrity()
-    for action in (lambda: cache.append(2, plan), lambda: cache.commit(plan), lambda: cache.view(0, plan)):
+    for action in (
+        lambda: append(cache, 2, plan),
+        lambda: cache.commit(plan),
+        lambda: cache.layers[1].select(plan, None, None),
+    ):
         with pytest.raises(StalePlanError, match="was closed or cut back; expected abandon"):
             action()
     cache.abandon(plan)

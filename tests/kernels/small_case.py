@@ -20,7 +20,7 @@ def main():
     index_q = torch.randn(len(plan.step.positions), 16, 128, device="cuda")
     cache.layers[1].select(plan, index_q, torch.rand(len(index_q), 16, device="cuda"))
     torch.cuda.synchronize()
-    print(f"{cache.ops.name}: {[request.seq_len for request in requests]} tokens")
+    print(f"{cache.kernels.name}: {[request.seq_len for request in requests]} tokens")
 
 
 if __name__ == "__main__":

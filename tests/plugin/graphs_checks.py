@@ -50,7 +50,7 @@ def check_replays(formats, length):
     """Values and bytes of replays with padding, from a length on; and a twin a token short."""
     spec = make_spec(formats)
     server = small_server.SmallServer(spec, heads=HEADS)
-    assert (server.cache.ops.name, server.backend.attention.name) == ("triton", "flashinfer")
+    assert (server.cache.kernels.name, server.backend.attention.name) == ("triton", "flashinfer")
     one, two = (small_server.Sequence(spec, 140, seed, HEADS, "cpu") for seed in range(2))
     server.capture([4, 1])
     graphs = server.backend.graphs

@@ -9,8 +9,7 @@ from dsv4_kernels import memory
 from dsv4_kernels.row_codec import naive_load_rows
 from sglang_dsv4.attention import make_attention
 from sglang_dsv4.bench.attention_check import exact
-from sglang_dsv4.cache import CompressorInput
-from tests.cache.driver import random_sequence, random_weights, table_bytes
+from tests.cache.driver import CompressorInput, random_sequence, random_weights, table_bytes
 
 PAGES, PAGE, REQUESTS, LONGEST = 24, 256, 6, 1024
 INDEX_HEADS = 8
@@ -377,7 +376,7 @@ class SmallServer:
             rows = torch.cat([rows, slots + self.cache.storage.num_window_rows])
         if chosen is not None:
             rows = torch.cat([rows, self.entries(item, chosen).long().cpu()])
-        pool = self.cache.layers[layer_id].storage.pool
+        pool = self.cache.layers[layer_id].pool
         values = naive_load_rows(pool, rows.to(self.device), self.spec.rows)
         q = sequence.q[layer_id, end - 1]
         return exact(q, values, self.layers.sink, 512**-0.5)

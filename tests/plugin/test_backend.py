@@ -94,7 +94,7 @@ class Server:
 
 
 def alone(spec, sequence, length):
-    cache = CompressedKVCache.create(spec, num_pages=8, max_requests=1)
+    cache = CompressedKVCache(spec, num_pages=8, max_requests=1)
     request = cache.open()
     feed(cache, [(request, sequence, length)])
     return reachable_bytes(cache, request)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_dsv4.cache.inspect.report import stream_bytes_per_request
+from sglang_dsv4.cache.regions import Owner, RegionTable
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin.serve.budget import PoolShape, bytes_per_token, shape_of
 from tests.cache.driver import FORMATS, make_spec
@@ -46,7 +46,7 @@ def test_one_page_more_would_not_fit(formats, on_gpu):
 
 def test_a_request_takes_its_stream_state():
     few, many = make_shape(slots=9), make_shape(slots=1009)
-    assert many.nbytes(PAGE, 0) - few.nbytes(PAGE, 0) == 1000 * stream_bytes_per_request(few.spec)
+    assert many.nbytes(PAGE, 0) - few.nbytes(PAGE, 0) == 1000 * RegionTable(few.spec).bytes_of(Owner.STATE_SLOT)
 
 
 def test_scratch_of_kernels_is_counted():

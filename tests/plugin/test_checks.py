@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sglang_dsv4.cache.regions import Kind, Part
 from sglang_dsv4.cli import main
 from sglang_dsv4.errors import CacheInvariantError
 from tests.cache.driver import FORMATS, make_spec, random_sequence
@@ -59,10 +60,10 @@ PLANTED = [
     (2, "window row", 300, "window page 11", lambda layer: layer.pool[11 * 256 + 44]),
     (1, "entry", 70, "history page 5", lambda layer: layer.pool[17 * 256 + 5 * 64 + 6]),
     (2, "entry", 1, "history page 3", lambda layer: layer.pool[17 * 256 + 3 * 2 + 1]),
-    (1, "index key", 9, "history page 3", lambda layer: layer.index_pool[3 * 64 + 9]),
-    (1, "main stream row", 300, "state slot 1", lambda layer: layer.main.streams[1, 300 % 8]),
-    (1, "index stream row", 299, "state slot 1", lambda layer: layer.index.streams[1, 299 % 8]),
-    (2, "accumulator", 300, "state slot 1", lambda layer: layer.accumulators[1, 0, 2]),
+    (1, "index key", 9, "history page 3", lambda layer: layer.tensor(Kind.INDEX_KEY, Part.INDEX)[3 * 64 + 9]),
+    (1, "main stream row", 300, "state slot 1", lambda layer: layer.tensor(Kind.STREAM, Part.MAIN)[1, 300 % 8]),
+    (1, "index stream row", 299, "state slot 1", lambda layer: layer.tensor(Kind.STREAM, Part.INDEX)[1, 299 % 8]),
+    (2, "accumulator", 300, "state slot 1", lambda layer: layer.tensor(Kind.ACCUMULATOR, Part.MAIN)[1, 0, 2]),
 ]
 
 
@@ -98,7 +99,7 @@ def test_below_that_level_it_is_not_noticed(tmp_path, level, layer, what, index,
     [
         ("window row 130", lambda layer: layer.pool[13 * 256 + 130]),
         ("entry 3", lambda layer: layer.pool[17 * 256 + 3 * 64 + 3]),
-        ("main boundary state 0", lambda layer: layer.main.boundary[13].flatten()),
+        ("main boundary row 0", lambda layer: layer.tensor(Kind.BOUNDARY, Part.MAIN)[13].flatten()),
     ],
 )
 def test_at_a_prefix_hit_the_level_boundary_names_it(tmp_path, what, row):
@@ -136,10 +137,11 @@ def test_nan_in_pages_that_nobody_holds_never_surfaces(tmp_path):
             pages = layer.pool[: storage.num_window_rows].unflatten(0, (-1, 256))
             free = [page for page in range(len(pages)) if page not in kept_window]
             pages[free] = float("nan")
-            for store in (layer.main, layer.index):
-                if store is not None:
-                    store.boundary[free] = float("nan")
-                    store.streams[[0, 2, 3]] = float("nan")
+            for stored in layer.regions:
+                if stored.region.kind is Kind.BOUNDARY:
+                    stored.tensor[free] = float("nan")
+                if stored.region.kind is Kind.STREAM:
+                    stored.tensor[[0, 2, 3]] = float("nan")
             if ratio := kind.ratio:
                 entries = layer.pool[storage.num_window_rows :].unflatten(0, (-1, 256 // ratio))
                 free = [page for page in range(len(entries)) if page not in kept_history]

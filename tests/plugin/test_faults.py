@@ -56,8 +56,8 @@ WRONG_ROW = """
 def plant(self, batch):
     if batch.forward_mode.is_decode() and int(batch.seq_lens_cpu[0]) == 40:
         page = self._planner._req_to_token[batch.req_pool_indices[0], 0] // 256
-        layer = next(layer for layer in self.cache.layers if layer.layer.ratio == 4)
-        layer.storage.pool[layer.num_window_rows + page * 64] += 3.0
+        layer = next(layer for layer in self.cache.layers if layer.ratio == 4)
+        layer.memory.storage.pool[layer.memory.storage.num_window_rows + page * 64] += 3.0
 """
 # Every row of every page that SGLang's allocators hold as free, of page 0, where padding goes, and of free request slots;
 # with HURT, of the first page of a request that decodes, too.
@@ -83,15 +83,15 @@ def plant(self, batch):
     slots[0] = False
     nan = float("nan")
     for layer in self.cache.layers:
-        storage, ratio = layer.storage, layer.layer.ratio
-        storage.pool[: layer.num_window_rows].unflatten(0, (-1, 256))[window] = nan
-        for store in (storage.main, storage.index):
-            if store is not None:
-                store.boundary[window] = nan
+        storage, ratio = layer.memory.storage, layer.ratio
+        storage.pool[: layer.memory.storage.num_window_rows].unflatten(0, (-1, 256))[window] = nan
+        for stored in storage.regions:
+            if stored.region.kind is Kind.BOUNDARY:
+                stored.tensor[window] = nan
         if ratio:
-            storage.pool[layer.num_window_rows :].unflatten(0, (-1, 256 // ratio))[history] = nan
-        if storage.index_pool is not None:
-            storage.index_pool.unflatten(0, (-1, 64))[history] = nan
+            storage.pool[layer.memory.storage.num_window_rows :].unflatten(0, (-1, 256 // ratio))[history] = nan
+        if storage.tensor(Kind.INDEX_KEY, Part.INDEX) is not None:
+            storage.tensor(Kind.INDEX_KEY, Part.INDEX).unflatten(0, (-1, 64))[history] = nan
     print(f"NaN in {len(history)} history pages and {len(window)} window pages", flush=True)
 """
 

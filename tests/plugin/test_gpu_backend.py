@@ -17,7 +17,7 @@ HEADS = 64
 
 
 def cold(spec, sequence, length):
-    cache = CompressedKVCache.create(spec, num_pages=8, max_requests=1, device="cuda")
+    cache = CompressedKVCache(spec, num_pages=8, max_requests=1, device="cuda")
     request = cache.open()
     feed(cache, [(request, sequence.inputs, length)])
     return reachable_bytes(cache, request)
@@ -25,7 +25,7 @@ def cold(spec, sequence, length):
 
 def make_server(spec):
     server = SmallServer(spec, "cuda", HEADS)
-    assert server.cache.ops.name == "triton" and server.backend.attention.name != "eager"
+    assert server.cache.kernels.name == "triton" and server.backend.attention.name != "eager"
     server.assign(1, [3, 5, 7])
     server.assign(2, [9, 10, 11])
     server.assign(3, [15, 16, 17])
@@ -93,7 +93,7 @@ def test_long_prefills_attend_to_the_rows_that_they_should(formats, monkeypatch)
         numbered = server.backend.attention.numbering is not None
         assert numbered == (hopper and server.backend.attention.name == "flashmla")
         given = plan, layers.index_q[:count], layers.index_weights[:count]
-        physical = server.cache.select(1, *given)
+        physical = server.cache.layers[1].select(*given)
         last = -1
         for item in items:
             last += item[3] - item[2]
@@ -200,6 +200,6 @@ def test_checks_find_a_changed_row(tmp_path):
         server.step([(1, sequence, at, at + 1)], decode=True)
     window = server.tables(1, 304)[1]
     row = int(window[0]) * 256 + 250
-    server.cache.layers[0].storage.pool[row, 7] += 1
+    server.cache.layers[0].pool[row, 7] += 1
     with pytest.raises(CacheInvariantError, match="r1"):
         server.step([(1, sequence, 304, 305)], decode=True)

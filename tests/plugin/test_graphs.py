@@ -19,10 +19,10 @@ def contents(cache):
     """Bytes of every tensor of the cache, by layer and kind; and which rows belong to SGLang's padding page and slot."""
     found = {}
     for layer in cache.layers:
-        for kind, tensors in layer.storage.tensors().items():
+        for kind, tensors in layer.memory.storage.tensors().items():
             for number, tensor in enumerate(tensors):
                 raw = tensor.contiguous().view(torch.uint8).flatten(1)
-                found[layer.layer.layer_id, kind, number] = raw.clone()
+                found[layer.layer_id, kind, number] = raw.clone()
     return found
 
 
@@ -209,5 +209,5 @@ def test_chosen_entries_are_numbered_as_the_attention_asks(monkeypatch):
     q_lora = server.layers.index_q[:8].flatten(1)
     chosen = server.layers._index(server.backend, batch, 1, 8, q_lora, None)
     q, weights = server.layers.index_q[:8], server.layers.index_weights[:8]
-    physical = server.backend.cache.select(1, plan, q, weights)
+    physical = server.backend.cache.layers[1].select(plan, q, weights)
     assert torch.equal(chosen, torch.where(physical >= 0, physical + 7, -1)) and chosen.max() > 7

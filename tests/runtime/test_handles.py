@@ -153,7 +153,7 @@ def test_closed_handles_say_so(runtime):
 
 def test_what_nobody_refers_to_is_freed(runtime):
     """Cells of a notebook are run again, and their old handles are gone."""
-    for _ in range(3 * runtime.cache.pages.capacity.state_slots):
+    for _ in range(3 * runtime.cache.requests.allocator.capacity.state_slots):
         handle = runtime.open(make_tokens(10))
         kept = handle.snapshot()
     assert len(runtime.report().cache.requests) == 1

@@ -118,7 +118,7 @@ class Walk:
     def check(self, number):
         self.runtime.collect()
         self.runtime.cache.check_integrity()
-        held = self.runtime.cache.ledger.requests
+        held = self.runtime.cache.requests.opened
         assert len(held) == len(self.handles)
         assert {handle: handle.tokens for handle in self.handles} == self.handles
         handle = self.pick([handle for handle in self.handles if self.handles[handle]])

@@ -67,6 +67,6 @@ def assert_nothing_held(runtime: Runtime) -> None:
     runtime.collect()
     runtime.index.clear()
     runtime.cache.check_integrity(memory=True)
-    counts = runtime.cache.pages.counts()
+    counts = runtime.cache.requests.allocator.counts()
     for kind in ("history_pages", "window_pages", "state_slots"):
         assert counts[f"{kind}_free"] == counts[kind]

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_dsv4.cache.inspect.reach import Rows, Spans, load, num_rows, page_of, reachable, written
-from sglang_dsv4.cache.layer import LayerCache
-from sglang_dsv4.cache.storage import Capacity
-from sglang_dsv4.spec import CacheSpec
+from sglang_dsv4.cache.inspect.integrity import describe, label_of
+from sglang_dsv4.cache.regions import RowSet, SequenceBatch
+from sglang_dsv4.cache.storage import Capacity, LayerStorage, StoredRegion
 
 SUMS = "I8 sums"
 ROWS_KEPT = 8
@@ -25,7 +24,7 @@ class Finding:
         layer_id (int): the layer.
         what (str): kind of row.
         owner (int): which of the sequences that were checked.
-        index (int): which of its rows of this kind: a position, an entry, or a page.
+        index (int): of the row within its sequence, as in `sglang_dsv4.cache.regions`.
         row (int): the row's number among all of the kind.
         page_kind (str): where it lies: ``history page``, ``window page`` or ``state slot``.
         page (int): number of that.
@@ -68,17 +67,15 @@ class RowSums:
     cannot be noticed: a row that was wrong when it was written, and a page of another sequence at the same depth.
 
     Args:
-        spec (CacheSpec): the cache's.
-        layers (Sequence[LayerCache]): its layers.
+        layers (Sequence[LayerStorage]): the cache's memory.
         capacity (Capacity): its sizes.
     """
 
-    def __init__(self, spec: CacheSpec, layers: Sequence[LayerCache], capacity: Capacity) -> None:
-        self._spec = spec
-        self._layers = layers
+    def __init__(self, layers: Sequence[LayerStorage], capacity: Capacity) -> None:
+        self._stored = [stored for layer in layers for stored in layer.regions]
         self._capacity = capacity
-        self._sums: dict[tuple[int, str], torch.Tensor] = {}
-        self._known: dict[tuple[int, str], torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._known: dict[str, torch.Tensor] = {}
         self._weights: dict[int, torch.Tensor] = {}
 
     @property
@@ -86,62 +83,59 @@ class RowSums:
         """Bytes of the checksums."""
         return sum(t.nbytes for kept in (self._sums, self._known) for t in kept.values())
 
-    def record(self, spans: Spans, begins: list[int]) -> Finding | None:
+    def record(self, batch: SequenceBatch, begins: list[int]) -> Finding | None:
         """Keep the sums of what a step wrote; the first row that is not finite, if there is one.
 
         Args:
-            spans (Spans): the step's sequences after it.
+            batch (SequenceBatch): the step's sequences after it.
             begins (list[int]): their lengths before it.
         """
-        for cache in self._layers:
-            for rows in written(self._spec, cache, spans, begins):
-                values = load(self._spec, cache, rows.what, rows.rows)
-                bad = torch.nonzero(~torch.isfinite(values).all(dim=1)).flatten()
-                if len(bad):
-                    return self._finding(cache, rows, values, bad, rows.label, "finite values", "others")
-                sums, known = self._kept(cache, rows.what)
-                sums[rows.rows] = self._sum(values, rows.indices)
-                known[rows.rows] = True
+        for stored in self._stored:
+            found = batch.written(stored.region, begins)
+            values = stored.values(found.rows)
+            bad = torch.nonzero(~torch.isfinite(values).all(dim=1)).flatten()
+            if len(bad):
+                return self._finding(stored, found, values, bad, label_of(stored.region), "finite values", "others")
+            sums, known = self._kept(stored)
+            sums[found.rows] = self._sum(values, found.indices)
+            known[found.rows] = True
         return None
 
-    def verify(self, spans: Spans) -> Finding | None:
-        """The first row that a query of these sequences could read, and that is not what was written; None if all are."""
-        for cache in self._layers:
-            for rows in reachable(self._spec, cache, spans):
-                values = load(self._spec, cache, rows.what, rows.rows)
-                sums, known = self._kept(cache, rows.what)
-                is_known = known[rows.rows]
-                right = is_known & (sums[rows.rows] == self._sum(values, rows.indices))
-                bad = torch.nonzero(~right).flatten()
-                if len(bad):
-                    got = "another one" if bool(is_known[bad[0]]) else "a row that was never written"
-                    expected = "the checksum kept when it was written"
-                    return self._finding(cache, rows, values, bad, SUMS, expected, got)
+    def verify(self, batch: SequenceBatch) -> Finding | None:
+        """The first row that one of these sequences needs and that is not what was written; None if all are."""
+        for stored in self._stored:
+            found = batch.needed(stored.region)
+            values = stored.values(found.rows)
+            sums, known = self._kept(stored)
+            is_known = known[found.rows]
+            right = is_known & (sums[found.rows] == self._sum(values, found.indices))
+            bad = torch.nonzero(~right).flatten()
+            if len(bad):
+                got = "another one" if bool(is_known[bad[0]]) else "a row that was never written"
+                return self._finding(stored, found, values, bad, SUMS, "the checksum kept when it was written", got)
         return None
 
-    def digests(self, spans: Spans) -> list[str]:
-        """One digest per sequence of all that its next query could read, whichever pages and slot it lies in.
+    def digests(self, batch: SequenceBatch) -> list[str]:
+        """One digest per sequence of all that it needs, whichever pages and slot it lies in.
 
         Sequences whose rows are equal byte for byte have equal digests; rows that differ in one value have others.
         """
-        hashes = [hashlib.sha256() for _ in spans.seq_lens]
-        for cache in self._layers:
-            for rows in reachable(self._spec, cache, spans):
-                values = load(self._spec, cache, rows.what, rows.rows)
-                sums, owners = self._sum(values, rows.indices).cpu(), rows.owners.cpu()
-                for owner, digest in enumerate(hashes):
-                    digest.update(f"{cache.layer.layer_id} {rows.what}".encode())
-                    digest.update(sums[owners == owner].numpy().tobytes())
+        hashes = [hashlib.sha256() for _ in batch.seq_lens]
+        for stored in self._stored:
+            found = batch.needed(stored.region)
+            sums, owners = self._sum(stored.values(found.rows), found.indices).cpu(), found.owners.cpu()
+            for owner, digest in enumerate(hashes):
+                digest.update(stored.region.name.encode())
+                digest.update(sums[owners == owner].numpy().tobytes())
         return [digest.hexdigest() for digest in hashes]
 
-    def _kept(self, cache: LayerCache, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (cache.layer.layer_id, what)
-        if key not in self._sums:
-            count = num_rows(self._spec, self._capacity, cache.layer.ratio, what)
-            device = cache.storage.pool.device
-            self._sums[key] = torch.zeros(count, dtype=torch.int64, device=device)
-            self._known[key] = torch.zeros(count, dtype=torch.bool, device=device)
-        return self._sums[key], self._known[key]
+    def _kept(self, stored: StoredRegion) -> tuple[torch.Tensor, torch.Tensor]:
+        region = stored.region
+        if region.name not in self._sums:
+            count = self._capacity.count(region.owner) * region.rows_per_owner
+            self._sums[region.name] = torch.zeros(count, dtype=torch.int64, device=stored.tensor.device)
+            self._known[region.name] = torch.zeros(count, dtype=torch.bool, device=stored.tensor.device)
+        return self._sums[region.name], self._known[region.name]
 
     def _sum(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """``[R]`` int64 of ``[R, width]`` fp32; additions wrap around."""
@@ -154,24 +148,23 @@ class RowSums:
         return (bits * self._weights[width]).sum(dim=1) + indices * _INDEX_FACTOR
 
     def _finding(
-        self, cache: LayerCache, rows: Rows, values: torch.Tensor, bad: torch.Tensor, label: str, expected: str, got: str
+        self, stored: StoredRegion, found: RowSet, values: torch.Tensor, bad: torch.Tensor, label: str, expected: str, got: str
     ) -> Finding:
-        first = int(bad[0])
-        row = int(rows.rows[first])
-        page_kind, page = page_of(self._spec, cache.layer.ratio, rows.what, row)
+        first, region = int(bad[0]), stored.region
+        row = int(found.rows[first])
         return Finding(
             label=label,
-            layer_id=cache.layer.layer_id,
-            what=rows.what,
-            owner=int(rows.owners[first]),
-            index=int(rows.indices[first]),
+            layer_id=region.layer_id,
+            what=describe(region),
+            owner=int(found.owners[first]),
+            index=int(found.indices[first]),
             row=row,
-            page_kind=page_kind,
-            page=page,
+            page_kind=region.owner.value,
+            page=row // region.rows_per_owner,
             expected=expected,
             got=got,
             bad=len(bad),
-            checked=len(rows.rows),
-            rows=rows.rows[bad[:ROWS_KEPT]],
+            checked=len(found.rows),
+            rows=found.rows[bad[:ROWS_KEPT]],
             values=values[bad[:ROWS_KEPT]],
         )

@@ -10,11 +10,12 @@ Host bookkeeping, cheap:
 
 Device memory, one pass over what requests can read:
 
-* I6 rows: every entry, index key and window row that a query could reach is finite.
-* I7 streams: the kept rows of the open and the previous block, the open block's accumulator, and the boundary state of
-  the page before an open page are finite.
-* I8 sums (`sglang_dsv4.cache.inspect.checksums`, where it was asked for): every row that a query could read has the checksum that
-  was kept when its step wrote it.
+* I6 rows: every packed row (window row, entry, index key) that a request needs is finite.
+* I7 streams: every row of stream and boundary state that a request needs is finite.
+* I8 sums (`sglang_dsv4.cache.inspect.checksums`, on request): every row that a request needs has the checksum that was kept
+  when its step wrote it.
+
+What a request needs, also if it is cut back as far as it may be, is said by `sglang_dsv4.cache.regions`.
 """
 
 from collections import Counter
@@ -22,12 +23,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from sglang_dsv4.cache.inspect.reach import Spans, load, reachable
-from sglang_dsv4.cache.layer import LayerCache
-from sglang_dsv4.cache.pages.allocator import NULL_PAGE, PageAllocator, PageGrant, stack_tables
+from sglang_dsv4.cache.pages.allocator import PageAllocator
 from sglang_dsv4.cache.pages.request import Request, Snapshot
+from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageGrant, stack_tables
+from sglang_dsv4.cache.regions import Kind, Region, RegionTable, SequenceBatch
+from sglang_dsv4.cache.storage import CacheStorage
 from sglang_dsv4.errors import CacheInvariantError
-from sglang_dsv4.spec import CacheSpec
+
+ROWS, STREAMS = "I6 rows", "I7 streams"
 
 
 def _check_partition(label: str, name: str, free: Sequence[int], owned: Iterable[int], owners: Sequence[int]) -> None:
@@ -45,7 +48,7 @@ def _check_partition(label: str, name: str, free: Sequence[int], owned: Iterable
 
 
 def check_pages(
-    spec: CacheSpec,
+    table: RegionTable,
     allocator: PageAllocator,
     requests: Sequence[Request],
     snapshots: Sequence[Snapshot],
@@ -66,16 +69,15 @@ def check_pages(
     slots = [request.state_slot for request in requests]
     _check_partition("I3", "state slots", allocator.slots.free, slots, allocator.slots.owners)
     for holder in holders:
-        pages = -(-holder.seq_len // spec.page_tokens)
+        pages, needed = table.num_pages(holder.seq_len), table.window_pages(holder.seq_len, holder.min_len)
         if len(holder.pages.history) != pages:
             raise CacheInvariantError(f"I4 coverage: {holder}: expected {pages} history pages, got {len(holder.pages.history)}")
-        first = spec.first_window_position(holder.min_len) // spec.page_tokens
         held = [page != NULL_PAGE for page in holder.pages.window]
-        if held != [index >= first for index in range(pages)]:
-            raise CacheInvariantError(f"I5 window: {holder}: expected pages {first} .. {pages - 1}, got {held}")
+        if held != [index in needed for index in range(pages)]:
+            raise CacheInvariantError(f"I5 window: {holder}: expected pages {needed.start} .. {pages - 1}, got {held}")
 
 
-def check_memory(spec: CacheSpec, layers: Sequence[LayerCache], requests: Sequence[Request]) -> None:
+def check_memory(storage: CacheStorage, requests: Sequence[Request]) -> None:
     """I6 and I7: reads device memory.
 
     Raises:
@@ -84,21 +86,33 @@ def check_memory(spec: CacheSpec, layers: Sequence[LayerCache], requests: Sequen
     filled = [request for request in requests if request.seq_len]
     if not filled:
         return
-    tables = stack_tables([(request.pages, PageGrant((), ())) for request in filled], layers[0].storage.pool.device)
-    spans = Spans(
+    tables = stack_tables([(request.pages, PageGrant()) for request in filled], storage.layers[0].pool.device)
+    batch = SequenceBatch(
         seq_lens=[request.seq_len for request in filled],
         min_lens=[request.min_len for request in filled],
         state_slots=[request.state_slot for request in filled],
         history=tables.history,
         window=tables.window,
     )
-    for cache in layers:
-        for rows in reachable(spec, cache, spans):
-            finite = torch.isfinite(load(spec, cache, rows.what, rows.rows)).all(dim=1)
+    for layer in storage.layers:
+        for stored in layer.regions:
+            found = batch.needed(stored.region)
+            finite = torch.isfinite(stored.values(found.rows)).all(dim=1)
             bad = torch.nonzero(~finite).flatten()
             if len(bad):
-                request = filled[int(rows.owners[bad[0]])]
+                request = filled[int(found.owners[bad[0]])]
                 raise CacheInvariantError(
-                    f"{rows.label}: {request}: layer {cache.layer.layer_id}: {rows.what} {int(rows.indices[bad[0]])}: "
-                    f"expected finite values, got {len(bad)} of {len(finite)} rows that are not"
+                    f"{label_of(stored.region)}: {request}: layer {stored.region.layer_id}: {describe(stored.region)} "
+                    f"{int(found.indices[bad[0]])}: expected finite values, got {len(bad)} of {len(finite)} rows that are not"
                 )
+
+
+def label_of(region: Region) -> str:
+    """The invariant that wants a region's rows finite."""
+    return ROWS if region.row_format is not None else STREAMS
+
+
+def describe(region: Region) -> str:
+    """What a row of a region is, in words; CSA state is of two compressors."""
+    has_parts = region.kind in (Kind.STREAM, Kind.BOUNDARY)
+    return f"{region.part.value} {region.kind.value}" if has_parts else region.kind.value

@@ -4,13 +4,11 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from sglang_dsv4.cache.pages.allocator import PageAllocator, PageOwner
+from sglang_dsv4.cache.pages.allocator import PageAllocator
 from sglang_dsv4.cache.pages.request import Request
-from sglang_dsv4.cache.pages.requests import Ledger
-from sglang_dsv4.cache.storage import CacheStorage
+from sglang_dsv4.cache.regions import Kind, Owner, RegionTable
+from sglang_dsv4.cache.storage import CacheStorage, Capacity
 from sglang_dsv4.spec import CacheSpec
-
-COPIED_BY = ("fork", "snapshot", "restore", "copy_on_write", "undo")
 
 
 @dataclass(frozen=True)
@@ -127,34 +125,13 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def history_page_bytes(spec: CacheSpec) -> int:
-    """Bytes of one history page over all layers: entries and index keys."""
-    total = 0
-    for layer in spec.layers:
-        entries = spec.page_tokens // layer.ratio if layer.ratio else 0
-        total += entries * spec.rows.row_bytes
-        total += entries * spec.index_keys.row_bytes if layer.indexed else 0
-    return total
-
-
-def window_page_bytes(spec: CacheSpec) -> int:
-    """Bytes of one window page over all layers: window rows and boundary state."""
-    rows = len(spec.layers) * spec.page_tokens * spec.rows.row_bytes
-    return rows + sum(spec.boundary_bytes(layer) for layer in spec.layers)
-
-
-def stream_bytes_per_request(spec: CacheSpec) -> int:
-    """Bytes of one request's stream state over all layers."""
-    return sum(spec.stream_bytes(layer) for layer in spec.layers)
-
-
-def report_request(spec: CacheSpec, allocator: PageAllocator, request: Request) -> RequestReport:
+def report_request(spec: CacheSpec, table: RegionTable, allocator: PageAllocator, request: Request) -> RequestReport:
     """One request's share of the cache."""
     history, window = request.pages.history, [page for page in request.pages.window if page >= 0]
     shared_history = sum(allocator.history.owners[page] > 1 for page in history)
     shared_window = sum(allocator.window.owners[page] > 1 for page in window)
-    per_history, per_window = history_page_bytes(spec), window_page_bytes(spec)
-    stream_bytes = stream_bytes_per_request(spec)
+    per_history, per_window = table.bytes_of(Owner.HISTORY_PAGE), table.bytes_of(Owner.WINDOW_PAGE)
+    stream_bytes = table.bytes_of(Owner.STATE_SLOT)
     page_bytes = len(history) * per_history + len(window) * per_window
     ratios = sorted({layer.ratio for layer in spec.layers if layer.ratio})
     return RequestReport(
@@ -174,20 +151,19 @@ def report_request(spec: CacheSpec, allocator: PageAllocator, request: Request) 
 def build_report(
     spec: CacheSpec,
     storage: CacheStorage,
-    pages: PageOwner,
-    ledger: Ledger | None,
+    capacity: Capacity,
+    counts: dict[str, int],
     beside: dict[str, int],
-    bytes_copied: dict[str, int],
+    bytes_copied: dict[str, int] | None = None,
+    requests: tuple[RequestReport, ...] = (),
 ) -> CacheReport:
     """Where the bytes of a cache are; ``beside`` are bytes that are held but lie in no pool, by name."""
-    capacity, by_pool = pages.capacity, storage.bytes_by_pool()
-    snapshots = ledger.snapshots if ledger is not None else ()
-    by_pool["snapshots"] = sum(state.nbytes for taken in snapshots for state in taken.state)
-    by_pool |= beside
-    window_rows = len(spec.layers) * storage.num_window_rows * spec.rows.row_bytes
-    entries = sum(
-        capacity.history_pages * (spec.page_tokens // layer.ratio) * spec.rows.row_bytes for layer in spec.layers if layer.ratio
-    )
+    table, by_pool = storage.table, storage.bytes_by_pool() | beside
+    in_row_pools = {Kind.WINDOW_ROW: 0, Kind.ENTRY: 0}
+    for region in table:
+        if region.kind in in_row_pools:
+            in_row_pools[region.kind] += capacity.count(region.owner) * region.rows_per_owner * region.row_bytes
+    history = table.bytes_of(Owner.HISTORY_PAGE)
     return CacheReport(
         row_format=spec.row_format,
         index_format=spec.index_format,
@@ -195,18 +171,16 @@ def build_report(
         max_tokens=(capacity.history_pages - capacity.reserved_pages) * spec.page_tokens,
         bytes_by_pool=by_pool,
         bytes_in_row_pools={
-            "window_rows": window_rows,
-            "entries": entries,
-            "padding": by_pool["row_pools"] - window_rows - entries,
+            "window_rows": in_row_pools[Kind.WINDOW_ROW],
+            "entries": in_row_pools[Kind.ENTRY],
+            "padding": by_pool["row_pools"] - sum(in_row_pools.values()),
         },
         total_bytes=sum(by_pool.values()),
-        history_bytes_per_token=spec.history_bytes_per_token(),
-        window_page_bytes=window_page_bytes(spec),
-        history_page_bytes=history_page_bytes(spec),
-        stream_bytes_per_request=stream_bytes_per_request(spec),
-        counts=pages.counts(),
-        bytes_copied=dict(bytes_copied),
-        requests=()
-        if ledger is None
-        else tuple(report_request(spec, ledger.allocator, request) for request in ledger.requests),
+        history_bytes_per_token=history / spec.page_tokens,
+        window_page_bytes=table.bytes_of(Owner.WINDOW_PAGE),
+        history_page_bytes=history,
+        stream_bytes_per_request=table.bytes_of(Owner.STATE_SLOT),
+        counts=counts,
+        bytes_copied=bytes_copied or {},
+        requests=requests,
     )

@@ -1,77 +1,10 @@
-"""Who owns which page.
-
-A sequence's tokens fall into pages of ``page_tokens``. Each has a *history page* (entries and index keys, kept as long
-as the sequence) and a *window page* (window rows and boundary state, kept while a query can still reach it).
-`PageAllocator` gives pages out itself, and lets sequences share them until one of them writes. `ExternalPages` reads
-another owner's tables: SGLang's allocator, radix tree and eviction keep working on the same pages.
-"""
+"""Gives out pages and state slots, and lets sequences share pages until one of them writes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
-import torch
-
+from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageGrant, PageList
 from sglang_dsv4.cache.storage import Capacity
 from sglang_dsv4.errors import OutOfPagesError
-
-NULL_PAGE = -1
-
-
-@dataclass(frozen=True)
-class PageTables:
-    """Pages of a batch: ``history`` and ``window``, each ``[B, P]`` int64; `NULL_PAGE` where there is none."""
-
-    history: torch.Tensor
-    window: torch.Tensor
-
-
-class PageOwner(Protocol):
-    """What a cache asks of a page owner."""
-
-    @property
-    def capacity(self) -> Capacity:
-        """Pages and state slots that exist, used or not."""
-
-    def counts(self) -> dict[str, int]:
-        """Pages and slots, by name: total and free, where the owner knows them."""
-
-
-@dataclass
-class PageList:
-    """Pages of one sequence. Page ``k`` holds tokens ``k*page_tokens ..``; released window pages are `NULL_PAGE`."""
-
-    history: list[int] = field(default_factory=list)
-    window: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class PageGrant:
-    """Pages that a plan takes for one sequence.
-
-    Attributes:
-        history (tuple[int, ...]): new history pages, appended to the sequence's.
-        window (tuple[int, ...]): new window pages, likewise.
-        history_copy (int): page that replaces the last history page, which is part full and shared; or `NULL_PAGE`.
-        window_copy (int): likewise of the last window page.
-    """
-
-    history: tuple[int, ...] = ()
-    window: tuple[int, ...] = ()
-    history_copy: int = NULL_PAGE
-    window_copy: int = NULL_PAGE
-
-    def history_pages(self) -> tuple[int, ...]:
-        """Every history page it names, in the order in which they are taken."""
-        return _with_copy(self.history_copy, self.history)
-
-    def window_pages(self) -> tuple[int, ...]:
-        """Every window page it names, likewise."""
-        return _with_copy(self.window_copy, self.window)
-
-
-def _with_copy(copy: int, new: tuple[int, ...]) -> tuple[int, ...]:
-    return new if copy == NULL_PAGE else (copy, *new)
 
 
 class FreeList:
@@ -91,7 +24,10 @@ class FreeList:
         """
         if skip + count > len(self.free):
             raise OutOfPagesError(
-                f"{self.name}: expected {skip + count} free, got {len(self.free)} of {self.size}; nothing was changed"
+                f"{self.name}: expected {skip + count} free, got {len(self.free)} of {self.size}; nothing was changed",
+                self.name,
+                skip + count,
+                len(self.free),
             )
         end = len(self.free) - skip
         return tuple(reversed(self.free[end - count : end]))
@@ -168,17 +104,27 @@ class PageAllocator:
         history, window = _Reservation(self.history), _Reservation(self.window)
         return [self._grant(pages, seq_len, new_len, history, window) for pages, seq_len, new_len in sequences]
 
+    def history_pages_for(self, pages: PageList, seq_len: int, new_len: int) -> int:
+        """How many history pages a sequence takes when it grows from ``seq_len`` to ``new_len`` tokens."""
+        return self._new_pages(pages, new_len) + self._copies(self.history, pages.history, seq_len, new_len)
+
     def _grant(self, pages: PageList, seq_len: int, new_len: int, history: _Reservation, window: _Reservation) -> PageGrant:
-        count = -(-new_len // self.page_tokens) - len(pages.history)
-        writes_into_last = new_len > seq_len and seq_len % self.page_tokens != 0
-        copies_history = writes_into_last and self.history.owners[pages.history[-1]] > 1
-        copies_window = writes_into_last and self.window.owners[pages.window[-1]] > 1
+        count = self._new_pages(pages, new_len)
+        copies_history = self._copies(self.history, pages.history, seq_len, new_len)
+        copies_window = self._copies(self.window, pages.window, seq_len, new_len)
         return PageGrant(
             history_copy=history.name(1)[0] if copies_history else NULL_PAGE,
             window_copy=window.name(1)[0] if copies_window else NULL_PAGE,
             history=history.name(count),
             window=window.name(count),
         )
+
+    def _new_pages(self, pages: PageList, new_len: int) -> int:
+        return -(-new_len // self.page_tokens) - len(pages.history)
+
+    def _copies(self, pool: FreeList, held: Sequence[int], seq_len: int, new_len: int) -> bool:
+        """Whether a sequence that grows writes into a page that it shares."""
+        return new_len > seq_len and seq_len % self.page_tokens != 0 and pool.owners[held[-1]] > 1
 
     def can_reserve(self, grant: PageGrant) -> bool:
         """Whether every page of a grant is free still."""
@@ -219,10 +165,9 @@ class PageAllocator:
                 self.window.share(page)
         return PageList(list(pages.history), list(pages.window))
 
-    def release_window(self, pages: PageList, first_needed: int) -> None:
-        """Release the window pages that end before position ``first_needed``."""
-        past = min(max(first_needed, 0) // self.page_tokens, len(pages.window))
-        for index in range(past - 1, -1, -1):
+    def release_window(self, pages: PageList, needed: range) -> None:
+        """Release the window pages before the first of the page numbers that are needed."""
+        for index in range(min(needed.start, len(pages.window)) - 1, -1, -1):
             if pages.window[index] == NULL_PAGE:
                 return  # pages are released oldest first
             self.window.release(pages.window[index])
@@ -239,40 +184,3 @@ class PageAllocator:
     def release(self, pages: PageList) -> None:
         """Release every page of a sequence."""
         self.shorten(pages, 0)
-
-
-class ExternalPages:
-    """Pages owned by somebody else, who passes tables with each step."""
-
-    def __init__(self, capacity: Capacity) -> None:
-        self._capacity = capacity
-
-    @property
-    def capacity(self) -> Capacity:
-        return self._capacity
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "history_pages": self._capacity.history_pages,
-            "window_pages": self._capacity.window_pages,
-            "state_slots": self._capacity.state_slots,
-        }
-
-
-def _planned(held: list[int], copy: int, new: tuple[int, ...]) -> list[int]:
-    kept = held if copy == NULL_PAGE else [*held[:-1], copy]
-    return [*kept, *new]
-
-
-def stack_tables(sequences: Sequence[tuple[PageList, PageGrant]], device: torch.device) -> PageTables:
-    """Tables of sequences as they will be once their grants are taken."""
-    width = max((len(pages.history) + len(grant.history) for pages, grant in sequences), default=0)
-
-    def stack(rows: list[list[int]]) -> torch.Tensor:
-        padded = [row + [NULL_PAGE] * (width - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=device).view(len(rows), width)
-
-    return PageTables(
-        history=stack([_planned(pages.history, grant.history_copy, grant.history) for pages, grant in sequences]),
-        window=stack([_planned(pages.window, grant.window_copy, grant.window) for pages, grant in sequences]),
-    )

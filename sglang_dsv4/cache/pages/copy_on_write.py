@@ -1,50 +1,39 @@
 """Copy-on-write: which rows of a shared page move when one of its owners writes into it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from sglang_dsv4.cache.pages.allocator import NULL_PAGE
+from sglang_dsv4.cache.pages.tables import NULL_PAGE
 from sglang_dsv4.cache.plan import PlannedRequest, RowCopies
-from sglang_dsv4.spec import CacheSpec
+from sglang_dsv4.cache.regions import Kind, Owner, RegionTable
+from sglang_dsv4.cache.storage import StoredRegion
 
 
-def plan_copies(spec: CacheSpec, items: Sequence[PlannedRequest], device: torch.device) -> RowCopies | None:
-    """Rows that must be in the new pages before a step writes into them.
+def plan_copies(table: RegionTable, items: Sequence[PlannedRequest], device: torch.device) -> RowCopies | None:
+    """Rows that must be in the new pages before a step writes into them; None where nothing is shared.
 
-    Only the page that a request is in the middle of is ever copied: its closed entries, and its window rows that a query
-    can still reach.
+    Only the page that a request is in the middle of is ever copied: of it, the rows that the request needs, also if it is cut
+    back later.
     """
-    ratios = sorted({layer.ratio for layer in spec.layers if layer.ratio})
-    window: list[tuple[int, int]] = []
-    boundary: list[tuple[int, int]] = []
-    history: dict[int, list[tuple[int, int]]] = {ratio: [] for ratio in ratios}
+    moves: dict[tuple[Kind, int], list[tuple[int, int]]] = {}
     for item in items:
         request, grant = item.request, item.grant
-        used = request.seq_len % spec.page_tokens
-        first = request.seq_len - used
-        if grant.window_copy != NULL_PAGE:
-            begin = max(0, spec.first_window_position(request.min_len) - first)
-            old, new = request.pages.window[-1], grant.window_copy
-            boundary.append((old, new))
-            window += _shifted(old, new, spec.page_tokens, begin, used)
-        if grant.history_copy != NULL_PAGE:
-            for ratio in ratios:
-                old, new = request.pages.history[-1], grant.history_copy
-                history[ratio] += _shifted(old, new, spec.page_tokens // ratio, 0, used // ratio)
-    if not window and not boundary and not any(history.values()):
+        page = request.seq_len // table.page_tokens
+        for owner, held, new in (
+            (Owner.HISTORY_PAGE, request.pages.history, grant.history_copy),
+            (Owner.WINDOW_PAGE, request.pages.window, grant.window_copy),
+        ):
+            if new != NULL_PAGE:
+                for region, offsets in table.needed_in_page(owner, page, request.seq_len, request.min_len):
+                    first, target = held[-1] * region.rows_per_owner, new * region.rows_per_owner
+                    moves.setdefault(region.places, []).extend((first + row, target + row) for row in offsets)
+    if not moves:
         return None
-    return RowCopies(
-        window=_pair(window, device),
-        boundary=_pair(boundary, device),
-        history={ratio: _pair(moves, device) for ratio, moves in history.items()},
-    )
+    stacked = {places: torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2) for places, rows in moves.items()}
+    return RowCopies({places: (pairs[:, 0], pairs[:, 1]) for places, pairs in stacked.items()})
 
 
-def _shifted(old: int, new: int, per_page: int, begin: int, end: int) -> list[tuple[int, int]]:
-    return [(old * per_page + row, new * per_page + row) for row in range(begin, end)]
-
-
-def _pair(moves: list[tuple[int, int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    stacked = torch.tensor(moves, dtype=torch.int64, device=device).view(-1, 2)
-    return stacked[:, 0], stacked[:, 1]
+def copy_rows(copies: RowCopies, regions: Iterable[StoredRegion]) -> int:
+    """Move the rows of some regions; returns how many bytes."""
+    return sum(stored.copy(*copies.moves[stored.region.places]) for stored in regions if stored.region.places in copies.moves)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_dsv4.cache.pages.allocator import PageList
+from sglang_dsv4.cache.pages.tables import PageList
 
 
 class Request:
@@ -17,9 +17,11 @@ class Request:
         min_len (int): the shortest length it can be truncated to without a snapshot.
         pages (PageList): its pages.
         changed_at (int): the cache's epoch when it changed last; a plan made before is stale.
+        is_damaged (bool): an operation on it failed half way.
+        extra (dict[str, str]): what was saved with it, if it was loaded.
     """
 
-    __slots__ = ("changed_at", "min_len", "pages", "req_id", "seq_len", "state_slot")
+    __slots__ = ("changed_at", "extra", "is_damaged", "min_len", "pages", "req_id", "seq_len", "state_slot")
 
     def __init__(self, req_id: int, state_slot: int) -> None:
         self.req_id = req_id
@@ -28,6 +30,8 @@ class Request:
         self.min_len = 0
         self.pages = PageList()
         self.changed_at = 0
+        self.is_damaged = False
+        self.extra: dict[str, str] = {}
 
     def tail_len(self, ratio: int) -> int:
         """Tokens of the open block: ``seq_len % ratio``."""
@@ -45,7 +49,7 @@ class Request:
 class Snapshot:
     """One moment of a sequence: it shares the pages of that moment and holds a copy of the stream state.
 
-    Made by `CompressedKVCache.snapshot`; held until `CompressedKVCache.release`.
+    Made by `CompressedKVCache.snapshot`; held until `CompressedKVCache.close`.
 
     Attributes:
         snapshot_id (int): never used twice by one cache.
@@ -53,7 +57,7 @@ class Snapshot:
         seq_len (int): its tokens.
         min_len (int): as in `Request`.
         pages (PageList): its pages.
-        state (tuple[torch.Tensor, ...]): its rows of every stream-state tensor, in the order of the layers.
+        state (tuple[torch.Tensor, ...]): its rows of every stream-state tensor, in the order of the layers; empty where pages alone are held.
     """
 
     snapshot_id: int

@@ -4,14 +4,15 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from sglang_dsv4.cache.pages.allocator import NULL_PAGE, PageAllocator, PageGrant, PageList
+from sglang_dsv4.cache.pages.allocator import PageAllocator
 from sglang_dsv4.cache.pages.request import Request, Snapshot
+from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageGrant, PageList
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
-from sglang_dsv4.errors import StalePlanError, TruncateError, UnknownRequestError
-from sglang_dsv4.spec import CacheSpec
+from sglang_dsv4.cache.regions import RegionTable
+from sglang_dsv4.errors import DamagedRequestError, StalePlanError, TruncateError, UnknownRequestError
 
 
-class Ledger:
+class Requests:
     """Requests and snapshots of a cache that owns its pages.
 
     Every method either does all it says, or raises before it changes anything.
@@ -20,9 +21,10 @@ class Ledger:
         epoch (int): goes up with every change. A plan is stale when one of its requests changed after the plan's epoch.
     """
 
-    def __init__(self, spec: CacheSpec, allocator: PageAllocator) -> None:
-        self.spec = spec
+    def __init__(self, table: RegionTable, max_draft_tokens: int, allocator: PageAllocator) -> None:
         self.allocator = allocator
+        self._table = table
+        self._max_draft_tokens = max_draft_tokens
         self.epoch = 0
         self._requests: dict[int, Request] = {}
         self._snapshots: dict[int, Snapshot] = {}
@@ -31,7 +33,7 @@ class Ledger:
         self._next_id = 0
 
     @property
-    def requests(self) -> tuple[Request, ...]:
+    def opened(self) -> tuple[Request, ...]:
         """Open requests, oldest first."""
         return tuple(self._requests.values())
 
@@ -77,21 +79,27 @@ class Ledger:
         self._change(request)  # a plan made before does not know that its last page is shared now
         return twin
 
+    def next_slot(self) -> int:
+        """The state slot that the next sequence to be opened gets; free until then.
+
+        Raises:
+            OutOfPagesError: every state slot is taken.
+        """
+        return self.allocator.slots.peek(0, 1)[0]
+
     def adopt(self, seq_len: int, min_len: int) -> Request:
         """Start a sequence of a given length over fresh pages, for rows that come from elsewhere.
 
         Raises:
             OutOfPagesError: not enough pages or state slots.
         """
-        allocator, page_tokens = self.allocator, self.spec.page_tokens
-        count = -(-seq_len // page_tokens)
-        first = self.spec.first_window_position(min_len) // page_tokens
-        history = allocator.history.peek(0, count)
-        window = allocator.window.peek(0, count - min(first, count))
+        allocator, needed = self.allocator, self._table.window_pages(seq_len, min_len)
+        history = allocator.history.peek(0, needed.stop)
+        window = allocator.window.peek(0, len(needed))
         request = self.open(seq_len, min_len)
         allocator.history.take(history)
         allocator.window.take(window)
-        request.pages = PageList(list(history), [NULL_PAGE] * (count - len(window)) + list(window))
+        request.pages = PageList(list(history), [NULL_PAGE] * needed.start + list(window))
         return request
 
     def close(self, request: Request) -> None:
@@ -103,20 +111,22 @@ class Ledger:
         del self._requests[request.req_id]
         self._change(request)
 
-    def keep(self, request: Request, pages: PageList, min_len: int, state: tuple[torch.Tensor, ...]) -> Snapshot:
-        """Take a snapshot of a settled request that shares some or all of its pages."""
-        self.check_settled(request)
-        snapshot = Snapshot(
-            snapshot_id=self._new_id(),
-            req_id=request.req_id,
-            seq_len=request.seq_len,
-            min_len=min_len,
-            pages=self.allocator.share(pages),
-            state=state,
+    def keep(self, request: Request, state: tuple[torch.Tensor, ...]) -> Snapshot:
+        """Take a snapshot of a settled request that shares its pages."""
+        return self._keep(request, request.pages, request.min_len, state)
+
+    def keep_page_cut(self, request: Request) -> Snapshot:
+        """Take a snapshot of a settled request that ends at a page boundary: of the pages that a cut there needs, no state.
+
+        Raises:
+            ValueError: it ends elsewhere.
+        """
+        history, window = self._table.page_cut(request.seq_len)
+        pages = PageList(
+            [request.pages.history[index] for index in history],
+            [page if index in window else NULL_PAGE for index, page in enumerate(request.pages.window)],
         )
-        self._snapshots[snapshot.snapshot_id] = snapshot
-        self._change(request)
-        return snapshot
+        return self._keep(request, pages, request.seq_len, ())
 
     def release(self, snapshot: Snapshot) -> None:
         """Drop a snapshot and release what it holds."""
@@ -137,6 +147,10 @@ class Ledger:
         grants = self.allocator.grant([(request.pages, request.seq_len, request.seq_len + new) for request, new in items])
         return tuple(PlannedRequest(request, new, grant) for (request, new), grant in zip(items, grants, strict=True))
 
+    def history_pages_for(self, growth: Sequence[tuple[Request, int]]) -> int:
+        """How many history pages requests take when each grows by so many tokens."""
+        return sum(self.allocator.history_pages_for(r.pages, r.seq_len, r.seq_len + count) for r, count in growth)
+
     def begin(self, plan: StepPlan) -> None:
         """Hold a plan's pages from its first write on."""
         self.allocator.reserve([item.grant for item in plan.items])
@@ -150,35 +164,26 @@ class Ledger:
             request = item.request
             self.allocator.settle(request.pages, item.grant)
             request.seq_len += item.num_new_tokens
-            request.min_len = max(request.min_len, request.seq_len - self.spec.max_draft_tokens)
-            first = self.spec.first_window_position(request.min_len)
-            self.allocator.release_window(request.pages, first)
+            request.min_len = max(request.min_len, request.seq_len - self._max_draft_tokens)
+            self._release_window(request)
             self._change(request)
 
-    def abandon(self, plan: StepPlan) -> tuple[PlannedRequest, ...]:
-        """Give back what a step holds; returns the requests that were still part of it.
+    def items_of(self, plan: StepPlan) -> tuple[PlannedRequest, ...]:
+        """The requests that are still part of a step under way."""
+        return tuple(self._steps[plan].values())
 
-        Raises:
-            StalePlanError: it is over.
-        """
-        if plan not in self._steps:
-            raise StalePlanError(
-                "plan: expected one that was appended and is under way, got one that was committed or abandoned, "
-                "or whose requests are all closed"
-            )
-        items = tuple(self._steps.pop(plan).values())
-        for item in reversed(items):
+    def abandon(self, plan: StepPlan) -> None:
+        """Give back what a step under way holds."""
+        for item in reversed(self._steps.pop(plan).values()):
             self.allocator.withdraw(item.grant)
             self._change(item.request)
-        return items
 
     def narrow(self, item: PlannedRequest) -> None:
         """Note that tokens which did not come have used up room for rolling back."""
         request = item.request
-        reached = request.seq_len + item.num_new_tokens - self.spec.max_draft_tokens
+        reached = request.seq_len + item.num_new_tokens - self._max_draft_tokens
         request.min_len = min(request.seq_len, max(request.min_len, reached))
-        first = self.spec.first_window_position(request.min_len)
-        self.allocator.release_window(request.pages, first)
+        self._release_window(request)
 
     def shorten(self, request: Request, seq_len: int) -> None:
         """Roll a request back by at most the draft tokens.
@@ -206,6 +211,7 @@ class Ledger:
         self.allocator.release(request.pages)
         request.pages = shared
         request.seq_len, request.min_len = snapshot.seq_len, snapshot.min_len
+        request.is_damaged = False
         self._change(request)
 
     def check_open(self, request: Request) -> None:
@@ -214,8 +220,12 @@ class Ledger:
             raise UnknownRequestError(f"{request}: expected a request opened by this cache and not closed")
 
     def check_settled(self, request: Request) -> None:
-        """Raise unless the request is open here and no appended plan of it waits for its commit."""
+        """Raise unless the request is open here, whole, and no appended plan of it waits for its commit."""
         self.check_open(request)
+        if request.is_damaged:
+            raise DamagedRequestError(
+                f"{request}: its stream state was left half written by a rewind that failed; expected rewind or close first"
+            )
         if self._step_of(request) is not None:
             raise StalePlanError(f"{request}: its last plan was appended; expected commit, abandon or close first")
 
@@ -236,7 +246,7 @@ class Ledger:
                     "plan: one of its requests was closed or cut back; expected abandon, then a new plan of the others"
                 )
             return
-        if plan.appended:
+        if plan.started:
             raise StalePlanError("plan: expected a new one, got one that is over")
         for item in plan.items:
             self.check_settled(item.request)
@@ -252,6 +262,24 @@ class Ledger:
         """A number that this cache has not used for a request or snapshot."""
         self._next_id += 1
         return self._next_id - 1
+
+    def _keep(self, request: Request, pages: PageList, min_len: int, state: tuple[torch.Tensor, ...]) -> Snapshot:
+        self.check_settled(request)
+        snapshot = Snapshot(
+            snapshot_id=self._new_id(),
+            req_id=request.req_id,
+            seq_len=request.seq_len,
+            min_len=min_len,
+            pages=self.allocator.share(pages),
+            state=state,
+        )
+        self._snapshots[snapshot.snapshot_id] = snapshot
+        self._change(request)
+        return snapshot
+
+    def _release_window(self, request: Request) -> None:
+        needed = self._table.window_pages(request.seq_len, request.min_len)
+        self.allocator.release_window(request.pages, needed)
 
     def _change(self, request: Request) -> None:
         self.epoch += 1

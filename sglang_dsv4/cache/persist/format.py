@@ -20,13 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 
-from sglang_dsv4.cache.persist.contents import Shapes
-from sglang_dsv4.cache.persist.rows import Tensors
+from sglang_dsv4.cache.persist.rows import Shapes, Tensors
 from sglang_dsv4.errors import SavedFileError
 from sglang_dsv4.spec import CacheSpec
 
 FORMAT = "sglang-dsv4 saved sequence"
-VERSION = 1
+VERSION = 2
 BLOB_FOLDER = "dsv4kv-pages"
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".dsv4kv-", ".tmp"  # of a file that is not whole yet
 _BLOB_NAME = re.compile(r"([0-9a-f]{64})?\Z")  # empty: a page that is not held

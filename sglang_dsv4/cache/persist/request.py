@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from sglang_dsv4.cache.pages.allocator import NULL_PAGE
 from sglang_dsv4.cache.pages.request import Request
-from sglang_dsv4.cache.pages.requests import Ledger
-from sglang_dsv4.cache.persist.contents import history_shapes, state_shapes, window_shapes
+from sglang_dsv4.cache.pages.requests import Requests
+from sglang_dsv4.cache.pages.tables import NULL_PAGE
 from sglang_dsv4.cache.persist.format import BlobReader, BlobWriter, Manifest
-from sglang_dsv4.cache.persist.rows import Transfer
+from sglang_dsv4.cache.persist.rows import Tensors, Transfer, shapes_of
+from sglang_dsv4.cache.regions import Owner, RegionTable
 from sglang_dsv4.errors import SavedFileError
 from sglang_dsv4.spec import CacheSpec
 
@@ -19,9 +19,9 @@ def save_request(spec: CacheSpec, transfer: Transfer, request: Request, path: Pa
     pages = request.pages
     try:
         with BlobWriter(path) as writer:
-            history = [writer.add(transfer.read_history(request, index)) for index in range(len(pages.history))]
+            history = [writer.add(transfer.read(request, Owner.HISTORY_PAGE, index)) for index in range(len(pages.history))]
             window = [
-                "" if page == NULL_PAGE else writer.add(transfer.read_window(request, index))
+                "" if page == NULL_PAGE else writer.add(transfer.read(request, Owner.WINDOW_PAGE, index))
                 for index, page in enumerate(pages.window)
             ]
             manifest = Manifest(
@@ -31,7 +31,7 @@ def save_request(spec: CacheSpec, transfer: Transfer, request: Request, path: Pa
                 min_len=request.min_len,
                 history=history,
                 window=window,
-                state=writer.add(transfer.read_state(request)),
+                state=writer.add(transfer.read(request, Owner.STATE_SLOT)),
                 tensors=writer.tensors,
                 extra=extra,
             )
@@ -40,50 +40,51 @@ def save_request(spec: CacheSpec, transfer: Transfer, request: Request, path: Pa
         raise SavedFileError(f"{path}: cannot be written, nothing was saved: {error}") from error
 
 
-def load_request(spec: CacheSpec, ledger: Ledger, transfer: Transfer, path: Path) -> tuple[Request, dict[str, str]]:
+def load_request(spec: CacheSpec, requests: Requests, transfer: Transfer, path: Path) -> Request:
     """Read a sequence into fresh pages; see `CompressedKVCache.load`.
 
     Every blob is read once, checked, and held on the host until all are: as much memory as the sequence takes on disk.
     """
     manifest = Manifest.read(path, spec)
-    _check_page_counts(manifest, spec, path)
+    table, seq_len, min_len = RegionTable(spec), manifest.seq_len, manifest.min_len
+    _check_lengths(manifest, spec, table, path)
     reader = BlobReader(path, manifest)
-    seq_len, min_len = manifest.seq_len, manifest.min_len
-    history = [reader.read(name, history_shapes(spec, seq_len, index)) for index, name in enumerate(manifest.history)]
-    window = {
-        index: reader.read(name, window_shapes(spec, seq_len, min_len, index))
-        for index, name in enumerate(manifest.window)
-        if name
-    }
-    state = reader.read(manifest.state, state_shapes(spec, seq_len, min_len))
-    request = ledger.adopt(seq_len, min_len)
+
+    def read(name: str, owner: Owner, page: int = 0) -> Tensors:
+        return reader.read(name, shapes_of(table, owner, seq_len, min_len, page))
+
+    pieces = [(Owner.HISTORY_PAGE, index, read(name, Owner.HISTORY_PAGE, index)) for index, name in enumerate(manifest.history)]
+    pieces += [
+        (Owner.WINDOW_PAGE, index, read(name, Owner.WINDOW_PAGE, index)) for index, name in enumerate(manifest.window) if name
+    ]
+    pieces.append((Owner.STATE_SLOT, 0, read(manifest.state, Owner.STATE_SLOT)))
+    request = requests.adopt(seq_len, min_len)
     finished = False
     try:
-        for index, tensors in enumerate(history):
-            transfer.write_history(request, index, tensors)
-        for index, tensors in window.items():
-            transfer.write_window(request, index, tensors)
-        transfer.write_state(request, state)
+        for owner, page, tensors in pieces:
+            transfer.write(request, owner, page, tensors)
+        request.extra = dict(manifest.extra)
         finished = True
     finally:
         if not finished:
-            ledger.close(request)
-    return request, dict(manifest.extra)
+            requests.close(request)
+    return request
 
 
-def _check_page_counts(manifest: Manifest, spec: CacheSpec, path: Path) -> None:
+def _check_lengths(manifest: Manifest, spec: CacheSpec, table: RegionTable, path: Path) -> None:
     seq_len, min_len = manifest.seq_len, manifest.min_len
+    pages = table.num_pages(seq_len)
+    if (len(manifest.history), len(manifest.window)) != (pages, pages):
+        raise SavedFileError(
+            f"{path}: expected {pages} history and window pages for {seq_len} tokens, got {len(manifest.history)} and "
+            f"{len(manifest.window)}"
+        )
     if not max(0, seq_len - spec.max_draft_tokens) <= min_len <= seq_len:
         raise SavedFileError(
             f"{path}: expected a sequence that can be cut back by at most {spec.max_draft_tokens} tokens, "
             f"got one of {seq_len} tokens with min_len {min_len}"
         )
-    count = -(-seq_len // spec.page_tokens)
-    first = spec.first_window_position(min_len) // spec.page_tokens
-    held = [index >= first for index in range(count)]
-    got = [bool(name) for name in manifest.window]
-    if len(manifest.history) != count or got != held:
-        raise SavedFileError(
-            f"{path}: expected {count} history pages and window pages {held} for {seq_len} tokens, "
-            f"got {len(manifest.history)} and {got}"
-        )
+    needed = table.window_pages(seq_len, min_len)
+    held = [index for index, name in enumerate(manifest.window) if name]
+    if held != list(needed):
+        raise SavedFileError(f"{path}: expected window pages {list(needed)} of {pages}, got {held}")

@@ -1,128 +1,69 @@
-"""A sequence's rows and state as named tensors on the host, and back."""
+"""A sequence's rows as named tensors on the host, and back."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from dsv4_kernels.row_codec import naive_put_row_bytes, naive_row_bytes
-from sglang_dsv4.cache.layer import LayerCache
-from sglang_dsv4.cache.pages.allocator import NULL_PAGE
 from sglang_dsv4.cache.pages.request import Request
-from sglang_dsv4.cache.persist.contents import first_accumulator_position, first_stream_position, window_range
-from sglang_dsv4.spec import CacheSpec
+from sglang_dsv4.cache.regions import Owner, Ranges, Region, RegionTable
+from sglang_dsv4.cache.storage import LayerStorage, StoredRegion
 
 Tensors = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Transfer:
-    """Moves what a sequence needs, and nothing that others left in its pages or its state row.
+    """Moves what a sequence needs, and nothing that others left in its pages or its state slot.
+
+    A *piece* of a sequence is one of its history pages, one of its window pages, or its stream state.
 
     Args:
-        spec (CacheSpec): the cache's.
-        layers (Sequence[LayerCache]): its layers.
+        table (RegionTable): the cache's.
+        layers (Sequence[LayerStorage]): its memory.
     """
 
-    def __init__(self, spec: CacheSpec, layers: Sequence[LayerCache]) -> None:
-        self._spec = spec
-        self._layers = layers
+    def __init__(self, table: RegionTable, layers: Sequence[LayerStorage]) -> None:
+        self._table = table
+        self._stored = [stored for layer in layers for stored in layer.regions]
 
-    def read_history(self, request: Request, index: int) -> Tensors:
-        """Closed entries and index keys of the request's history page ``index``, as stored bytes."""
-        return {name: stored.cpu() for name, stored in self._history(request, index)}
+    def read(self, request: Request, owner: Owner, page: int = 0) -> Tensors:
+        """The rows of a piece that the request needs, as they are stored.
 
-    def write_history(self, request: Request, index: int, tensors: Tensors) -> None:
-        """Put back what `read_history` returned."""
-        self._history_put(request, index, tensors)
+        Args:
+            request (Request): a settled request.
+            owner (Owner): which kind of piece.
+            page (int): which of the request's pages, by its place in the sequence; of no meaning for stream state.
+        """
+        return {stored.region.name: stored.read(rows).cpu() for stored, rows in self._rows(request, owner, page)}
 
-    def read_window(self, request: Request, index: int) -> Tensors:
-        """Reachable window rows, and boundary state, of the request's window page ``index``."""
-        found: Tensors = {}
-        begin, end, boundary_rows = self._window_range(request, index)
-        for layer, name, rows in self._window_rows(request, index, begin, end):
-            found[name] = naive_row_bytes(layer.storage.pool, rows, self._spec.rows).cpu()
-        for name, boundary in self._boundary(request, index, boundary_rows):
-            found[name] = boundary.clone().cpu()
-        return found
+    def write(self, request: Request, owner: Owner, page: int, tensors: Tensors) -> None:
+        """Put back what `read` returned."""
+        for stored, rows in self._rows(request, owner, page):
+            stored.write(rows, tensors[stored.region.name])
 
-    def write_window(self, request: Request, index: int, tensors: Tensors) -> None:
-        """Put back what `read_window` returned."""
-        begin, end, boundary_rows = self._window_range(request, index)
-        for layer, name, rows in self._window_rows(request, index, begin, end):
-            stored = tensors[name].to(rows.device)
-            naive_put_row_bytes(layer.storage.pool, rows, stored, self._spec.rows)
-        for name, boundary in self._boundary(request, index, boundary_rows):
-            boundary.copy_(tensors[name])
+    def _rows(self, request: Request, owner: Owner, page: int) -> Iterator[tuple[StoredRegion, torch.Tensor]]:
+        held = {
+            Owner.HISTORY_PAGE: request.pages.history,
+            Owner.WINDOW_PAGE: request.pages.window,
+            Owner.STATE_SLOT: [request.state_slot],
+        }[owner][page]
+        for stored in self._stored:
+            region = stored.region
+            if region.owner is owner:
+                indices = [i for r in needed_of(region, request.seq_len, request.min_len, page) for i in r]
+                index = torch.tensor(indices, dtype=torch.int64, device=stored.tensor.device)
+                yield stored, held * region.rows_per_owner + index % region.rows_per_owner
 
-    def read_state(self, request: Request) -> Tensors:
-        """Stream rows and accumulators that the request can still need."""
-        return {name: state[request.state_slot, rows].cpu() for name, state, rows in self._state(request)}
 
-    def write_state(self, request: Request, tensors: Tensors) -> None:
-        """Put back what `read_state` returned."""
-        for name, state, rows in self._state(request):
-            state[request.state_slot, rows] = tensors[name].to(state.device)
+def needed_of(region: Region, seq_len: int, min_len: int, page: int) -> Ranges:
+    """The indices of a region that a sequence needs of one piece."""
+    ranges = region.needed(seq_len, min_len)
+    return ranges if region.owner is Owner.STATE_SLOT else region.of_page(ranges, page)
 
-    def _history_rows(self, layer: LayerCache, request: Request, index: int) -> torch.Tensor:
-        per_page = self._spec.page_tokens // layer.layer.ratio
-        closed = min(request.num_entries(layer.layer.ratio) - index * per_page, per_page)
-        first = request.pages.history[index] * per_page
-        return first + torch.arange(closed, device=layer.storage.pool.device)
 
-    def _history(self, request: Request, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        for layer in self._layers:
-            if layer.layer.ratio:
-                name, rows = (f"layer.{layer.layer.layer_id}", self._history_rows(layer, request, index))
-                entries = naive_row_bytes(layer.storage.pool, layer.num_window_rows + rows, self._spec.rows)
-                yield f"{name}.entries", entries
-                if layer.storage.index_pool is not None:
-                    keys = naive_row_bytes(layer.storage.index_pool, rows, self._spec.index_keys)
-                    yield f"{name}.index_keys", keys
-
-    def _history_put(self, request: Request, index: int, tensors: Tensors) -> None:
-        for layer in self._layers:
-            if layer.layer.ratio:
-                name, rows = (f"layer.{layer.layer.layer_id}", self._history_rows(layer, request, index))
-                entries = tensors[f"{name}.entries"].to(rows.device)
-                naive_put_row_bytes(layer.storage.pool, layer.num_window_rows + rows, entries, self._spec.rows)
-                if layer.storage.index_pool is not None:
-                    keys = tensors[f"{name}.index_keys"].to(rows.device)
-                    naive_put_row_bytes(layer.storage.index_pool, rows, keys, self._spec.index_keys)
-
-    def _window_range(self, request: Request, index: int) -> tuple[int, int, int]:
-        """First and last row of a page that a query can reach, and how many rows of its boundary state are written."""
-        assert request.pages.window[index] != NULL_PAGE, "a window page that is held"
-        begin, end = window_range(self._spec, request.seq_len, request.min_len, index)
-        return begin, end, end - self._spec.page_tokens
-
-    def _window_rows(
-        self, request: Request, index: int, begin: int, end: int
-    ) -> Iterator[tuple[LayerCache, str, torch.Tensor]]:
-        page = request.pages.window[index] * self._spec.page_tokens
-        for layer in self._layers:
-            rows = page + torch.arange(begin, end, device=layer.storage.pool.device)
-            yield layer, f"layer.{layer.layer.layer_id}.window", rows
-
-    def _boundary(self, request: Request, index: int, missing: int) -> Iterator[tuple[str, torch.Tensor]]:
-        page = request.pages.window[index]
-        for layer in self._layers:
-            for part, store in (("main", layer.storage.main), ("index", layer.storage.index)):
-                if store is not None:
-                    written = max(0, store.boundary.shape[1] + missing)
-                    yield (f"layer.{layer.layer.layer_id}.boundary.{part}", store.boundary[page, :written])
-
-    def _state(self, request: Request) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        for layer in self._layers:
-            ratio, storage = layer.layer.ratio, layer.storage
-            for part, store in (("main", storage.main), ("index", storage.index)):
-                if store is not None:
-                    first = first_stream_position(request.min_len, ratio)
-                    rows = self._ring(first, request.seq_len, store.streams)
-                    yield f"layer.{layer.layer.layer_id}.streams.{part}", store.streams, rows
-            if storage.accumulators is not None:
-                first = first_accumulator_position(request.min_len)
-                rows = self._ring(first, request.seq_len, storage.accumulators)
-                yield f"layer.{layer.layer.layer_id}.accumulators", storage.accumulators, rows
-
-    @staticmethod
-    def _ring(first: int, last: int, state: torch.Tensor) -> torch.Tensor:
-        return torch.arange(first, last, device=state.device) % state.shape[1]
+def shapes_of(table: RegionTable, owner: Owner, seq_len: int, min_len: int, page: int = 0) -> Shapes:
+    """What `Transfer.read` returns for a sequence of these lengths."""
+    return {
+        region.name: StoredRegion.layout(region, sum(map(len, needed_of(region, seq_len, min_len, page))))
+        for region in table.owned_by(owner)
+    }

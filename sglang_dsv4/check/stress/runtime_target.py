@@ -84,7 +84,7 @@ class RuntimeTarget:
         self.runtime.collect()
         self.runtime.index.clear()
         self.runtime.cache.check_integrity(memory=True)
-        counts = self.runtime.cache.pages.counts()
+        counts = self.runtime.cache.report().counts
         usage = {}
         for pool in ("history_pages", "window_pages", "state_slots"):
             total, free = counts[pool], counts[f"{pool}_free"]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
-from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache import ExternalKVCache
 from sglang_dsv4.errors import UnsupportedError
 
 PROBED_POSITIONS = 256
@@ -18,7 +18,7 @@ def _complex_table(rope: RopeSpec, num_positions: int, device: torch.device) -> 
     return torch.complex(cos.contiguous(), sin.contiguous())
 
 
-def unscale_window_rope(model: Any, cache: CompressedKVCache) -> list[int]:
+def unscale_window_rope(model: Any, cache: ExternalKVCache) -> list[int]:
     """Give window-only layers their plain RoPE.
 
     SGLang 0.5.17 applies YaRN to every layer; the released model applies it to compressing layers only. The cache holds
@@ -26,7 +26,7 @@ def unscale_window_rope(model: Any, cache: CompressedKVCache) -> list[int]:
 
     Args:
         model (Any): SGLang's DeepseekV4ForCausalLM.
-        cache (CompressedKVCache): knows each layer's RoPE.
+        cache (ExternalKVCache): knows each layer's RoPE.
 
     Returns:
         list[int]: layers whose table was replaced; none where SGLang's was right.
@@ -44,14 +44,14 @@ def unscale_window_rope(model: Any, cache: CompressedKVCache) -> list[int]:
     return replaced
 
 
-def check_rope(model: Any, cache: CompressedKVCache) -> None:
+def check_rope(model: Any, cache: ExternalKVCache) -> None:
     """Compare the rotation of queries with that of the cache's rows.
 
     Raises:
         UnsupportedError: a layer's tables differ by more than rounding, `ROPE_TOLERANCE`.
     """
     for layer in cache.spec.layers:
-        table = cache.storage.rope_tables[layer.rope][:PROBED_POSITIONS]
+        table = cache.layers[layer.layer_id].rope_table[:PROBED_POSITIONS]
         cos, sin = table.chunk(2, dim=1)
         freqs = model.model.layers[layer.layer_id].self_attn.freqs_cis[: len(table)]
         error = max((freqs.real - cos).abs().max().item(), (freqs.imag - sin).abs().max().item())

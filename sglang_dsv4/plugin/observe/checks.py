@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_dsv4.cache import CompressedKVCache, StepPlan
+from sglang_dsv4.cache import ExternalKVCache, StepPlan
 from sglang_dsv4.cache.inspect.checksums import Finding, RowSums
 from sglang_dsv4.cache.inspect.dump import SequenceFacts, write_dump
-from sglang_dsv4.cache.inspect.reach import Spans
+from sglang_dsv4.cache.regions import SequenceBatch
 from sglang_dsv4.errors import CacheInvariantError, SavedFileError
 from sglang_dsv4.plugin.install.options import CHECK_LEVELS
 
@@ -27,7 +27,7 @@ class ServingChecks:
     whose length is a whole number of pages: at every prefix hit, between chunks of a prompt, and every page while decoding.
 
     Args:
-        cache (CompressedKVCache): over pages of SGLang.
+        cache (ExternalKVCache): over pages of SGLang.
         level (str): ``boundary`` or ``step``.
         folder (Path): where a dump goes.
 
@@ -39,13 +39,13 @@ class ServingChecks:
             same, a prefix hit or not, wherever they lie.
     """
 
-    def __init__(self, cache: CompressedKVCache, level: str, folder: Path) -> None:
+    def __init__(self, cache: ExternalKVCache, level: str, folder: Path) -> None:
         if level not in CHECK_LEVELS[1:]:
             raise ValueError(f"level: expected one of {CHECK_LEVELS[1:]}, got {level!r}")
         self._cache = cache
         self._level = level
         self._folder = folder
-        self._sums = RowSums(cache.spec, cache.layers, cache.pages.capacity)
+        self._sums = RowSums(cache.storage.layers, cache.capacity)
         self.num_run = 0
         self.num_failed = 0
         self.digests: OrderedDict[str, tuple[int, str]] = OrderedDict()
@@ -67,11 +67,11 @@ class ServingChecks:
         ]
         if not chosen:
             return
-        spans = _spans(plan, chosen, [begins[number] for number in chosen])
+        batch = _batch_of(plan, chosen, [begins[number] for number in chosen])
         self.num_run += 1
-        finding = self._sums.verify(spans)
+        finding = self._sums.verify(batch)
         if finding is not None:
-            self._fail(finding, spans, [names[number] for number in chosen])
+            self._fail(finding, batch, [names[number] for number in chosen])
 
     def after(self, plan: StepPlan, names: Sequence[str]) -> None:
         """Keep the checksums of what a step wrote.
@@ -80,18 +80,18 @@ class ServingChecks:
             CacheInvariantError: some of it is not finite; a dump was written.
         """
         begins, ends = _lengths(plan)
-        spans = _spans(plan, list(range(len(ends))), ends)
+        batch = _batch_of(plan, list(range(len(ends))), ends)
         if self._level == "step":
-            self._keep_digests(spans, names)
-        finding = self._sums.record(spans, begins)
+            self._keep_digests(batch, names)
+        finding = self._sums.record(batch, begins)
         if finding is not None:
-            self._fail(finding, spans, names)
+            self._fail(finding, batch, names)
 
     def facts(self) -> dict[str, Any]:
         """The level, what has been done, and what it takes."""
         return {"level": self._level, "run": self.num_run, "failed": self.num_failed, "bytes": self._sums.nbytes}
 
-    def _fail(self, finding: Finding, spans: Spans, names: Sequence[str]) -> None:
+    def _fail(self, finding: Finding, batch: SequenceBatch, names: Sequence[str]) -> None:
         self.num_failed += 1
         message = finding.message(names[finding.owner])
         path = self._folder / f"dsv4-dump-{os.getpid()}-{time.time_ns()}.safetensors"
@@ -103,7 +103,7 @@ class ServingChecks:
             "comparisons before": self.num_run,
         }
         try:
-            write_dump(path, finding, _facts_of(spans, names, spec.page_tokens), facts)
+            write_dump(path, finding, _facts_of(batch, names, spec.page_tokens), facts)
             left = f"see `python -m sglang_dsv4 inspect {path}`"
         except SavedFileError as error:
             left = f"no dump, {error}"
@@ -111,9 +111,9 @@ class ServingChecks:
         logger.error("sglang_dsv4: integrity check failed, the server stops: %s; %s", message, left)
         raise CacheInvariantError(f"{message}; {left}")
 
-    def _keep_digests(self, spans: Spans, names: Sequence[str]) -> None:
-        found = self._sums.digests(spans)
-        for name, length, digest in zip(names, spans.seq_lens, found, strict=True):
+    def _keep_digests(self, batch: SequenceBatch, names: Sequence[str]) -> None:
+        found = self._sums.digests(batch)
+        for name, length, digest in zip(names, batch.seq_lens, found, strict=True):
             self.digests.pop(name, None)
             self.digests[name] = (length, digest)
         while len(self.digests) > DIGESTS_KEPT:
@@ -127,10 +127,10 @@ def _lengths(plan: StepPlan) -> tuple[list[int], list[int]]:
     return [end - count for end, count in zip(ends, new, strict=True)], ends
 
 
-def _spans(plan: StepPlan, chosen: list[int], lengths: list[int]) -> Spans:
+def _batch_of(plan: StepPlan, chosen: list[int], lengths: list[int]) -> SequenceBatch:
     step = plan.step
     slots = step.state_slots.tolist()
-    return Spans(
+    return SequenceBatch(
         seq_lens=lengths,
         min_lens=lengths,
         state_slots=[slots[number] for number in chosen],
@@ -139,17 +139,17 @@ def _spans(plan: StepPlan, chosen: list[int], lengths: list[int]) -> Spans:
     )
 
 
-def _facts_of(spans: Spans, names: Sequence[str], page_tokens: int) -> list[SequenceFacts]:
+def _facts_of(batch: SequenceBatch, names: Sequence[str], page_tokens: int) -> list[SequenceFacts]:
     facts = []
-    for number, (name, length) in enumerate(zip(names, spans.seq_lens, strict=True)):
+    for number, (name, length) in enumerate(zip(names, batch.seq_lens, strict=True)):
         pages = -(-length // page_tokens)
         facts.append(
             SequenceFacts(
                 name=name,
                 seq_len=length,
-                state_slot=spans.state_slots[number],
-                history_pages=spans.history[number, :pages].tolist(),
-                window_pages=spans.window[number, :pages].tolist(),
+                state_slot=batch.state_slots[number],
+                history_pages=batch.history[number, :pages].tolist(),
+                window_pages=batch.window[number, :pages].tolist(),
             )
         )
     return facts

@@ -4,12 +4,12 @@ from dataclasses import asdict
 from typing import Any
 
 from sglang_dsv4 import __version__
-from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.cache import ExternalKVCache
 
 _MIB = 1 << 20
 
 
-def describe(cache: CompressedKVCache, attention: str, reason: str, portable_ops: list[str]) -> dict[str, Any]:
+def describe(cache: ExternalKVCache, attention: str, reason: str, portable_ops: list[str]) -> dict[str, Any]:
     """What runs, as plain values."""
     report = asdict(cache.report())
     report["requests"] = list(report["requests"])
@@ -18,8 +18,8 @@ def describe(cache: CompressedKVCache, attention: str, reason: str, portable_ops
         "cache": "CompressedKVCache",
         "attention": attention,
         "attention_reason": reason,
-        "kernels": cache.ops.name,
-        "index_scores": cache.ops.index_scores,
+        "kernels": cache.kernels.name,
+        "index_scores": cache.kernels.index_scores,
         "device": str(cache.device),
         "portable_ops": portable_ops,
         "spec_digest": cache.spec.digest(),

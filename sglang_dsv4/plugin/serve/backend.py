@@ -7,7 +7,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_dsv4.attention import Attention
-from sglang_dsv4.cache import CompressorInput
+from sglang_dsv4.cache import CompressorWeights, LayerCache
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
 from sglang_dsv4.plugin.observe.checks import ServingChecks
 from sglang_dsv4.plugin.serve.pool import CompressedTokenToKVPool
@@ -55,6 +55,7 @@ class CompressedKVBackend(AttentionBackend):
         self._planner = StepPlanner(pool, req_to_token)
         self._running = attention  # the one that the next layer's `forward` asks
         self._selected: dict[int, torch.Tensor] = {}
+        self._bound_parts: set[tuple[int, str]] = set()
         self.steps: Counter[str] = Counter()
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -108,7 +109,7 @@ class CompressedKVBackend(AttentionBackend):
         self._selected.clear()
         graph = self._decode_graphs().step(forward_batch.batch_size)
         # A plan of its own for every run: each part of a layer is appended once to a plan.
-        plan = self.cache.plan_step(graph.step)
+        plan = self.cache.plan(graph.step)
         self.token_to_kv_pool.plan = plan
         self._running = graph.attention
         graph.attention.plan(plan)
@@ -131,14 +132,16 @@ class CompressedKVBackend(AttentionBackend):
             compressor (Any): SGLang's Compressor, whose weights are used.
         """
         if not forward_batch.forward_mode.is_idle():
-            given = self._compressor_input(x, forward_batch, compressor)
-            self.cache.append(layer_id, self.token_to_kv_pool.current_plan(), main=given)
+            layer = self._bound(layer_id, "main", compressor)
+            kv_score = compressor.compute_kv_score(x, forward_batch)
+            layer.append(self.token_to_kv_pool.current_plan(), main=kv_score)
 
     def forward_indexer_compressor(self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any) -> None:
         """Take the new tokens into a CSA layer's indexer compressor; arguments as in `forward_core_compressor`."""
         if not forward_batch.forward_mode.is_idle():
-            given = self._compressor_input(x, forward_batch, compressor)
-            self.cache.append(layer_id, self.token_to_kv_pool.current_plan(), index=given)
+            layer = self._bound(layer_id, "index", compressor)
+            kv_score = compressor.compute_kv_score(x, forward_batch)
+            layer.append(self.token_to_kv_pool.current_plan(), index=kv_score)
 
     def forward_c4_indexer(
         self,
@@ -174,7 +177,7 @@ class CompressedKVBackend(AttentionBackend):
         # In a graph straight into attention's lists; elsewhere their width depends on the step, and kernels with it.
         running = self._running
         place = None if running is self.attention else running.selected_buffer(layer_id)
-        self._selected[layer_id] = self.cache.select(layer_id, plan, index_q, weights, place, running.numbering)
+        self._selected[layer_id] = self.cache.layers[layer_id].select(plan, index_q, weights, place, running.numbering)
 
     def forward(
         self,
@@ -217,14 +220,15 @@ class CompressedKVBackend(AttentionBackend):
         graphs = 0 if self.graphs is None else self.graphs.nbytes
         return sum(self.attention.buffers().values()) + graphs
 
-    def _compressor_input(self, x: torch.Tensor, forward_batch: Any, compressor: Any) -> CompressorInput:
-        # SGLang re-lays ``ape`` at load as [slots, D]: first the previous block's rows, then the own block's.
-        return CompressorInput(
-            kv_score=compressor.compute_kv_score(x, forward_batch),
-            slot_bias=compressor.ape.view(-1, compressor.head_dim),
-            norm_weight=compressor.norm.weight,
-            eps=compressor.norm.variance_epsilon,
-        )
+    def _bound(self, layer_id: int, part: str, compressor: Any) -> LayerCache:
+        """A layer that knows the weights of one of SGLang's compressors."""
+        layer = self.cache.layers[layer_id]
+        if (layer_id, part) not in self._bound_parts:
+            # SGLang re-lays ``ape`` at load as [slots, D]: first the previous block's rows, then the own block's.
+            bias, norm = compressor.ape.view(-1, compressor.head_dim), compressor.norm
+            layer.bind(**{part: CompressorWeights(bias, norm.weight, norm.variance_epsilon)})
+            self._bound_parts.add((layer_id, part))
+        return layer
 
     def _count(self, mode: Any) -> None:
         self.steps[mode.name.lower()] += 1

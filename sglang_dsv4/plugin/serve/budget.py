@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sglang_dsv4.cache import Capacity
-from sglang_dsv4.cache.inspect.report import stream_bytes_per_request, window_page_bytes
+from sglang_dsv4.cache.regions import Owner, RegionTable, history_bytes_per_token
 from sglang_dsv4.cache.sizing import NOWHERE, bytes_by_pool, most_pages, serving_capacity
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
@@ -41,9 +41,9 @@ class PoolShape:
         pools = bytes_by_pool(self.spec, capacity)
         scratch = 0
         if self.on_gpu:
-            from sglang_dsv4.cache.triton_ops import TritonOps
+            from sglang_dsv4.cache.triton_kernels import TritonKernels
 
-            scratch = TritonOps(self.spec, capacity, NOWHERE, self.index_heads).nbytes
+            scratch = TritonKernels(self.spec, capacity, NOWHERE, self.index_heads).nbytes
         return sum(pools.values()) + scratch
 
     def most_tokens(self, available_bytes: int, window_tokens: Callable[[int], int]) -> int:
@@ -66,7 +66,7 @@ class PoolShape:
         if pages == 0:
             raise UnsupportedError(
                 f"memory for the cache: expected at least {nbytes(1)} bytes, of which requests take "
-                f"{self.state_slots * stream_bytes_per_request(self.spec)}, got {available_bytes}; raise "
+                f"{self.state_slots * RegionTable(self.spec).bytes_of(Owner.STATE_SLOT)}, got {available_bytes}; raise "
                 "--mem-fraction-static or lower --max-running-requests"
             )
         return pages * page_tokens
@@ -74,8 +74,8 @@ class PoolShape:
 
 def bytes_per_token(spec: CacheSpec, window_ratio: float) -> float:
     """Bytes that one more token takes, where ``window_ratio`` tokens of window pages come with it."""
-    window = window_ratio * window_page_bytes(spec) / spec.page_tokens
-    return spec.history_bytes_per_token() + window
+    window = window_ratio * RegionTable(spec).bytes_of(Owner.WINDOW_PAGE) / spec.page_tokens
+    return history_bytes_per_token(spec) + window
 
 
 def shape_of(spec: CacheSpec, model_config: Any, state_slots: int, device: str) -> PoolShape:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 
-from sglang_dsv4.cache import CompressedKVCache, ExternalPages, StepPlan, WindowInput
+from sglang_dsv4.cache import ExternalKVCache, NormWeights, StepPlan
 from sglang_dsv4.cache.sizing import GIB
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
 from sglang_dsv4.plugin.install.refusals import check_window_pool
@@ -35,7 +35,7 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
     Page 0 of either is where SGLang sends padding; nothing reads it.
 
     Attributes:
-        cache (CompressedKVCache): the rows, keys and state.
+        cache (ExternalKVCache): the rows, keys and state.
         plan (StepPlan | None): the step that is running.
         max_seq_len (int): tokens of the longest sequence.
     """
@@ -45,9 +45,10 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
         tokens = native["c128_size"] * 128
         capacity = shape.capacity(tokens, native["swa_size"])
         self.max_seq_len = min(shape.max_seq_len, tokens)
-        self.cache = CompressedKVCache(shape.spec, ExternalPages(capacity), native["device"], index_heads=shape.index_heads)
+        self.cache = ExternalKVCache(shape.spec, capacity, native["device"], index_heads=shape.index_heads)
         self.plan: StepPlan | None = None
         self._stored: torch.Tensor | None = None
+        self._bound: set[int] = set()
         self.mem_usage = self.get_kv_size_bytes() / GIB
 
     def get_kv_size_bytes(self) -> int:
@@ -76,7 +77,11 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
     ) -> None:
         """Store window rows. Slots and positions come from the plan, RoPE from the cache's own table."""
         del swa_loc, freqs_cis, positions
-        self.cache.append(layer_id, self.current_plan(), window=WindowInput(kv, kv_weight, eps))
+        layer = self.cache.layers[layer_id]
+        if layer_id not in self._bound:
+            layer.bind(window=NormWeights(kv_weight, eps))
+            self._bound.add(layer_id)
+        layer.append(self.current_plan(), window=kv)
         # SGLang drops its projections before it joins this stream; kept until the next layer, their memory is not reused by then.
         self._stored = kv
 

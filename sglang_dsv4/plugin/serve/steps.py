@@ -76,7 +76,7 @@ class StepPlanner:
         out = self.buffers(len(seq_lens), len(batch.positions), pages)
         first_tokens = empty((len(seq_lens),), torch.int64, seq_lens.device)
         self.launch(out, first_tokens, seq_lens, extend_lens, batch.req_pool_indices)()
-        return self._pool.cache.plan_step(out)
+        return self._pool.cache.plan(out)
 
     def launch(
         self,

@@ -8,7 +8,7 @@ from sglang_dsv4.runtime.prefix_cache.index import PrefixIndex
 
 
 def make_room(cache: CompressedKVCache, index: PrefixIndex, growth: Sequence[tuple[Request, int]]) -> None:
-    """Free as many pages as requests will take while they grow, by dropping what the index holds.
+    """Free as many history pages as requests will take while they grow, by dropping what the index holds.
 
     Args:
         cache (CompressedKVCache): owns its pages.
@@ -18,22 +18,16 @@ def make_room(cache: CompressedKVCache, index: PrefixIndex, growth: Sequence[tup
     Raises:
         OutOfPagesError: there is not that much room; no request was changed.
     """
-    history = cache.ledger.allocator.history
     while True:
-        needed = sum(_new_pages(cache, request, count) for request, count in growth)
-        if needed <= len(history.free):
+        needed, free = cache.requests.history_pages_for(growth), cache.requests.allocator.counts()["history_pages_free"]
+        if needed <= free:
             return
         if not index.evict():
             tokens = sum(count for _, count in growth)
             raise OutOfPagesError(
-                f"{tokens} more tokens need {needed} history pages: expected that many free, got {len(history.free)} "
-                f"of {history.size}; nothing was changed"
+                f"{tokens} more tokens need {needed} history pages: expected that many free, got {free} of "
+                f"{cache.requests.allocator.capacity.history_pages}; nothing was changed",
+                "history pages",
+                needed,
+                free,
             )
-
-
-def _new_pages(cache: CompressedKVCache, request: Request, count: int) -> int:
-    page_tokens, held = cache.spec.page_tokens, request.pages.history
-    new = -(-(request.seq_len + count) // page_tokens) - len(held)
-    owners = cache.ledger.allocator.history.owners
-    copies = count > 0 and request.seq_len % page_tokens != 0 and owners[held[-1]] > 1
-    return new + copies

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from sglang_dsv4.cache import CompressedKVCache, Request
-from sglang_dsv4.cache.pages.allocator import NULL_PAGE, FreeList
-from sglang_dsv4.runtime.prefix_cache.boundary import continue_boundary, keep_boundary
+from sglang_dsv4.cache.pages.allocator import FreeList
+from sglang_dsv4.cache.pages.tables import NULL_PAGE
 from sglang_dsv4.runtime.prefix_cache.tree import Entry, PrefixTree
 from sglang_dsv4.runtime.sequence import LiveSequence
 
@@ -124,7 +124,7 @@ class PrefixIndex:
         if node.boundary is not None:
             self._use(node.boundary)
         else:
-            self._add(Entry(node, None, keep_boundary(self._cache, request), None))
+            self._add(Entry(node, None, self._cache.snapshot(request, pages_only=True), None))
 
     def keep_end(self, sequence: LiveSequence) -> None:
         """Keep a sequence as it is now, wherever it is."""
@@ -189,8 +189,7 @@ class PrefixIndex:
 
     def _continue(self, entry: Entry) -> Request:
         kept = entry.snapshot
-        is_end = entry.tail is not None
-        request = self._cache.restore(kept) if is_end else continue_boundary(self._cache, kept)
+        request = self._cache.restore(kept)
         self._use(entry)
         return request
 
@@ -219,13 +218,13 @@ class PrefixIndex:
             for page in pages:
                 if not self._held[kind][page]:
                     del self._held[kind][page]
-        self._cache.release(entry.snapshot)
+        self._cache.close(entry.snapshot)
 
     def _holds_history(self, entry: Entry) -> bool:
-        return self._is_alone("history", entry, self._cache.ledger.allocator.history)
+        return self._is_alone("history", entry, self._cache.requests.allocator.history)
 
     def _holds_window(self, entry: Entry) -> bool:
-        return self._is_alone("window", entry, self._cache.ledger.allocator.window)
+        return self._is_alone("window", entry, self._cache.requests.allocator.window)
 
     def _is_alone(self, kind: str, entry: Entry, pages: FreeList) -> bool:
         """Whether entries are the only owners of one of its pages."""

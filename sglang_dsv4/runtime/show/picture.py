@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_dsv4.cache import CompressedKVCache
-from sglang_dsv4.cache.pages.allocator import NULL_PAGE
+from sglang_dsv4.cache.pages.tables import NULL_PAGE
+from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.runtime.sequence import LiveSequence
 from sglang_dsv4.runtime.text import Text
 
@@ -126,7 +127,7 @@ def draw_sequence(cache: CompressedKVCache, sequence: LiveSequence, text: Text) 
     lanes = []
     for ratio, kind in kinds:
         length, tail = request.seq_len, request.tail_len(ratio)
-        rows = spec.stream_rows(ratio) if kind == "csa" else spec.accumulator_rows
+        rows = next(r.rows_per_owner for r in cache.storage.table.owned_by(Owner.STATE_SLOT) if r.ratio == ratio)
         held = f"rows of the last {rows} tokens" if kind == "csa" else f"sums after the last {rows}"
         lanes.append(
             BlockLane(
@@ -153,7 +154,7 @@ def draw_sequence(cache: CompressedKVCache, sequence: LiveSequence, text: Text) 
 def _page_boxes(cache: CompressedKVCache, sequence: LiveSequence) -> list[PageBox]:
     request, page_tokens = sequence.request, cache.spec.page_tokens
     assert request is not None, "an open sequence has a request"
-    allocator = cache.ledger.allocator
+    allocator = cache.requests.allocator
     boxes = []
     for index, (history, window) in enumerate(zip(request.pages.history, request.pages.window, strict=True)):
         held = window != NULL_PAGE
