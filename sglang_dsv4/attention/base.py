@@ -1,54 +1,53 @@
 """The contract of an attention implementation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, StepPlan
-
-
-@dataclass(frozen=True)
-class HostLengths:
-    """What the host knows of a step's lengths: the numbers of `StepTensors`, without asking the device.
-
-    Attributes:
-        seq_lens (Sequence[int]): tokens per request, this step included.
-        extend_lens (Sequence[int]): new tokens per request.
-    """
-
-    seq_lens: Sequence[int]
-    extend_lens: Sequence[int]
-
-    def positions(self) -> torch.Tensor:
-        """Position of each new token: ``[T]`` int64 on the CPU."""
-        ranges = [torch.arange(end - count, end) for end, count in zip(self.seq_lens, self.extend_lens, strict=True)]
-        return torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
+from sglang_dsv4.attention.host_lengths import HostLengths
+from sglang_dsv4.attention.row_list_kinds import kind_of
+from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, LayerCache, StepPlan
 
 
 class Attention(ABC):
     """Attends the new tokens of a step to the rows that a cache names.
 
-    ``plan`` runs once per step, on the host, before the first layer; ``run`` once per layer, after that layer's ``append``.
+    ``begin`` runs once per step, on the host, before the first layer; ``run`` once per layer, after that layer's ``append``.
+
+    Args:
+        cache (CompressedKVCache | ExternalKVCache): whose layers ``run`` gets.
+        num_heads (int | None): query heads, for kernels that take bf16 queries of so many heads; None for any queries.
+
+    Attributes:
+        kinds (tuple[ListKind, ...]): by layer, which rows its queries attend to.
+        distinct_kinds (tuple[ListKind, ...]): each of these once; layers of one kind share lists and schedule.
+        sm_scale (float): softmax scale, ``head_dim ** -0.5``.
     """
 
     name: str
 
+    def __init__(self, cache: CompressedKVCache | ExternalKVCache, num_heads: int | None = None) -> None:
+        self.spec = cache.spec
+        self.device = cache.device
+        self.num_heads = num_heads
+        self.kinds = tuple(kind_of(cache.spec, layer) for layer in cache.spec.layers)
+        self.distinct_kinds = tuple(dict.fromkeys(self.kinds))
+        self.sm_scale: float = cache.spec.head_dim**-0.5
+
     @property
     def capture_fault(self) -> str:
-        """Why a CUDA graph cannot hold ``plan`` and ``run``; empty where it can."""
+        """Why a CUDA graph cannot hold ``begin`` and ``run``; empty where it can."""
         return ""
 
     @property
-    def plans_on_host(self) -> bool:
-        """Whether ``plan`` needs the step's lengths on the host."""
+    def needs_host_lengths(self) -> bool:
+        """Whether ``begin`` needs the step's lengths on the host."""
         return False
 
     @property
     def numbering(self) -> StepTensors | None:
-        """The planned step over the tables that number the rows which ``run`` attends to; None where they are the pool's.
+        """The step over the tables that number the rows which ``run`` attends to; None where they are the pool's.
 
         Selected rows must be of this numbering: `LayerCache.select` takes it.
         """
@@ -58,24 +57,23 @@ class Attention(ABC):
         """Bytes of the buffers that it keeps from step to step, by address; others may share them."""
         return {}
 
-    def __init__(self, cache: CompressedKVCache | ExternalKVCache) -> None:
-        self.cache = cache
-        self.sm_scale: float = cache.spec.head_dim**-0.5
-
     @abstractmethod
-    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
-        """Take a step's plan; every later ``run`` belongs to it.
+    def begin(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
+        """Start a step; every later ``run`` belongs to it.
 
         Args:
             plan (StepPlan): the step.
-            lengths (HostLengths | None): the step's lengths, for an implementation that plans on the host. A plan of a cache
-                that owns its pages knows them by itself.
+            lengths (HostLengths | None): the step's lengths, where `needs_host_lengths`. A plan of a cache that owns its pages
+                knows them by itself.
+
+        Raises:
+            ValueError: the step or its lengths do not fit the implementation.
         """
 
     @abstractmethod
     def run(
         self,
-        layer_id: int,
+        layer: LayerCache,
         q: torch.Tensor,
         sink: torch.Tensor,
         selected: torch.Tensor | None = None,
@@ -85,11 +83,10 @@ class Attention(ABC):
         """Attend one layer's queries.
 
         Args:
-            layer_id (int): the layer, whose parts of this step are appended.
+            layer (LayerCache): the layer, whose parts of this step are appended.
             q (torch.Tensor): ``[T, H, 512]``, normed and rotated.
             sink (torch.Tensor): ``[H]``, sink logits.
-            selected (torch.Tensor | None): rows from `LayerCache.select` by `numbering`, int32 or int64; CSA layers
-                only.
+            selected (torch.Tensor | None): rows from `LayerCache.select` by `numbering`, int32 or int64; CSA layers only.
             undo_rope (bool): rotate the last 64 channels of the result back, by each query's position.
 
         Returns:
@@ -97,24 +94,32 @@ class Attention(ABC):
             last 64 channels, which the caller undoes.
 
         Raises:
-            ValueError: ``selected`` missing or unexpected, or a shape that does not fit the plan.
+            ValueError: ``selected`` missing or unexpected, or a shape or dtype that does not fit.
         """
 
-    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
+    def selected_buffer(self, layer: LayerCache) -> torch.Tensor | None:
         """Where chosen rows may be written so that ``run`` need not copy them.
 
         Returns:
-            torch.Tensor | None: ``[T, K]`` int32, its rows apart, for this step's ``run`` of a CSA layer; None where there is no
-            such place. Of a query's row only the columns of its entries may be written; others belong to its window.
+            torch.Tensor | None: ``[T, K]`` int32, a view with gaps between its rows, for this step's ``run`` of a CSA layer; None
+            where there is no such place. Of a query's row only the columns of its entries may be written; the others belong to
+            its window.
         """
-        del layer_id
+        del layer
         return None
 
-    def check(self, layer_id: int, plan: StepPlan, q: torch.Tensor, selected: torch.Tensor | None) -> None:
+    def check(self, layer: LayerCache, plan: StepPlan, q: torch.Tensor, selected: torch.Tensor | None) -> None:
         """Raise unless the arguments of ``run`` fit the layer and the plan."""
-        if self.cache.spec.layers[layer_id].indexed != (selected is not None):
+        name = f"layer {layer.layer_id}"
+        if (self.kinds[layer.layer_id].most is not None) != (selected is not None):
             got = "none" if selected is None else "some"
-            raise ValueError(f"layer {layer_id}: expected selected rows exactly in CSA layers, got {got}")
-        for name, tensor in (("q", q), ("selected rows", selected)):
+            raise ValueError(f"{name}: expected selected rows exactly in CSA layers, got {got}")
+        for what, tensor in (("q", q), ("selected rows", selected)):
             if tensor is not None and tensor.shape[0] != plan.num_tokens:
-                raise ValueError(f"layer {layer_id} {name}: expected {plan.num_tokens} tokens, got {tensor.shape[0]}")
+                raise ValueError(f"{name} {what}: expected {plan.num_tokens} tokens, got {tensor.shape[0]}")
+        if self.num_heads is None:
+            return
+        if q.dtype != torch.bfloat16 or q.shape[1:] != (self.num_heads, self.spec.head_dim):
+            raise ValueError(
+                f"{name} q: expected bfloat16 [T, {self.num_heads}, {self.spec.head_dim}], got {q.dtype} {tuple(q.shape)}"
+            )

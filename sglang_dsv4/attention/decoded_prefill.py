@@ -10,7 +10,7 @@ import torch
 
 from dsv4_kernels.page_decode import num_page_rows
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.attention.base import HostLengths
+from sglang_dsv4.attention.host_lengths import HostLengths
 from sglang_dsv4.spec import CacheSpec
 
 # Measured on an H200: at 8,192 tokens FlashMLA's prefill kernel over decoded rows takes two thirds of the time of its decode
@@ -37,7 +37,7 @@ class DecodedStep:
     Attributes:
         step (StepTensors): the step, with tables and ``num_window_rows`` of the decoded rows.
         window_pages (torch.Tensor): ``[W]`` int64, the pool's window pages in the order in which they are decoded.
-        history_pages (torch.Tensor): ``[H]`` int64, likewise.
+        history_pages (torch.Tensor): ``[H]`` int64, the pool's history pages in that order.
     """
 
     step: StepTensors

@@ -1,4 +1,4 @@
-"""What attention must know of the device that it runs on."""
+"""The facts about a device that attention depends on."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A device.
+    """CUDA capability and SM count of a torch device.
 
     Attributes:
-        device (torch.device): it.
+        device (torch.device): the device.
         capability (tuple[int, int] | None): CUDA compute capability; None for a CPU.
-        num_sms (int): multiprocessors; 0 for a CPU.
+        num_sms (int): streaming multiprocessors; 0 for a CPU.
     """
 
     device: torch.device

@@ -5,8 +5,9 @@ import torch
 from dsv4_kernels.memory import empty
 from dsv4_kernels.sink_rope import naive_sink_rope
 from dsv4_kernels.sparse_attention import naive_sparse_attention
-from sglang_dsv4.attention.base import Attention, HostLengths
-from sglang_dsv4.cache import StepPlan
+from sglang_dsv4.attention.base import Attention
+from sglang_dsv4.attention.host_lengths import HostLengths
+from sglang_dsv4.cache import LayerCache, StepPlan
 
 # fp32 values of gathered rows held at once: 16 MiB, which stays near the cores' caches.
 _MAX_GATHERED_VALUES = 1 << 22
@@ -21,20 +22,20 @@ class EagerAttention(Attention):
     def capture_fault(self) -> str:
         return "it asks the device how many entries there are"
 
-    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
+    def begin(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         self._plan = plan
 
     def run(
         self,
-        layer_id: int,
+        layer: LayerCache,
         q: torch.Tensor,
         sink: torch.Tensor,
         selected: torch.Tensor | None = None,
         *,
         undo_rope: bool = False,
     ) -> torch.Tensor:
-        self.check(layer_id, self._plan, q, selected)
-        layer, rows = self.cache.layers[layer_id], self._plan.rows
+        self.check(layer, self._plan, q, selected)
+        rows = self._plan.rows
         entries = rows.every_entry(layer.ratio) if layer.ratio and selected is None else selected
         indices = rows.window if entries is None else torch.cat([rows.window, entries], dim=1)  # [T, window + K]
         out = empty(tuple(q.shape), q.dtype, q.device)

@@ -20,22 +20,24 @@ from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope.fused import sink_rope
 from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention import device
-from sglang_dsv4.attention.base import Attention, HostLengths
-from sglang_dsv4.attention.choose import load_prefill, why_not_flashinfer
+from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.attention.flashinfer_schedule import KNOWN_VERSIONS, OwnSchedule, Partials, check_stock_plan, read_stock_plan
-from sglang_dsv4.attention.row_list_kinds import FixedShape, chunks, host_positions, is_in_place, kind_of, kinds_of, longest
+from sglang_dsv4.attention.host_lengths import HostLengths, host_positions
+from sglang_dsv4.attention.requirements import FLASHINFER
+from sglang_dsv4.attention.row_list_kinds import FixedShape, chunks, is_in_place, longest
+from sglang_dsv4.attention.sparse_prefill import LIST_MULTIPLE as PREFILL_LIST_MULTIPLE
+from sglang_dsv4.attention.sparse_prefill import choose_sparse_prefill
 from sglang_dsv4.attention.workspace import Workspace
-from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, StepPlan
+from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, LayerCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
 _DTYPE = torch.bfloat16
-_PREFILL_MULTIPLE = 128  # of columns, in FlashMLA's lists
 # FlashMLA's prefill kernel has the sink, and the pass after it is an eighth as long, but it never shares a list out: it is
 # faster for many queries, unless there are few that have long lists.
 _MANY_QUERIES, _VERY_MANY_QUERIES, _LONG_LIST = 64, 512, 1280
 
 
-class _StockPlan:
+class _StockSchedule:
     """FlashInfer's planner: on the host, from lengths that the host knows."""
 
     def __init__(self, floats: torch.Tensor, backend: str, fixed_tokens: int | None, lists: torch.Tensor | None) -> None:
@@ -73,11 +75,11 @@ class Chunk:
     tokens: slice
     lists: torch.Tensor
     flat: torch.Tensor
-    plan: OwnSchedule | _StockPlan | torch.Tensor
+    schedule: OwnSchedule | _StockSchedule | torch.Tensor
 
 
 class FlashInferAttention(Attention):
-    """Plans once per step and kind of layer, and attends with one launch, and one more for sink and rotation.
+    """Makes a schedule once per step and kind of layer, and attends with one launch, and one more for sink and rotation.
 
     Buffers belong to this object and are used by one stream. Without a fixed shape a step may be of any size, and a buffer
     that is too small is replaced.
@@ -114,17 +116,15 @@ class FlashInferAttention(Attention):
         fixed: FixedShape | None = None,
         workspace: Workspace | None = None,
     ) -> None:
-        super().__init__(cache)
+        super().__init__(cache, num_heads)
         found = device.device_of(cache.device)
-        fault = why_not_flashinfer(found, cache.spec.row_format, num_heads)
+        fault = FLASHINFER.why_not(found, cache.spec.row_format, num_heads)
         if fault:
             raise UnsupportedError(f"attention flashinfer: {fault}")
         assert found.capability is not None
         hopper = found.capability[0] == 9
         if backend not in ("auto", "fa2", "fa3") or (backend == "fa3" and not hopper):
             raise UnsupportedError(f"backend: expected auto, fa2, or fa3 on SM90, got {backend!r} on {found}")
-        self.device = cache.device
-        self.num_heads = num_heads
         self.backend = ("fa3" if hopper else "fa2") if backend == "auto" else backend
         if schedule not in ("auto", "own", "whole", "stock"):
             raise UnsupportedError(f"schedule: expected auto, own, whole or stock, got {schedule!r}")
@@ -141,7 +141,7 @@ class FlashInferAttention(Attention):
             )
         self.schedule = schedule
         self.fixed = fixed
-        self._sparse_prefill = load_prefill(prefill, found, cache.spec.row_format, num_heads)
+        self._sparse_prefill = choose_sparse_prefill(prefill, found, cache.spec.row_format, num_heads, self.sm_scale)
         self.prefill = "flashinfer" if self._sparse_prefill is None else "flashmla"
         self._packed = cache.spec.rows is FP8_584_ROW
         shared = workspace is not None  # whose first user has checked the layout of plans
@@ -153,7 +153,7 @@ class FlashInferAttention(Attention):
         self.workspace = workspace
         self._module = get_batch_mla_module(self.backend, _DTYPE, _DTYPE, _DTYPE, torch.int32, cache.spec.head_dim, 0, False)
         self._lists: dict[str, torch.Tensor] = {}
-        self._plans: dict[tuple[str, int], OwnSchedule | _StockPlan] = {}
+        self._schedules: dict[tuple[str, int], OwnSchedule | _StockSchedule] = {}
         self.chunks: dict[str, list[Chunk]] = {}
         if schedule != "stock" and not shared:
             self._check_layout()
@@ -168,57 +168,52 @@ class FlashInferAttention(Attention):
         )
 
     @property
-    def plans_on_host(self) -> bool:
+    def needs_host_lengths(self) -> bool:
         return self.schedule == "stock"
 
     def buffers(self) -> dict[int, int]:
-        plans = [plan.ints for plan in self._plans.values() if isinstance(plan, OwnSchedule)]
-        return {held.data_ptr(): held.nbytes for held in (*self.workspace.tensors(), *plans)}
+        schedules = [found.ints for found in self._schedules.values() if isinstance(found, OwnSchedule)]
+        return {held.data_ptr(): held.nbytes for held in (*self.workspace.tensors(), *schedules)}
 
-    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
+    def begin(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
-            raise ValueError(f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}")
+            raise ValueError(f"begin: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}")
         if self.schedule == "stock" and torch.cuda.is_current_stream_capturing():
-            raise ValueError("plan: FlashInfer's planner runs on the host; expected no capture of its stream")
+            raise ValueError("begin: FlashInfer's planner runs on the host; expected no capture of its stream")
         self._plan = plan
-        self.chunks = {kind.name: [] for kind in kinds_of(self.cache.spec)}
+        self.chunks = {kind.name: [] for kind in self.distinct_kinds}
         if plan.num_tokens == 0:
             return
         on_host = host_positions(plan, lengths) if self.schedule == "stock" else None
-        for kind in kinds_of(self.cache.spec):
-            self._plan_kind(kind, on_host)
+        for kind in self.distinct_kinds:
+            self._begin_kind(kind, on_host)
         if self.fixed is not None:
             self.workspace.seal()
 
     def run(
         self,
-        layer_id: int,
+        layer: LayerCache,
         q: torch.Tensor,
         sink: torch.Tensor,
         selected: torch.Tensor | None = None,
         *,
         undo_rope: bool = False,
     ) -> torch.Tensor:
-        self.check(layer_id, self._plan, q, selected)
-        if q.dtype != _DTYPE or q.shape[1:] != (self.num_heads, self.cache.spec.head_dim):
-            raise ValueError(
-                f"layer {layer_id} q: expected bfloat16 [T, {self.num_heads}, {self.cache.spec.head_dim}], got {q.dtype} "
-                f"{tuple(q.shape)}"
-            )
+        self.check(layer, self._plan, q, selected)
         q = q.contiguous()
         out = empty(tuple(q.shape), q.dtype, q.device)
         lse = empty(tuple(q.shape[:2]), torch.float32, q.device)
-        pool = self.cache.layers[layer_id].pool
-        table = self.cache.layers[layer_id].rope_table if undo_rope else None
-        kind = kind_of(self.cache.spec, self.cache.spec.layers[layer_id])
+        pool = layer.pool
+        table = layer.rope_table if undo_rope else None
+        kind = self.kinds[layer.layer_id]
         for chunk in self.chunks[kind.name]:
             part, positions = chunk.tokens, self._plan.step.positions[chunk.tokens]
             if selected is not None and not is_in_place(selected, self._lists[kind.name]):
                 step = self._step(part)
                 row_lists(step, kind, chunk.lists, selected[part], window=False)
-            if isinstance(chunk.plan, torch.Tensor):
+            if isinstance(chunk.schedule, torch.Tensor):
                 assert self._sparse_prefill is not None
-                values, lse[part] = self._sparse_prefill(q[part], pool, chunk.lists, chunk.plan, sink.float(), self.sm_scale)
+                values, lse[part] = self._sparse_prefill(q[part], pool, chunk.lists, chunk.schedule, sink)
                 if table is not None:
                     sink_rope(values, lse[part], None, positions, table)
                 if len(self.chunks[kind.name]) == 1:
@@ -227,16 +222,15 @@ class FlashInferAttention(Attention):
                 continue
             self.attend(kind, chunk, pool, q[part], out[part], lse[part])
             splits = None
-            if isinstance(chunk.plan, OwnSchedule):
-                splits = chunk.plan.splits(part.stop - part.start)
+            if isinstance(chunk.schedule, OwnSchedule):
+                splits = chunk.schedule.splits(part.stop - part.start)
             sink_rope(out[part], lse[part], sink, positions, table, splits)
         return out
 
-    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
-        layer = self.cache.spec.layers[layer_id]
-        if not layer.indexed or self._plan.num_tokens == 0:
+    def selected_buffer(self, layer: LayerCache) -> torch.Tensor | None:
+        kind = self.kinds[layer.layer_id]
+        if kind.most is None or self._plan.num_tokens == 0:
             return None
-        kind = kind_of(self.cache.spec, layer)
         most = kind.width(longest(self._plan, self.fixed)) - kind.window
         return self._lists[kind.name][:, :most]
 
@@ -245,10 +239,10 @@ class FlashInferAttention(Attention):
     ) -> None:
         """FlashInfer's launch alone: no sink, rotated, and with our schedule pieces apart."""
         rows = pool.view(-1, 1, 512) if not self._packed else self._decoded(kind, chunk, pool)
-        if isinstance(chunk.plan, _StockPlan):
-            chunk.plan.run(q, rows, out, lse)
+        if isinstance(chunk.schedule, _StockSchedule):
+            chunk.schedule.run(q, rows, out, lse)
             return
-        own = chunk.plan
+        own = chunk.schedule
         assert isinstance(own, OwnSchedule)
         self._module.run(
             own.partials.floats,
@@ -275,27 +269,27 @@ class FlashInferAttention(Attention):
         """The chunk's listed rows as bf16, in list order."""
         count = chunk.lists.numel()
         rows = self.workspace.buffer("decoded", count * 512, _DTYPE)
-        row_gather(pool, self.cache.spec.rows, chunk.lists, kind, self._step(chunk.tokens).positions, rows.view(-1, 512))
+        row_gather(pool, self.spec.rows, chunk.lists, kind, self._step(chunk.tokens).positions, rows.view(-1, 512))
         return rows.view(-1, 1, 512)
 
     def _step(self, part: slice) -> StepTensors:
         step = self._plan.step
         return replace(step, positions=step.positions[part], token_rows=step.token_rows[part])
 
-    def _plan_kind(self, kind: ListKind, on_host: torch.Tensor | None) -> None:
+    def _begin_kind(self, kind: ListKind, on_host: torch.Tensor | None) -> None:
         num_tokens, width = self._plan.num_tokens, kind.width(longest(self._plan, self.fixed))
         sparse = self._sparse_prefill is not None and (
             num_tokens >= (_MANY_QUERIES if width <= _LONG_LIST else _VERY_MANY_QUERIES)
         )
         if sparse:
-            width = -(-width // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE
+            width = -(-width // PREFILL_LIST_MULTIPLE) * PREFILL_LIST_MULTIPLE
         lists = self.workspace.buffer(f"lists {kind.name}", num_tokens * width, torch.int32).view(-1, width)
         self._lists[kind.name] = lists
         counts = None
         if sparse:
             counts = self.workspace.buffer(f"lengths {kind.name}", num_tokens, torch.int32)
         row_lists(self._plan.step, kind, lists, pad=sparse, lengths=counts)
-        row_bytes = 2 * self.cache.spec.head_dim if self._packed else 0
+        row_bytes = 2 * self.spec.head_dim if self._packed else 0
         for number, part in enumerate(chunks(num_tokens, width, decoded_row_bytes=row_bytes)):
             mine = lists[part]
             # A decoded row lies where its list names it: list cell ``i`` is row ``i``.
@@ -305,18 +299,18 @@ class FlashInferAttention(Attention):
                 continue
             if self._packed:  # what `run` will ask for
                 self.workspace.buffer("decoded", mine.numel() * 512, _DTYPE)
-            plan = self._schedule(kind, number, part.stop - part.start, flat)
-            if isinstance(plan, OwnSchedule):
-                plan.plan(self._plan.step.positions[part], kind, width)
+            schedule = self._schedule(kind, number, part.stop - part.start, flat)
+            if isinstance(schedule, OwnSchedule):
+                schedule.plan(self._plan.step.positions[part], kind, width)
             else:
                 assert on_host is not None
                 lengths = kind.lengths(on_host[part]).int()
-                plan.plan(lengths, flat, width, self.num_heads, self.sm_scale)
-            self.chunks[kind.name].append(Chunk(part, mine, flat, plan))
+                schedule.plan(lengths, flat, width, self.num_heads, self.sm_scale)
+            self.chunks[kind.name].append(Chunk(part, mine, flat, schedule))
 
-    def _schedule(self, kind: ListKind, number: int, num_tokens: int, flat: torch.Tensor) -> OwnSchedule | _StockPlan:
+    def _schedule(self, kind: ListKind, number: int, num_tokens: int, flat: torch.Tensor) -> OwnSchedule | _StockSchedule:
         key = (kind.name, number)
-        found = self._plans.get(key)
+        found = self._schedules.get(key)
         if isinstance(found, OwnSchedule) and len(found.work.num_pieces) < num_tokens:
             found = None
         if found is None:
@@ -324,14 +318,14 @@ class FlashInferAttention(Attention):
                 found = OwnSchedule(num_tokens, self.workspace.partials, self.device, self.schedule == "own")
             else:
                 fixed_tokens = None if self.fixed is None else num_tokens
-                found = _StockPlan(self.workspace.partials.floats, self.backend, fixed_tokens, flat)
-            self._plans[key] = found
+                found = _StockSchedule(self.workspace.partials.floats, self.backend, fixed_tokens, flat)
+            self._schedules[key] = found
         return found
 
     def _check_layout(self) -> None:
         """Read a plan that FlashInfer's planner makes, as our own is written; raise where that fails."""
         lengths, stride = [640, 1, 0, 5000], 5003
-        stock = _StockPlan(self.workspace.partials.floats, self.backend, None, None)
+        stock = _StockSchedule(self.workspace.partials.floats, self.backend, None, None)
         lists = torch.zeros(len(lengths) * stride, dtype=torch.int32, device=self.device)
         stock.plan(torch.tensor(lengths, dtype=torch.int32), lists, stride, self.num_heads, self.sm_scale)
         wrapper = stock.wrapper

@@ -14,43 +14,24 @@ from dsv4_kernels.row_lists import ListKind
 from dsv4_kernels.row_lists.fused import row_lists
 from dsv4_kernels.sink_rope.fused import sink_rope
 from dsv4_kernels.step import StepTensors
-from sglang_dsv4.attention.base import Attention, HostLengths
-from sglang_dsv4.attention.choose import why_not_flashmla
+from sglang_dsv4.attention.base import Attention
 from sglang_dsv4.attention.decoded_prefill import DecodedStep, choose_decoded, decoded_step
 from sglang_dsv4.attention.device import device_of
-from sglang_dsv4.attention.row_list_kinds import FixedShape, host_lengths, is_in_place, kind_of, kinds_of, longest
-from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, StepPlan
+from sglang_dsv4.attention.host_lengths import HostLengths, host_lengths
+from sglang_dsv4.attention.requirements import FLASHMLA
+from sglang_dsv4.attention.row_list_kinds import FixedShape, is_in_place, longest
+from sglang_dsv4.attention.sparse_prefill import LIST_MULTIPLE as PREFILL_LIST_MULTIPLE
+from sglang_dsv4.attention.sparse_prefill import SparsePrefill
+from sglang_dsv4.cache import CompressedKVCache, ExternalKVCache, LayerCache, StepPlan
 from sglang_dsv4.errors import UnsupportedError
 
-# Decoded rows are made room for so many at a time: each chunk of a long prompt has a few more than the one before.
+# Grow the buffer of decoded rows in steps of so many, so that successive chunks of a prompt rarely reallocate it.
 _MORE_ROWS = 16384
-_LIST_MULTIPLE, _PREFILL_MULTIPLE = 64, 128  # of columns, in the lists of the two kernels
-
-
-def sparse_prefill(
-    q: torch.Tensor, pool: torch.Tensor, lists: torch.Tensor, lengths: torch.Tensor, sink: torch.Tensor, sm_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashMLA's prefill kernel over bf16 rows, which every query reads by its own list. SM90; 64 or 128 heads.
-
-    Args:
-        q (torch.Tensor): ``[T, H, 512]`` bf16.
-        pool (torch.Tensor): ``[rows, 512]`` bf16.
-        lists (torch.Tensor): ``[T, W]`` int32, ``W`` a multiple of 128, -1 behind each list.
-        lengths (torch.Tensor): ``[T]`` int32.
-        sink (torch.Tensor): ``[H]`` fp32.
-        sm_scale (float): softmax scale.
-
-    Returns:
-        tuple: ``[T, H, 512]`` with the sink, and the log-sum-exp without it.
-    """
-    out, _, lse = flash_mla.flash_mla_sparse_fwd(
-        q, pool.unsqueeze(1), lists.unsqueeze(1), sm_scale, q.shape[-1], sink, lengths, use_legacy=True
-    )
-    return out, lse
+_LIST_MULTIPLE = 64  # of columns in the decode kernel's lists
 
 
 class FlashMLAAttention(Attention):
-    """Plans on the device: every schedule is made by the first layer of its kind in a step.
+    """Has nothing to plan: every schedule is made by the first layer of its kind in a step.
 
     Without a fixed shape, the host's lengths say whether a step's rows are decoded once (`choose_decoded`). Buffers belong to
     this object and are used by one stream: all layers share that of decoded rows.
@@ -58,7 +39,7 @@ class FlashMLAAttention(Attention):
     Args:
         cache (CompressedKVCache): on a CUDA device of SM90, with fp8_584 rows.
         num_heads (int): query heads, 64 or 128.
-        fixed (FixedShape | None): the one shape of every step, for CUDA graphs. ``plan`` is then part of what is captured.
+        fixed (FixedShape | None): the one shape of every step, for CUDA graphs. ``begin`` is then part of what is captured.
 
     Raises:
         UnsupportedError: the device, row format or number of heads does not fit; the message says which.
@@ -67,12 +48,12 @@ class FlashMLAAttention(Attention):
     name = "flashmla"
 
     def __init__(self, cache: CompressedKVCache | ExternalKVCache, num_heads: int, *, fixed: FixedShape | None = None) -> None:
-        super().__init__(cache)
-        fault = why_not_flashmla(device_of(cache.device), cache.spec.row_format, num_heads)
+        super().__init__(cache, num_heads)
+        fault = FLASHMLA.why_not(device_of(cache.device), cache.spec.row_format, num_heads)
         if fault:
             raise UnsupportedError(f"attention flashmla: {fault}")
-        self.num_heads = num_heads
         self.fixed = fixed
+        self._sparse_prefill = SparsePrefill(self.sm_scale)
         self._lists: dict[str, torch.Tensor] = {}
         self._lengths: dict[str, torch.Tensor] = {}
         self._meta: dict[str, object] = {}
@@ -80,7 +61,7 @@ class FlashMLAAttention(Attention):
         self._rows = empty((0, cache.spec.head_dim), torch.bfloat16, cache.device)
 
     @property
-    def plans_on_host(self) -> bool:
+    def needs_host_lengths(self) -> bool:
         return self.fixed is None
 
     @property
@@ -91,12 +72,12 @@ class FlashMLAAttention(Attention):
         held = (*self._lists.values(), *self._lengths.values(), self._rows)
         return {tensor.data_ptr(): tensor.nbytes for tensor in held if tensor.nbytes}
 
-    def plan(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
+    def begin(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         if self.fixed is not None and plan.num_tokens != self.fixed.num_tokens:
-            raise ValueError(f"plan: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}")
+            raise ValueError(f"begin: expected {self.fixed.num_tokens} tokens, the fixed shape, got {plan.num_tokens}")
         decoded = self._plan_decoded(plan, lengths)
         self._plan, self._decoded = plan, decoded
-        for kind in kinds_of(self.cache.spec):
+        for kind in self.distinct_kinds:
             lists, listed = self._buffers(kind, plan)
             step = plan.step if decoded is None else decoded.step
             row_lists(step, kind, lists, pad=True, lengths=listed)
@@ -105,40 +86,35 @@ class FlashMLAAttention(Attention):
 
     def run(
         self,
-        layer_id: int,
+        layer: LayerCache,
         q: torch.Tensor,
         sink: torch.Tensor,
         selected: torch.Tensor | None = None,
         *,
         undo_rope: bool = False,
     ) -> torch.Tensor:
-        self.check(layer_id, self._plan, q, selected)
-        if q.dtype != torch.bfloat16 or q.shape[1:] != (self.num_heads, self.cache.spec.head_dim):
-            raise ValueError(
-                f"layer {layer_id} q: expected bfloat16 [T, {self.num_heads}, {self.cache.spec.head_dim}], got {q.dtype} "
-                f"{tuple(q.shape)}"
-            )
+        self.check(layer, self._plan, q, selected)
         if len(q) == 0:
             return empty(tuple(q.shape), q.dtype, q.device)
-        kind = kind_of(self.cache.spec, self.cache.spec.layers[layer_id])
+        kind = self.kinds[layer.layer_id]
         lists, step = self._lists[kind.name][: len(q)], self._plan.step
         if selected is not None and not is_in_place(selected, lists):
             row_lists(step, kind, lists, selected, window=False)
         lengths = self._lengths[kind.name][: len(q)]
         if self._decoded is None:
-            out, lse = self._attend_packed(layer_id, q, sink, lists, lengths, kind)
+            out, lse = self._attend_packed(layer, q, sink, lists, lengths, kind)
         else:
-            rows = self._decode(layer_id, self._decoded)
-            out, lse = sparse_prefill(q.contiguous(), rows, lists, lengths, sink.float(), self.sm_scale)
+            rows = self._decode(layer, self._decoded)
+            out, lse = self._sparse_prefill(q.contiguous(), rows, lists, lengths, sink)
         if undo_rope:
-            sink_rope(out, lse, None, step.positions, self.cache.layers[layer_id].rope_table)
+            sink_rope(out, lse, None, step.positions, layer.rope_table)
         return out
 
     def _attend_packed(
-        self, layer_id: int, q: torch.Tensor, sink: torch.Tensor, lists: torch.Tensor, lengths: torch.Tensor, kind: ListKind
+        self, layer: LayerCache, q: torch.Tensor, sink: torch.Tensor, lists: torch.Tensor, lengths: torch.Tensor, kind: ListKind
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """FlashMLA's decode kernel over the pool; results as of `sparse_prefill`."""
-        fmt, pool = self.cache.spec.rows, self.cache.layers[layer_id].pool
+        """FlashMLA's decode kernel over the pool; results as of `SparsePrefill`."""
+        fmt, pool = layer.row_format, layer.pool
         pages = pool.as_strided(
             (len(pool), fmt.group_rows, 1, fmt.row_bytes), (fmt.group_bytes, fmt.row_bytes, fmt.row_bytes, 1)
         )
@@ -147,7 +123,7 @@ class FlashMLAAttention(Attention):
             pages,
             None,
             None,
-            self.cache.spec.head_dim,
+            self.spec.head_dim,
             self._meta[kind.name],
             None,
             self.sm_scale,
@@ -161,27 +137,25 @@ class FlashMLAAttention(Attention):
         )
         return out.squeeze(1), lse.view(q.shape[:2])
 
-    def _decode(self, layer_id: int, decoded: DecodedStep) -> torch.Tensor:
+    def _decode(self, layer: LayerCache, decoded: DecodedStep) -> torch.Tensor:
         """A layer's rows of this step, bf16."""
-        ratio = self.cache.spec.layers[layer_id].ratio
-        rows = self._rows[: decoded.num_rows(ratio)]
+        rows = self._rows[: decoded.num_rows(layer.ratio)]
         page_decode(
-            self.cache.layers[layer_id].pool,
-            self.cache.spec.rows,
+            layer.pool,
+            layer.row_format,
             decoded.window_pages,
             decoded.history_pages,
             decoded.step.page_tokens,
-            ratio,
+            layer.ratio,
             self._plan.step.num_window_rows,
             rows,
         )
         return rows
 
-    def selected_buffer(self, layer_id: int) -> torch.Tensor | None:
-        layer = self.cache.spec.layers[layer_id]
-        if not layer.indexed:
+    def selected_buffer(self, layer: LayerCache) -> torch.Tensor | None:
+        kind = self.kinds[layer.layer_id]
+        if kind.most is None:
             return None
-        kind = kind_of(self.cache.spec, layer)
         most = kind.width(longest(self._plan, self.fixed)) - kind.window
         return self._lists[kind.name][: self._plan.num_tokens, :most]
 
@@ -189,7 +163,7 @@ class FlashMLAAttention(Attention):
         """The step over decoded rows, with room for them; None where packed rows are read."""
         if self.fixed is not None or plan.num_tokens == 0:
             return None
-        spec = self.cache.spec
+        spec = self.spec
         counts = choose_decoded(host_lengths(plan, lengths), spec)
         if counts is None:
             return None
@@ -198,18 +172,18 @@ class FlashMLAAttention(Attention):
         if len(self._rows) < most:
             most = -(-most // _MORE_ROWS) * _MORE_ROWS
             self._rows = self._rows.new_zeros((0, spec.head_dim))  # give the old one back first
-            self._rows = empty((most, spec.head_dim), torch.bfloat16, self.cache.device)
+            self._rows = empty((most, spec.head_dim), torch.bfloat16, self.device)
         return decoded
 
     def _buffers(self, kind: ListKind, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the step's lists of a kind are written, and their lengths; a fixed shape's stay where they are."""
         width = kind.width(longest(plan, self.fixed))
         # Without a fixed shape either kernel may be next: lists that fit both are not made anew at every turn.
-        multiple = _PREFILL_MULTIPLE if self.fixed is None else _LIST_MULTIPLE
+        multiple = PREFILL_LIST_MULTIPLE if self.fixed is None else _LIST_MULTIPLE
         width = -(-width // multiple) * multiple
         found = self._lists.get(kind.name)
         if found is None or found.shape[1] != width or len(found) < plan.num_tokens:
-            found = empty((plan.num_tokens, width), torch.int32, self.cache.device)
+            found = empty((plan.num_tokens, width), torch.int32, self.device)
             self._lists[kind.name] = found
             self._lengths[kind.name] = empty((len(found),), torch.int32, found.device)
         return found[: plan.num_tokens], self._lengths[kind.name][: plan.num_tokens]

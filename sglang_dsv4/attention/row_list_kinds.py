@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from dsv4_kernels.row_lists import ListKind
-from sglang_dsv4.attention.base import HostLengths
 from sglang_dsv4.cache import StepPlan
 from sglang_dsv4.spec import CacheSpec, LayerSpec
 
@@ -21,11 +20,6 @@ def kind_of(spec: CacheSpec, layer: LayerSpec) -> ListKind:
     """The lists of a layer; layers of one kind have the same."""
     most = spec.index_topk if layer.indexed else None
     return ListKind(layer.kind, spec.window, layer.ratio, most)
-
-
-def kinds_of(spec: CacheSpec) -> tuple[ListKind, ...]:
-    """Every kind among the layers."""
-    return tuple(dict.fromkeys(kind_of(spec, layer) for layer in spec.layers))
 
 
 @dataclass(frozen=True)
@@ -68,33 +62,3 @@ def is_in_place(selected: torch.Tensor, lists: torch.Tensor) -> bool:
     """Whether chosen rows were written where ``lists`` has them."""
     same = selected.data_ptr() == lists.data_ptr() and selected.stride(0) == lists.stride(0)
     return same and selected.dtype == lists.dtype and selected.stride(1) == 1
-
-
-def host_lengths(plan: StepPlan, lengths: HostLengths | None) -> HostLengths:
-    """A step's lengths: those that were given, or what a plan of a cache that owns its pages knows.
-
-    Raises:
-        ValueError: the plan is of pages that somebody else owns, and no lengths were given.
-    """
-    if lengths is not None:
-        return lengths
-    if not plan.items:
-        raise ValueError(
-            "plan: expected the lengths of a step over external pages, got none; a schedule on the host needs them"
-        )
-    return HostLengths(
-        [item.request.seq_len + item.num_new_tokens for item in plan.items], [item.num_new_tokens for item in plan.items]
-    )
-
-
-def host_positions(plan: StepPlan, lengths: HostLengths | None) -> torch.Tensor:
-    """Position of each query on the CPU, padded with -1 to the plan's tokens.
-
-    Raises:
-        ValueError: there are no lengths, as in `host_lengths`; or they do not fit the plan.
-    """
-    positions = host_lengths(plan, lengths).positions()
-    missing = plan.num_tokens - len(positions)
-    if missing < 0:
-        raise ValueError(f"plan: expected lengths of at most {plan.num_tokens} new tokens, got {len(positions)}")
-    return torch.cat([positions, positions.new_full((missing,), -1)])

@@ -83,7 +83,7 @@ def flashinfer_variants(work: AttentionWork, missing: set[str]) -> dict[str, Att
     for backend in ("fa3", "fa2") if hopper else ("fa2",):
         for schedule in ("own", "stock") if found else ("own", "whole", "stock"):
             attention = ours(work.cache, work.case.heads, backend=backend, schedule=schedule, prefill="flashinfer")
-            attention.plan(work.plan, work.lengths)
+            attention.begin(work.plan, work.lengths)
             found[f"{backend}-{schedule}"] = attention
     return found
 
@@ -101,7 +101,7 @@ def variants(work: AttentionWork, missing: set[str]) -> tuple[Calls, dict[str, A
         calls[name] = _calls(attention, work, work.selected)
         calls[f"{name} kernel"] = _kernels(attention, work)
         if work.case.kind == "csa" and name.endswith("own"):
-            place = attention.selected_buffer(0)
+            place = attention.selected_buffer(work.cache.layers[0])
             assert place is not None and work.selected[0] is not None
             wanted = work.kind.num_entries(work.plan.step.positions).unsqueeze(1)
             valid = torch.arange(place.shape[1], device=place.device) < wanted
@@ -146,7 +146,7 @@ def _kernels(attention: Attention, work: AttentionWork) -> list[Callable[[], tor
 
 def _calls(attention: Attention, work: AttentionWork, selected: list[torch.Tensor | None]) -> list[Callable[[], torch.Tensor]]:
     return [
-        lambda i=i: attention.run(i, work.q[i], work.sink, selected[i], undo_rope=True)  # type: ignore[misc]
+        lambda i=i: attention.run(work.cache.layers[i], work.q[i], work.sink, selected[i], undo_rope=True)  # type: ignore[misc]
         for i in range(len(work.q))
     ]
 
@@ -186,11 +186,11 @@ def plan_times(work: AttentionWork, attention: Attention) -> dict[str, float]:
     for _ in range(15):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        attention.plan(work.plan, work.lengths)
+        attention.begin(work.plan, work.lengths)
         samples.append(1e6 * (time.perf_counter() - begin))
     found = {"plan_host_us": sorted(samples)[len(samples) // 2]}
     if getattr(attention, "schedule", "") in ("own", "whole"):
-        calls = [lambda: attention.plan(work.plan, work.lengths)]
+        calls = [lambda: attention.begin(work.plan, work.lengths)]
         found["plan_device_us"] = time_graphs({"plan": calls})["plan"].median_us
     return found
 

@@ -9,6 +9,7 @@ from dsv4_kernels.norm_rope import naive_rope
 from dsv4_kernels.streams import slot_bias
 from sglang_dsv4.attention import Attention
 from sglang_dsv4.cache import CompressedKVCache, CompressorWeights, NormWeights, StepPlan
+from sglang_dsv4.cache.regions import Part
 
 
 class StepInProgress:
@@ -59,8 +60,8 @@ class CachedAttention:
         latent = module.q_a_norm(module.q_a_proj(x))
         q = module.q_b_norm(module.q_b_proj(latent).view(num_tokens, -1, module.head_dim))
         self._append(plan, x)
-        selected = self._select(plan, x, latent) if "index" in self._compressors() else None
-        out = self._attention.run(self._layer.layer_id, naive_rope(q, cos_sin).to(x.dtype), module.sinks, selected)
+        selected = self._select(plan, x, latent) if Part.INDEX in self._layer.parts else None
+        out = self._attention.run(self._layer, naive_rope(q, cos_sin).to(x.dtype), module.sinks, selected)
         out = naive_rope(out, cos_sin, inverse=True).to(x.dtype)  # [T, H, 512]
         grouped = out.reshape(1, num_tokens, module.config.o_groups, -1)
         return module.o_b_proj(module.o_a_proj(grouped).flatten(2)), None
@@ -70,7 +71,7 @@ class CachedAttention:
         if compressor is None:
             return {}
         found = {"main": compressor}
-        return {**found, "index": compressor.indexer} if self._layer.memory.layer.indexed else found
+        return {**found, "index": compressor.indexer} if Part.INDEX in self._layer.parts else found
 
     def _append(self, plan: StepPlan, x: torch.Tensor) -> None:
         projections = {

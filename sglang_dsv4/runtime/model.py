@@ -44,7 +44,7 @@ class CachedModel:
         """
         device = self.cache.device
         last = [end - 1 for end in accumulate(item.num_new_tokens for item in plan.items)]
-        self._attention.plan(plan)
+        self._attention.begin(plan)
         self._step.plan = plan
         try:
             output = self.model(

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from sglang_dsv4.attention import EagerAttention, FixedShape, device
-from sglang_dsv4.attention import row_list_kinds as lists
+from sglang_dsv4.attention import EagerAttention, FixedShape, device, row_list_kinds
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.cache import Capacity, ExternalKVCache, PageTables
@@ -54,7 +53,7 @@ def make_work(kind, heads=8, row_format="bf16", starts=(1000, 300, 5), extends=(
 
 
 def errors(work, out, layer_id, queries=None):
-    table = work.cache.storage.rope_tables[work.cache.spec.layers[layer_id].rope]
+    table = work.cache.layers[layer_id].rope_table
     found = []
     for query in range(len(out)) if queries is None else queries:
         angles = table[work.plan.step.positions[query]]
@@ -70,31 +69,31 @@ def check_values():
             work = make_work(kind, heads, row_format)
             for schedule in ("own", "stock"):
                 attention = FLASHINFER.FlashInferAttention(work.cache, heads, schedule=schedule)
-                attention.plan(work.plan, work.lengths)
+                attention.begin(work.plan, work.lengths)
                 for i in (1, 0) if heads == 8 else (1,):
-                    out = attention.run(i, work.q[i], work.sink, work.selected[i], undo_rope=True)
+                    out = attention.run(work.cache.layers[i], work.q[i], work.sink, work.selected[i], undo_rope=True)
                     assert max(errors(work, out, i)) <= 1, (kind, row_format, heads, schedule)
                 if kind == "csa" and heads == 8:
                     wrong = work.selected[0].roll(1, 0)
-                    out = attention.run(0, work.q[0], work.sink, wrong, undo_rope=True)
+                    out = attention.run(work.cache.layers[0], work.q[0], work.sink, wrong, undo_rope=True)
                     assert max(errors(work, out, 0)) > 1, "other queries' entries went unnoticed"
 
 
 def check_chunks():
     """A prefill cut into chunks, each with its own plan."""
-    kept, lists.MAX_CHUNK_TOKENS = lists.MAX_CHUNK_TOKENS, 7
+    kept, row_list_kinds.MAX_CHUNK_TOKENS = row_list_kinds.MAX_CHUNK_TOKENS, 7
     try:
         for kind in ("csa", "hca"):
             work = make_work(kind, starts=(250, 0), extends=(10, 9), heads=4)
             for schedule in ("own", "stock"):
                 attention = FLASHINFER.FlashInferAttention(work.cache, 4, schedule=schedule)
-                attention.plan(work.plan, work.lengths)
+                attention.begin(work.plan, work.lengths)
                 launches = flashinfer_model.MODULE.launches
-                out = attention.run(1, work.q[1], work.sink, work.selected[1], undo_rope=True)
+                out = attention.run(work.cache.layers[1], work.q[1], work.sink, work.selected[1], undo_rope=True)
                 assert flashinfer_model.MODULE.launches == launches + 3
                 assert max(errors(work, out, 1)) <= 1, (kind, schedule)
     finally:
-        lists.MAX_CHUNK_TOKENS = kept
+        row_list_kinds.MAX_CHUNK_TOKENS = kept
 
 
 def check_fixed_shape():
@@ -114,14 +113,14 @@ def check_fixed_shape():
         attention = FLASHINFER.FlashInferAttention(work.cache, 8, schedule=schedule, fixed=fixed)
         kept, waits = [], Event.waits
         for _ in range(2):
-            attention.plan(plan, work.lengths)
-            out = attention.run(0, q, work.sink, selected, undo_rope=True)
+            attention.begin(plan, work.lengths)
+            out = attention.run(work.cache.layers[0], q, work.sink, selected, undo_rope=True)
             assert max(errors(work, out[:6], 0)) <= 1 and not out[6:].any()
             kept.append([chunk.flat.data_ptr() for chunk in attention.chunks["csa"]])
         assert kept[0] == kept[1]
         assert Event.waits - waits == (1 if schedule == "stock" else 0)
         check_workspace(work, attention, plan)
-        refused(lambda a=attention, w=work: a.plan(w.plan), ValueError, "expected 8 tokens, the fixed shape, got 6")
+        refused(lambda a=attention, w=work: a.begin(w.plan), ValueError, "expected 8 tokens, the fixed shape, got 6")
 
 
 def check_all_kinds_share_a_workspace():
@@ -129,7 +128,7 @@ def check_all_kinds_share_a_workspace():
     spec = make_spec(("fp8_584", "fp8"))
     cache = ExternalKVCache(spec, Capacity(8, 8, 4, 1024))
     for layer in cache.layers:
-        fill(layer.memory.storage.pool, spec.rows, torch.Generator().manual_seed(1))
+        fill(layer.pool, spec.rows, torch.Generator().manual_seed(1))
     table = torch.arange(8).view(2, 4)
     attention = FLASHINFER.FlashInferAttention(cache, 4, fixed=FixedShape(3, 1024))
     for positions in ([5, 700, -1], [900, 255, 3]):
@@ -141,14 +140,14 @@ def check_all_kinds_share_a_workspace():
             state_slots=torch.tensor([0, 1]),
             tables=PageTables(history=table, window=table),
         )
-        attention.plan(plan)
+        attention.begin(plan)
         eager = EagerAttention(cache)
-        eager.plan(replace(plan, step=replace(plan.step, positions=plan.step.positions.clamp_min(0))))
+        eager.begin(replace(plan, step=replace(plan.step, positions=plan.step.positions.clamp_min(0))))
         q, sink = torch.randn(3, 4, 512).bfloat16(), torch.randn(4)
         chosen = eager._plan.rows.entries(eager._plan.rows.visible_entries(4)[:, :16], 4)
         for layer_id, selected in ((0, None), (1, chosen), (2, None)):
-            found = attention.run(layer_id, q, sink, selected, undo_rope=True)
-            expected = eager.run(layer_id, q.float(), sink, selected, undo_rope=True)
+            found = attention.run(cache.layers[layer_id], q, sink, selected, undo_rope=True)
+            expected = eager.run(cache.layers[layer_id], q.float(), sink, selected, undo_rope=True)
             for query, position in enumerate(positions):
                 if position < 0:
                     assert not found[query].any()
@@ -163,10 +162,10 @@ def check_workspace(work, attention, plan):
     make, shared = FLASHINFER.FlashInferAttention, attention.workspace
     place = attention.chunks["csa"][0].flat.data_ptr()
     smaller = make(work.cache, 8, fixed=FixedShape(6, 1280), workspace=shared)
-    smaller.plan(work.plan)
+    smaller.begin(work.plan)
     assert smaller.chunks["csa"][0].flat.data_ptr() == place
     larger = make(work.cache, 8, fixed=FixedShape(8, 1 << 20), workspace=shared)
-    larger.plan(plan)  # a window and 64 entries, as before
+    larger.begin(plan)  # a window and 64 entries, as before
     refused(lambda: shared.buffer("lists csa", 1 << 20, torch.int32), ValueError, "plan the largest shape first")
     refused(lambda: make(work.cache, 16, workspace=shared), ValueError, "workspace: expected one for 16 heads, got 8")
 
@@ -190,19 +189,33 @@ def check_refusals():
             refused(lambda o=options: make(work.cache, 8, **o), UnsupportedError, text)
             continue
         attention = make(work.cache, 8, **options)
-        refused(lambda a=attention: a.plan(work.plan), ValueError, "expected the lengths of a step over external pages")
+        refused(lambda a=attention: a.begin(work.plan), ValueError, "expected the lengths of a step over external pages")
     refused(lambda: make(work.cache, 129), UnsupportedError, "expected 1 .. 128 query heads, got 129")
     exact_rows = make_work("csa", row_format="fp32")
     refused(lambda: make(exact_rows.cache, 8), UnsupportedError, "expected bf16 or fp8_584 rows, got fp32")
     attention = make(work.cache, 8)
-    attention.plan(work.plan)
+    attention.begin(work.plan)
     launches = flashinfer_model.MODULE.launches
     q, sink, selected = work.q[0], work.sink, work.selected[0]
-    refused(lambda: attention.run(0, q.float(), sink, selected), ValueError, "expected bfloat16 [T, 8, 512], got torch.float32")
-    refused(lambda: attention.run(0, q[:, :4], sink, selected), ValueError, "expected bfloat16 [T, 8, 512]")
-    refused(lambda: attention.run(0, q[:2], sink, selected), ValueError, "layer 0 q: expected 6 tokens, got 2")
-    refused(lambda: attention.run(0, q, sink), ValueError, "expected selected rows exactly in CSA layers, got none")
-    refused(lambda: attention.run(0, q, sink, selected[:3]), ValueError, "selected rows: expected 6 tokens, got 3")
+    refused(
+        lambda: attention.run(work.cache.layers[0], q.float(), sink, selected),
+        ValueError,
+        "expected bfloat16 [T, 8, 512], got torch.float32",
+    )
+    refused(lambda: attention.run(work.cache.layers[0], q[:, :4], sink, selected), ValueError, "expected bfloat16 [T, 8, 512]")
+    refused(
+        lambda: attention.run(work.cache.layers[0], q[:2], sink, selected), ValueError, "layer 0 q: expected 6 tokens, got 2"
+    )
+    refused(
+        lambda: attention.run(work.cache.layers[0], q, sink),
+        ValueError,
+        "expected selected rows exactly in CSA layers, got none",
+    )
+    refused(
+        lambda: attention.run(work.cache.layers[0], q, sink, selected[:3]),
+        ValueError,
+        "selected rows: expected 6 tokens, got 3",
+    )
     assert flashinfer_model.MODULE.launches == launches
 
 

@@ -14,8 +14,7 @@ import torch
 
 from dsv4_kernels.row_codec import naive_put_row_bytes
 from dsv4_kernels.row_lists import naive_row_lists
-from sglang_dsv4.attention import FixedShape, HostLengths, device
-from sglang_dsv4.attention import decoded_prefill as decoded
+from sglang_dsv4.attention import FixedShape, HostLengths, decoded_prefill, device
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
 from tests.attention import flashmla_model
@@ -27,7 +26,7 @@ QUERIES = (0, 23, 24, 149, 150, 258, 259, 260, 279)
 KINDS = ("window", "csa", "hca")
 # Tokens from which on rows are decoded here: the interpreter has no time for more.
 FEWEST = 256
-small = mock.patch.object(decoded, "FEWEST_TOKENS", FEWEST)
+small = mock.patch.object(decoded_prefill, "FEWEST_TOKENS", FEWEST)
 
 
 def make_work(kind, place, starts=STARTS, extends=EXTENDS, heads=64):
@@ -54,8 +53,8 @@ def make(work, fixed=None):
 def errors(attention, work, layer_id, queries):
     """Attend, and by how much of what is allowed the results of some queries are off; layer 1 without the rotation."""
     chosen, undo_rope = work.selected_by(layer_id, attention.numbering), layer_id == 1
-    out = attention.run(layer_id, work.q[layer_id], work.sink, chosen, undo_rope=undo_rope)
-    table = work.cache.storage.rope_tables[work.cache.spec.layers[layer_id].rope]
+    out = attention.run(work.cache.layers[layer_id], work.q[layer_id], work.sink, chosen, undo_rope=undo_rope)
+    table = work.cache.layers[layer_id].rope_table
     found = []
     for query in queries:
         angles = table[work.plan.step.positions[query]] if undo_rope else None
@@ -87,19 +86,19 @@ def check_long_steps(device="cpu", heads=64):
         for layer_id in range(2):
             forget_unlisted(work, layer_id)
         attention = make(work)
-        attention.plan(work.plan, work.lengths)
-        assert attention.plans_on_host and attention.numbering is not None
+        attention.begin(work.plan, work.lengths)
+        assert attention.needs_host_lengths and attention.numbering is not None
         # The rotation, which layer 1 has undone, takes the interpreter longest; it is the same in every kind.
         for layer_id in (1, 0) if kind == "window" or device != "cpu" else (0,):
             found = errors(attention, work, layer_id, QUERIES)
             assert max(found) <= 1, (kind, layer_id, found)
         with shifted(module, 3):
-            attention.plan(work.plan, work.lengths)
+            attention.begin(work.plan, work.lengths)
         found = errors(attention, work, 0, QUERIES)
         assert found[QUERIES.index(259)] > 1, f"{kind}: a window one page off went unnoticed"
         assert max(found[:5]) <= 1, (kind, found)
         if kind == "csa":
-            attention.plan(work.plan, work.lengths)
+            attention.begin(work.plan, work.lengths)
             numbering = attention.numbering
             entries = numbering.num_window_rows + 64  # a page on
             moved = replace(numbering, num_window_rows=entries)
@@ -118,21 +117,21 @@ def check_short_steps(device="cpu"):
         attention = make(work)
         few = make_work(kind, device, (1000, 383), (FEWEST - 1 - 60, 60))
         short = make(few)
-        short.plan(few.plan, few.lengths)
+        short.begin(few.plan, few.lengths)
         queries = (0, 100, 194, 195, 254)
         assert short.numbering is None and max(errors(short, few, 0, queries)) <= 1
         kept = []
         for _ in range(2):
-            attention.plan(work.plan, work.lengths)
+            attention.begin(work.plan, work.lengths)
             assert attention.numbering is not None and max(errors(attention, work, 0, (0, 279))) <= 1
             kept.append(dict(attention.buffers()))
             one = slice(0, 3)
             step = work.plan.step
             step = replace(step, positions=step.positions[one], token_rows=step.token_rows[one])
-            attention.plan(replace(work.plan, step=step), HostLengths((1003,), (3,)))
+            attention.begin(replace(work.plan, step=step), HostLengths((1003,), (3,)))
             assert attention.numbering is None
             chosen = work.selected[0] if work.selected[0] is None else work.selected[0][one]
-            out = attention.run(0, work.q[0][one], work.sink, chosen)
+            out = attention.run(work.cache.layers[0], work.q[0][one], work.sink, chosen)
             assert torch.isfinite(out).all()
         # Of 2,240 rows at most; room is made for 16,384 at a time.
         assert 16384 * 1024 in kept[0].values() and kept[0] == kept[1], (kind, kept)
@@ -142,12 +141,12 @@ def check_fixed_shape(device="cpu"):
     """A graph's buffers, lengths included, stay where they are; its plan needs nothing of the host."""
     work = make_work("csa", device, (1000, 300, 5), (1, 1, 1))
     attention = make(work, FixedShape(5, 1280))
-    assert not attention.plans_on_host and attention.numbering is None
+    assert not attention.needs_host_lengths and attention.numbering is None
     step, kept = work.plan.step, []
     for pad in (-1, -1):
         padded = torch.cat([step.positions, step.positions.new_full((2,), pad)])
         rows = torch.cat([step.token_rows, step.token_rows.new_zeros(2)])
-        attention.plan(replace(work.plan, step=replace(step, positions=padded, token_rows=rows)))
+        attention.begin(replace(work.plan, step=replace(step, positions=padded, token_rows=rows)))
         kept.append(dict(attention.buffers()))
         lengths = attention._lengths["csa"]
         expected, lists = lengths.new_zeros(5), lengths.new_zeros(5, 448)  # 128 and 1280 / 4

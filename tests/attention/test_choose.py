@@ -39,6 +39,11 @@ def by_name(monkeypatch):
         ({"sm": 90, "flashinfer": None}, "eager"),
         ({"sm": 90, "flashinfer": "0.6.15"}, "eager"),
         ({"sm": 90, "flashinfer": "0.7.2.post1"}, "flashinfer"),
+        ({"sm": 90, "flashinfer": "0.6.19rc1"}, "flashinfer"),
+        ({"flashinfer": "0.6.19rc1"}, "eager"),
+        ({"sm": 90, "flashinfer": "0.6.18rc1"}, "eager"),
+        ({"sm": 90, "flashinfer": "0.6.18+cu130"}, "flashinfer"),
+        ({"sm": 90, "flashinfer": "nightly"}, "eager"),
     ],
     ids=str,
 )

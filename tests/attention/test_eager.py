@@ -108,8 +108,8 @@ def run_ours(model, layer_id, cuts, index_topk=512, shift=0):
                 weights = indexer.scorer.weights_proj(x) * (128**-0.5 * 8**-0.5)
                 selected = cache.layers[layer_id].select(plan, index_q, weights)
                 chosen.append(selected - cache.storage.num_window_rows)  # pages are handed out in order: entry numbers
-            attention.plan(plan)
-            out = attention.run(layer_id, q[begin:end], module.sinks, selected)
+            attention.begin(plan)
+            out = attention.run(cache.layers[layer_id], q[begin:end], module.sinks, selected)
         table = cache.layers[layer_id].rope_table
         outputs.append(naive_rope(out, table[torch.arange(begin, end) + shift], inverse=True))
         for other, layer in enumerate(cache.layers):  # the other layers of the step, so that it can be committed
@@ -180,14 +180,14 @@ def test_selection_matches_transformers_away_from_ties(cuts):
 def test_selected_rows_are_asked_for_exactly_in_csa_layers():
     cache = CompressedKVCache(make_spec(), num_pages=1, max_requests=1)
     attention, request = EagerAttention(cache), cache.open()
-    attention.plan(cache.plan([(request, 2)]))
+    attention.begin(cache.plan([(request, 2)]))
     q, sink = torch.randn(2, 4, 512), torch.zeros(4)
     with pytest.raises(ValueError, match="layer 1: expected selected rows exactly in CSA layers, got none"):
-        attention.run(1, q, sink)
+        attention.run(cache.layers[1], q, sink)
     with pytest.raises(ValueError, match="got some"):
-        attention.run(0, q, sink, torch.zeros(2, 1, dtype=torch.int64))
+        attention.run(cache.layers[0], q, sink, torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="layer 0 q: expected 2 tokens, got 3"):
-        attention.run(0, torch.randn(3, 4, 512), sink)
+        attention.run(cache.layers[0], torch.randn(3, 4, 512), sink)
 
 
 @pytest.mark.parametrize("layer_id", [0, 2])
@@ -197,10 +197,10 @@ def test_the_rotation_can_be_undone(layer_id):
     plan = cache.plan([(request, 5)])
     window = WindowInput(torch.randn(5, 512), torch.ones(512), 1e-6)
     append(cache, layer_id, plan, window=window)
-    attention.plan(plan)
+    attention.begin(plan)
     q, sink = torch.randn(5, 4, 512), torch.randn(4)
-    rotated = attention.run(layer_id, q, sink)
+    rotated = attention.run(cache.layers[layer_id], q, sink)
     table = cache.layers[layer_id].rope_table
     expected = naive_rope(rotated, table[torch.arange(5)], inverse=True)
-    assert torch.equal(attention.run(layer_id, q, sink, undo_rope=True), expected)
+    assert torch.equal(attention.run(cache.layers[layer_id], q, sink, undo_rope=True), expected)
     assert not torch.equal(rotated, expected)

@@ -8,8 +8,7 @@ import torch
 
 from dsv4_kernels.layout import FP8_584_ROW
 from dsv4_kernels.row_codec import naive_load_rows
-from sglang_dsv4.attention import FixedShape
-from sglang_dsv4.attention import row_list_kinds as lists
+from sglang_dsv4.attention import FixedShape, row_list_kinds
 from sglang_dsv4.bench.attention_check import exact, worst
 from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
 from sglang_dsv4.errors import UnsupportedError
@@ -49,7 +48,7 @@ def forget_unlisted(work, layer_id):
 
 
 def expect(work, layer_id, query, sink=None):
-    table = work.cache.storage.rope_tables[work.cache.spec.layers[layer_id].rope]
+    table = work.cache.layers[layer_id].rope_table
     angles = table[work.plan.step.positions[query]]
     sink = work.sink if sink is None else sink
     return exact(work.q[layer_id][query], work.rows(layer_id, query), sink, SCALE, angles)
@@ -58,7 +57,7 @@ def expect(work, layer_id, query, sink=None):
 def run(attention, work, layer_id, sink=None):
     sink = work.sink if sink is None else sink
     chosen = work.selected_by(layer_id, attention.numbering)
-    return attention.run(layer_id, work.q[layer_id], sink, chosen, undo_rope=True)
+    return attention.run(work.cache.layers[layer_id], work.q[layer_id], sink, chosen, undo_rope=True)
 
 
 def errors(found, work, layer_id, sink=None):
@@ -83,7 +82,7 @@ def test_matches_fp64(kind, heads, schedule):
     for backend in backends():
         work = make_work(kind, heads, topk=1024 if heads == 128 else 512)
         attention = make(work, schedule, backend)
-        attention.plan(work.plan, work.lengths)
+        attention.begin(work.plan, work.lengths)
         for layer_id in (1, 0):
             found = errors(run(attention, work, layer_id), work, layer_id)
             assert max(found) <= 1, (backend, layer_id, found)
@@ -93,19 +92,19 @@ def test_matches_fp64(kind, heads, schedule):
 def test_packed_rows_match_fp64(kind):
     work = make_work(kind, row_format="fp8_584")
     attention = make(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     assert max(errors(run(attention, work, 1), work, 1)) <= 1
 
 
 def test_a_lost_key_is_noticed():
     work = make_work("csa")
     attention = make(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     last = len(STARTS) - 1
     for column in range(0, 512, 37):
         lost = work.selected[1].clone()
         lost[last, column] = lost[last, (column + 1) % 512]  # one row twice, one not at all
-        found = attention.run(1, work.q[1], work.sink, lost, undo_rope=True)
+        found = attention.run(work.cache.layers[1], work.q[1], work.sink, lost, undo_rope=True)
         assert worst(found[last], expect(work, 1, last)) > 1, column
 
 
@@ -113,7 +112,7 @@ def test_a_lost_key_is_noticed():
 def test_sinks(schedule):
     work = make_work("csa")
     attention = make(work, schedule)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     sink = work.sink.clone()
     sink[0], sink[1] = float("inf"), float("-inf")
     found = run(attention, work, 0, sink)
@@ -131,28 +130,28 @@ def _without_first_head(work):
 def test_selected_rows_may_be_int64_and_a_view(row_format):
     work = make_work("csa", row_format=row_format)
     attention = make(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     first = run(attention, work, 0)
     wide = work.selected[0].long().repeat_interleave(2, 0)[::2]
-    assert torch.equal(attention.run(0, work.q[0], work.sink, wide, undo_rope=True), first)
+    assert torch.equal(attention.run(work.cache.layers[0], work.q[0], work.sink, wide, undo_rope=True), first)
 
 
 def test_selected_rows_can_be_written_in_place():
     work = make_work("csa")
     attention = make(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     expected = run(attention, work, 1)
-    attention.plan(work.plan, work.lengths)
-    place = attention.selected_buffer(1)
+    attention.begin(work.plan, work.lengths)
+    place = attention.selected_buffer(work.cache.layers[1])
     assert place.shape == (len(STARTS), 512)
     counts = work.kind.num_entries(work.plan.step.positions).tolist()
     for query, count in enumerate(counts):
         place[query, :count] = work.selected[1][query, :count]
     before = place.clone()
-    found = attention.run(1, work.q[1], work.sink, place, undo_rope=True)
+    found = attention.run(work.cache.layers[1], work.q[1], work.sink, place, undo_rope=True)
     assert torch.equal(found, expected) and torch.equal(place, before)
     place[-1, :-1] = place[-1, 1:].clone()  # a lost key, to show that these were read
-    assert not torch.equal(attention.run(1, work.q[1], work.sink, place, undo_rope=True), expected)
+    assert not torch.equal(attention.run(work.cache.layers[1], work.q[1], work.sink, place, undo_rope=True), expected)
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("csa", 64), ("hca", 64), ("csa", 128)])
@@ -162,14 +161,14 @@ def test_a_query_alone_gives_what_it_gives_in_a_batch(schedule, kind, heads):
     last = (1 << 17) - 1 if kind == "hca" else 8191
     work = make_work(kind, heads, starts=(last,) * 40)
     attention = make(work, schedule)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     together, step = run(attention, work, 0), work.plan.step
     same = []
     for begin, end in ((3, 4), (0, 2), (5, 38)):
         part = replace(step, positions=step.positions[begin:end], token_rows=step.token_rows[begin:end])
-        attention.plan(replace(work.plan, step=part), work.lengths)
+        attention.begin(replace(work.plan, step=part), work.lengths)
         chosen = None if work.selected[0] is None else work.selected[0][begin:end]
-        found = attention.run(0, work.q[0][begin:end], work.sink, chosen, undo_rope=True)
+        found = attention.run(work.cache.layers[0], work.q[0][begin:end], work.sink, chosen, undo_rope=True)
         same.append(torch.equal(found, together[begin:end]))
         expected = expect(work, 0, begin)
         assert worst(found[0], expected) <= 1 and worst(together[begin], expected) <= 1
@@ -211,15 +210,15 @@ def test_graph_replays_with_other_lengths(kind, schedule, heads):
     stock = schedule == "stock"
 
     def attend():
-        return [attention.run(i, q[i], work.sink, selected[i], undo_rope=True) for i in range(2)]
+        return [attention.run(work.cache.layers[i], q[i], work.sink, selected[i], undo_rope=True) for i in range(2)]
 
-    attention.plan(plan, lengths)
+    attention.begin(plan, lengths)
     attend()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         if not stock:
-            attention.plan(plan)
+            attention.begin(plan)
         found = attend()
     for seed in range(3):
         order = torch.randperm(work.case.num_tokens, generator=torch.Generator().manual_seed(seed))
@@ -231,7 +230,7 @@ def test_graph_replays_with_other_lengths(kind, schedule, heads):
         plan.step.positions.copy_(positions)
         if stock:
             for _ in range(2):  # the pinned buffer is written again while it may still be copied
-                attention.plan(plan, Known(positions.cpu()))
+                attention.begin(plan, Known(positions.cpu()))
         for tensor in found:
             tensor.fill_(float("nan"))
         graph.replay()
@@ -245,32 +244,32 @@ def test_the_host_planner_is_refused_in_a_capture():
     work = make_work("window")
     plan, _, _ = pad(work, FIXED, 0.0)
     attention = make(work, "stock", fixed=FIXED)
-    attention.plan(plan, work.lengths)
+    attention.begin(plan, work.lengths)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(ValueError, match="expected no capture of its stream"), torch.cuda.graph(graph):
-        attention.plan(plan, work.lengths)
+        attention.begin(plan, work.lengths)
 
 
 @pytest.mark.parametrize("schedule", ["own", "stock"])
 @pytest.mark.parametrize("kind", ["window", "csa", "hca"])
 @pytest.mark.parametrize("row_format", ["bf16", "fp8_584"])
 def test_prefill_in_chunks(kind, schedule, row_format, monkeypatch):
-    monkeypatch.setattr(lists, "MAX_CHUNK_TOKENS", 100)
+    monkeypatch.setattr(row_list_kinds, "MAX_CHUNK_TOKENS", 100)
     work = make_work(kind, row_format=row_format, starts=(1000, 0, 700), extends=(150, 201, 1))
     attention = make(work, schedule)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     found = run(attention, work, 1)
     assert max(errors(found, work, 1)) <= 1
     monkeypatch.undo()
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     assert max(errors(run(attention, work, 1), work, 1)) <= 1
 
 
 @pytest.mark.parametrize("schedule", ["own", "stock"])
 def test_a_chunk_as_long_as_the_planner_takes(schedule):
-    work = make_work("csa", starts=(0,), extends=(lists.MAX_CHUNK_TOKENS + 3,))
+    work = make_work("csa", starts=(0,), extends=(row_list_kinds.MAX_CHUNK_TOKENS + 3,))
     attention = make(work, schedule)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     found = run(attention, work, 0)
     for query in (0, 511, 4096, 8190, 8191, 8192, 8194):
         assert worst(found[query], expect(work, 0, query)) <= 1, query
@@ -281,7 +280,7 @@ def test_mixed_lengths(schedule):
     """Decode of long contexts beside a prefill: one query has as many keys as all the others."""
     work = make_work("hca", starts=(500_000, 3, 130, 0), extends=(1, 1, 70, 1))
     attention = make(work, schedule)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     assert max(errors(run(attention, work, 1), work, 1)) <= 1
 
 
@@ -293,11 +292,11 @@ def test_a_million_tokens_and_a_pool_beyond_32_bits():
     assert int(work.selected[0].max()) * 512 > 1 << 31
     for schedule in ("own", "stock"):
         attention = make(work, schedule)
-        attention.plan(work.plan, work.lengths)
+        attention.begin(work.plan, work.lengths)
         assert max(errors(run(attention, work, 0), work, 0)) <= 1
     longest = AttentionWork(AttentionCase("hca", ((1 << 20) - 1, 5), (1, 1)), 2, "bf16", torch.device("cuda"))
     attention = make(longest)
-    attention.plan(longest.plan, longest.lengths)
+    attention.begin(longest.plan, longest.lengths)
     assert max(errors(run(attention, longest, 1), longest, 1)) <= 1
 
 
@@ -306,8 +305,8 @@ def test_no_queries():
     step = work.plan.step
     none = replace(step, positions=step.positions[:0], token_rows=step.token_rows[:0])
     attention = make(work)
-    attention.plan(replace(work.plan, step=none), work.lengths)
-    out = attention.run(0, work.q[0][:0], work.sink, work.selected[0][:0])
+    attention.begin(replace(work.plan, step=none), work.lengths)
+    out = attention.run(work.cache.layers[0], work.q[0][:0], work.sink, work.selected[0][:0])
     assert out.shape == (0, 64, 512)
 
 
@@ -315,10 +314,10 @@ def test_rows_are_what_the_reference_lists():
     """The twin of `expect`: the same comparison with one query's rows for another's fails."""
     work = make_work("csa", starts=(8191, 8190))
     attention = make(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     found = run(attention, work, 0)
     pool = work.cache.layers[0].pool
     rows = naive_load_rows(pool, work.indices(0)[1], work.cache.spec.rows)
-    table = work.cache.storage.rope_tables[work.cache.spec.layers[0].rope]
+    table = work.cache.layers[0].rope_table
     other = exact(work.q[0][0], rows, work.sink, SCALE, table[work.plan.step.positions[0]])
     assert worst(found[0], other) > 1

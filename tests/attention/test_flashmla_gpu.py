@@ -36,7 +36,7 @@ def test_packed_rows_match_fp64(kind, heads):
             choose_attention("flashmla", find_capabilities(work.cache.device, work.cache.spec.row_format, heads))
         return
     attention = make_flashmla(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     for layer_id in (1, 0):
         assert max(errors(run(attention, work, layer_id), work, layer_id)) <= 1
 
@@ -52,7 +52,7 @@ def test_a_pool_beyond_32_bits():
     farthest = int(work.selected[0].max()) // fmt.group_rows * fmt.group_bytes
     assert farthest > 1 << 32
     attention = make_flashmla(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     assert max(errors(run(attention, work, 0), work, 0)) <= 1
 
 
@@ -65,8 +65,8 @@ def test_graph_replays_with_other_lengths(kind):
     attention = make_flashmla(work, FIXED)
 
     def attend():
-        attention.plan(plan)
-        return [attention.run(i, q[i], work.sink, selected[i], undo_rope=True) for i in range(2)]
+        attention.begin(plan)
+        return [attention.run(work.cache.layers[i], q[i], work.sink, selected[i], undo_rope=True) for i in range(2)]
 
     attend()
     torch.cuda.synchronize()
@@ -96,17 +96,17 @@ def test_prefill_of_bf16_rows(kind):
             make(work, prefill="flashmla")
         return
     attention = make(work, prefill="flashmla")
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     found = run(attention, work, 1)
     chunk = attention.chunks[kind][0]
-    assert isinstance(chunk.plan, torch.Tensor), "FlashInfer attended"
+    assert isinstance(chunk.schedule, torch.Tensor), "FlashInfer attended"
     assert max(errors(found, work, 1)) <= 1
     if kind == "csa":
-        place = attention.selected_buffer(1)
+        place = attention.selected_buffer(work.cache.layers[1])
         wanted = work.kind.num_entries(work.plan.step.positions).unsqueeze(1)
         valid = torch.arange(place.shape[1], device=place.device) < wanted
         place.copy_(torch.where(valid, work.selected[1][:, : place.shape[1]], place))
-        assert torch.equal(attention.run(1, work.q[1], work.sink, place, undo_rope=True), found)
+        assert torch.equal(attention.run(work.cache.layers[1], work.q[1], work.sink, place, undo_rope=True), found)
 
 
 @pytest.mark.parametrize("kind", ["window", "csa", "hca"])
@@ -119,15 +119,15 @@ def test_prefill_kernel_in_a_graph_with_padding(kind):
     attention = make(work, fixed=fixed, prefill="flashmla")
 
     def attend():
-        attention.plan(plan)
-        return attention.run(0, q[0], work.sink, selected[0], undo_rope=True)
+        attention.begin(plan)
+        return attention.run(work.cache.layers[0], q[0], work.sink, selected[0], undo_rope=True)
 
     attend()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = attend()
-    assert isinstance(attention.chunks[kind][0].plan, torch.Tensor), "FlashInfer attended"
+    assert isinstance(attention.chunks[kind][0].schedule, torch.Tensor), "FlashInfer attended"
     found.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
@@ -159,15 +159,15 @@ def test_a_long_step_behind_a_long_prefix(kind, topk):
     starts, extends = (131_000, 40_001, 0), (1900, 150, 400)
     work = make_work(kind, 128, "fp8_584", starts=starts, extends=extends, topk=topk)
     attention, packed = make_flashmla(work), make_flashmla(work)
-    attention.plan(work.plan, work.lengths)
+    attention.begin(work.plan, work.lengths)
     module = importlib.import_module("sglang_dsv4.attention.flashmla")
     with mock.patch.object(module, "choose_decoded", lambda *_: None):
-        packed.plan(work.plan, work.lengths)
+        packed.begin(work.plan, work.lengths)
     assert attention.numbering is not None and packed.numbering is None
     found, other = run(attention, work, 1), run(packed, work, 1)
     eager = EagerAttention(work.cache)
-    eager.plan(work.plan)
-    expected = eager.run(1, work.q[1], work.sink, work.selected[1], undo_rope=True)
+    eager.begin(work.plan)
+    expected = eager.run(work.cache.layers[1], work.q[1], work.sink, work.selected[1], undo_rope=True)
     for query in (0, 71, 72, 1899, 1900, 2048, 2049, 2050, 2449):
         exact = expect(work, 1, query)
         for name, out in {"decoded": found, "packed": other, "eager": expected}.items():

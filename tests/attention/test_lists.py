@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from sglang_dsv4.attention import HostLengths
+from sglang_dsv4.attention import EagerAttention, HostLengths
 from sglang_dsv4.attention.flashinfer_schedule import OwnSchedule, Partials, check_stock_plan, read_stock_plan
-from sglang_dsv4.attention.row_list_kinds import MAX_CHUNK_TOKENS, chunks, host_positions, kinds_of
+from sglang_dsv4.attention.host_lengths import host_positions
+from sglang_dsv4.attention.row_list_kinds import MAX_CHUNK_TOKENS, chunks
 from sglang_dsv4.cache import CompressedKVCache
 from tests.attention.flashinfer_model import MAX_WORKS, Module
 from tests.cache.driver import make_spec
@@ -38,7 +39,7 @@ def test_host_positions():
 
 
 def test_kinds():
-    window, csa, hca = kinds_of(make_spec())
+    window, csa, hca = EagerAttention(CompressedKVCache(make_spec(), num_pages=1, max_requests=1)).distinct_kinds
     assert (window.ratio, csa.ratio, hca.ratio) == (0, 4, 128)
     assert (window.most, csa.most, hca.most) == (None, 16, None)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sglang_dsv4.attention import decoded_prefill as decoded
+from sglang_dsv4.attention import decoded_prefill
 from sglang_dsv4.bench.attention_check import worst
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import CacheInvariantError
@@ -83,7 +83,7 @@ def test_graphs_store_what_steps_without_them_store(formats):
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
 def test_long_prefills_attend_to_the_rows_that_they_should(formats, monkeypatch):
     """The last token of each request; on Hopper's packed rows the chosen ones are numbered for decoded rows."""
-    monkeypatch.setattr(decoded, "FEWEST_TOKENS", 256)
+    monkeypatch.setattr(decoded_prefill, "FEWEST_TOKENS", 256)
     server = make_server(make_spec(formats))
     one, two = (Sequence(server.spec, 900, seed, HEADS, "cuda") for seed in range(2))
     hopper = torch.cuda.get_device_capability() == (9, 0)

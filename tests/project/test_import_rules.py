@@ -43,7 +43,7 @@ OTHERS = {
     "sglang_dsv4.env": set(),
     "sglang_dsv4.spec": {"torch"},
     "sglang_dsv4.cache": {"torch", "safetensors", "deep_gemm"},
-    "sglang_dsv4.attention": {"torch", "flashinfer", "flash_mla"},
+    "sglang_dsv4.attention": {"torch", "packaging", "flashinfer", "flash_mla"},
 }
 # Packages that are at home in one place only.
 HOMES = {
@@ -51,7 +51,7 @@ HOMES = {
     "sgl_kernel": ("sglang_dsv4.plugin",),
     "transformers": ("sglang_dsv4.runtime", "sglang_dsv4.check"),
     "flashinfer": ("sglang_dsv4.attention.flashinfer",),
-    "flash_mla": ("sglang_dsv4.attention.flashmla",),
+    "flash_mla": ("sglang_dsv4.attention.flashmla", "sglang_dsv4.attention.sparse_prefill"),
     "deep_gemm": ("sglang_dsv4.cache.long_scores",),
 }
 # The commands of a lower package print tables; nothing else there does.

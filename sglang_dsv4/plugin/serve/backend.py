@@ -70,8 +70,8 @@ class CompressedKVBackend(AttentionBackend):
             self.checks.before(plan, forward_batch.rids)
         self.token_to_kv_pool.plan = plan
         self._running = self.attention
-        lengths = host_lengths(forward_batch) if self.attention.plans_on_host else None
-        self.attention.plan(plan, lengths)
+        lengths = host_lengths(forward_batch) if self.attention.needs_host_lengths else None
+        self.attention.begin(plan, lengths)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make what all decode graphs share.
@@ -112,7 +112,7 @@ class CompressedKVBackend(AttentionBackend):
         plan = self.cache.plan(graph.step)
         self.token_to_kv_pool.plan = plan
         self._running = graph.attention
-        graph.attention.plan(plan)
+        graph.attention.begin(plan)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Length of the requests that pad a batch."""
@@ -175,9 +175,9 @@ class CompressedKVBackend(AttentionBackend):
         index_q = c4_indexer.wq_b(q_lora)[0].view(-1, c4_indexer.n_heads, c4_indexer.head_dim)
         plan = self.token_to_kv_pool.current_plan()
         # In a graph straight into attention's lists; elsewhere their width depends on the step, and kernels with it.
-        running = self._running
-        place = None if running is self.attention else running.selected_buffer(layer_id)
-        self._selected[layer_id] = self.cache.layers[layer_id].select(plan, index_q, weights, place, running.numbering)
+        running, layer = self._running, self.cache.layers[layer_id]
+        place = None if running is self.attention else running.selected_buffer(layer)
+        self._selected[layer_id] = layer.select(plan, index_q, weights, place, running.numbering)
 
     def forward(
         self,
@@ -210,7 +210,7 @@ class CompressedKVBackend(AttentionBackend):
             return q.new_empty(q.shape)
         if save_kv_cache:
             raise StalePlanError(f"layer {layer.layer_id}: expected rows stored before attention, got save_kv_cache=True")
-        out = self._running.run(layer.layer_id, q, attn_sink, self._selected.pop(layer.layer_id, None))
+        out = self._running.run(self.cache.layers[layer.layer_id], q, attn_sink, self._selected.pop(layer.layer_id, None))
         if self.checks is not None and layer.layer_id == len(self.cache.layers) - 1:
             self.checks.after(self.token_to_kv_pool.current_plan(), forward_batch.rids)
         return out

@@ -1,15 +1,10 @@
-"""A picture as a matplotlib figure."""
+"""A picture as a matplotlib figure. Matplotlib is imported by the first one: it takes a second, and text needs none of it."""
 
 import io
 import unicodedata
 from typing import Any
 
-from matplotlib import font_manager
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
-
-from sglang_dsv4.runtime.show.picture import BlockLane, Picture
+from sglang_dsv4.runtime.show.layout import BlockLane, SequenceLayout
 
 _WIDTH_INCHES = 11.0
 _LANE_INCHES = 0.55
@@ -19,8 +14,11 @@ _WINDOW, _PAGE, _SHARED = "#8fd3e8", "#f2d58a", "#f0a860"
 _TEXT_TOKENS = 48  # the characters of a longer sequence would be too small to read
 
 
-def draw_figure(picture: Picture) -> Figure:
+def draw_figure(picture: SequenceLayout) -> Any:
     """Draw, top to bottom: tokens, blocks and entries of each ratio with the reach of its streams, window, pages."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     names = ["tokens"]
     for lane in picture.lanes:
         names.append(f"{lane.kind.upper()}: {lane.ratio} tokens\nper entry, {lane.num_layers} layers")
@@ -45,14 +43,14 @@ def draw_figure(picture: Picture) -> Figure:
     return figure
 
 
-def draw_svg(picture: Picture) -> str:
+def draw_svg(picture: SequenceLayout) -> str:
     """The figure as SVG text."""
     buffer = io.StringIO()
     draw_figure(picture).savefig(buffer, format="svg", bbox_inches="tight")
     return buffer.getvalue()
 
 
-def _title(picture: Picture) -> str:
+def _title(picture: SequenceLayout) -> str:
     parts = [f"{picture.seq_len} tokens"]
     if picture.num_pending:
         parts.append(f"{picture.num_pending} more to be fed")
@@ -62,6 +60,8 @@ def _title(picture: Picture) -> str:
 
 
 def _box(axes: Any, begin: float, width: float, row: float, **style: Any) -> None:
+    from matplotlib.patches import Rectangle
+
     axes.add_patch(Rectangle((begin, row + 0.15), width, 0.7, **style))
 
 
@@ -72,7 +72,7 @@ def _label(axes: Any, begin: float, end: float, row: float, text: str, share: fl
         axes.text(middle, row + 0.5, text, ha="center", va="center", fontsize=8, **style)
 
 
-def _note(axes: Any, picture: Picture, height: float, text: str, color: str) -> None:
+def _note(axes: Any, picture: SequenceLayout, height: float, text: str, color: str) -> None:
     """Write beside a lane."""
     axes.annotate(
         text,
@@ -86,7 +86,7 @@ def _note(axes: Any, picture: Picture, height: float, text: str, color: str) -> 
     )
 
 
-def _draw_tokens(axes: Any, picture: Picture, row: int) -> None:
+def _draw_tokens(axes: Any, picture: SequenceLayout, row: int) -> None:
     if picture.seq_len > _TEXT_TOKENS:
         _box(axes, 0, picture.seq_len, row, facecolor="#eeeeee", edgecolor="none")
         text = _drawable("".join(picture.pieces))
@@ -106,11 +106,13 @@ def _drawable(text: str) -> str:
 
 
 def _known_characters() -> frozenset[int]:
+    from matplotlib import font_manager
+
     path = font_manager.findfont(font_manager.FontProperties())
     return frozenset(font_manager.get_font(path).get_charmap())
 
 
-def _draw_blocks(axes: Any, picture: Picture, lane: BlockLane, row: int) -> None:
+def _draw_blocks(axes: Any, picture: SequenceLayout, lane: BlockLane, row: int) -> None:
     total = picture.seq_len
     for entry in range(lane.num_entries):
         begin = entry * lane.ratio
@@ -128,14 +130,14 @@ def _draw_blocks(axes: Any, picture: Picture, lane: BlockLane, row: int) -> None
         _note(axes, picture, row + 0.05, f"streams: {lane.stream_rows}", _STREAM)
 
 
-def _draw_window(axes: Any, picture: Picture, row: int) -> None:
+def _draw_window(axes: Any, picture: SequenceLayout, row: int) -> None:
     begin, end = picture.window_begin, picture.seq_len
     _box(axes, begin, end - begin, row, facecolor=_WINDOW, edgecolor="none")
     if end > begin:
         _label(axes, begin, end, row, f"{begin} .. {end - 1}", picture.seq_len)
 
 
-def _draw_pages(axes: Any, picture: Picture, row: int) -> None:
+def _draw_pages(axes: Any, picture: SequenceLayout, row: int) -> None:
     for box in picture.pages:
         color = _SHARED if box.history_owners > 1 else _PAGE
         _box(axes, box.begin, box.end - box.begin, row, facecolor=color, edgecolor="white")

@@ -7,79 +7,15 @@ from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cache.pages.tables import NULL_PAGE
 from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.runtime.sequence import LiveSequence
+from sglang_dsv4.runtime.show.figure import draw_figure, draw_svg
+from sglang_dsv4.runtime.show.layout import BlockLane, PageBox, SequenceLayout
+from sglang_dsv4.runtime.show.text import plain_lines, rich_lines
 from sglang_dsv4.runtime.text import Text
 
 
-@dataclass(frozen=True)
-class BlockLane:
-    """The blocks of one ratio.
-
-    Attributes:
-        kind (str): ``"csa"`` or ``"hca"``.
-        ratio (int): tokens per block.
-        num_layers (int): layers that have this ratio.
-        num_entries (int): closed blocks, each pooled into one entry.
-        tail_len (int): tokens of the open block.
-        stream_begin (int): first token that the stream state still knows.
-        stream_rows (str): what the stream state holds, in words.
-    """
-
-    kind: str
-    ratio: int
-    num_layers: int
-    num_entries: int
-    tail_len: int
-    stream_begin: int
-    stream_rows: str
-
-
-@dataclass(frozen=True)
-class PageBox:
-    """One page.
-
-    Attributes:
-        begin (int): its first token.
-        end (int): one past its last token so far.
-        history (int): history page.
-        history_owners (int): sequences, snapshots and index entries that hold it.
-        window (int | None): window page; None where it was released.
-        window_owners (int): likewise.
-    """
-
-    begin: int
-    end: int
-    history: int
-    history_owners: int
-    window: int | None
-    window_owners: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What there is to draw. A notebook shows it as a figure, ``print`` and rich as text.
-
-    Attributes:
-        seq_len (int): tokens in the cache.
-        num_pending (int): tokens that follow and are fed with the next step.
-        pieces (tuple[str, ...]): the text of each token.
-        window (int): raw rows that a query attends to.
-        page_tokens (int): tokens per page.
-        lanes (tuple[BlockLane, ...]): blocks, by ratio.
-        pages (tuple[PageBox, ...]): pages.
-    """
-
-    seq_len: int
-    num_pending: int
-    pieces: tuple[str, ...]
-    window: int
-    page_tokens: int
-    lanes: tuple[BlockLane, ...]
-    pages: tuple[PageBox, ...]
-
-    @property
-    def window_begin(self) -> int:
-        """First token whose raw row the next token attends to; its own row is one of the window's."""
-        return max(0, self.seq_len + 1 - self.window)
+@dataclass(frozen=True, repr=False)
+class Picture(SequenceLayout):
+    """One sequence, drawn: a notebook shows it as a figure, ``print`` and rich as text."""
 
     def figure(self) -> Any:
         """A matplotlib figure.
@@ -87,8 +23,6 @@ class Picture:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from sglang_dsv4.runtime.show.figure import draw_figure
-
         return draw_figure(self)
 
     def save(self, path: str) -> None:
@@ -96,20 +30,14 @@ class Picture:
         self.figure().savefig(path, bbox_inches="tight")
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        from sglang_dsv4.runtime.show.text import rich_lines
-
         yield rich_lines(self, options.max_width)
 
     def __str__(self) -> str:
-        from sglang_dsv4.runtime.show.text import plain_lines
-
         return plain_lines(self)
 
     __repr__ = __str__
 
     def _repr_svg_(self) -> str:
-        from sglang_dsv4.runtime.show.figure import draw_svg
-
         return draw_svg(self)
 
 

@@ -4,7 +4,7 @@ import unicodedata
 
 from rich.text import Text as RichText
 
-from sglang_dsv4.runtime.show.picture import BlockLane, PageBox, Picture
+from sglang_dsv4.runtime.show.layout import BlockLane, PageBox, SequenceLayout
 
 _NAME = 9
 _REMARK = 38
@@ -16,12 +16,12 @@ _STYLES = {"tokens": "bold", "window": "cyan", "csa": "green", "hca": "magenta",
 Line = tuple[str, str, str]  # name, drawing, remark
 
 
-def plain_lines(picture: Picture) -> str:
+def plain_lines(picture: SequenceLayout) -> str:
     """The picture without colours."""
     return "\n".join(_joined(line, _WIDTH) for line in _lines(picture, _WIDTH))
 
 
-def rich_lines(picture: Picture, width: int) -> RichText:
+def rich_lines(picture: SequenceLayout, width: int) -> RichText:
     """The picture with colours, for a terminal of so many columns."""
     text = RichText(no_wrap=True)
     for number, line in enumerate(_lines(picture, width)):
@@ -62,7 +62,7 @@ class _Scale:
         return ("│" + middle.center(inner, fill))[:width]
 
 
-def _lines(picture: Picture, width: int) -> list[Line]:
+def _lines(picture: SequenceLayout, width: int) -> list[Line]:
     columns = min(_MAX_COLUMNS, max(_MIN_COLUMNS, width - _NAME - _REMARK))
     scale = _Scale(picture.seq_len, columns)
     pending = f", {picture.num_pending} more to be fed" if picture.num_pending else ""
@@ -90,7 +90,7 @@ def _ruler(scale: _Scale) -> str:
     return drawing[: scale.width].ljust(scale.width)
 
 
-def _tokens(picture: Picture, scale: _Scale) -> str:
+def _tokens(picture: SequenceLayout, scale: _Scale) -> str:
     if scale.per_column > 1:
         shown = _printable("".join(picture.pieces))
         cut = f"{shown[: scale.width // 2 - 2]} … {shown[-(scale.width // 2 - 2) :]}"
@@ -107,7 +107,7 @@ def _printable(text: str) -> str:
     return "".join(shown)
 
 
-def _block_lines(picture: Picture, scale: _Scale, lane: BlockLane) -> list[Line]:
+def _block_lines(picture: SequenceLayout, scale: _Scale, lane: BlockLane) -> list[Line]:
     drawing = ""
     if scale.per_column * 2 <= lane.ratio or scale.per_column == 1:
         for entry in range(lane.num_entries):
@@ -128,7 +128,7 @@ def _block_lines(picture: Picture, scale: _Scale, lane: BlockLane) -> list[Line]
     ]
 
 
-def _window(picture: Picture, scale: _Scale) -> str:
+def _window(picture: SequenceLayout, scale: _Scale) -> str:
     left = scale.column(picture.window_begin)
     width = scale.width - left
     label = f" {picture.window_begin}..{picture.seq_len - 1} "
@@ -137,7 +137,7 @@ def _window(picture: Picture, scale: _Scale) -> str:
     return " " * left + "├" + label.center(width - 2, "─") + "┤"
 
 
-def _pages(picture: Picture, scale: _Scale) -> str:
+def _pages(picture: SequenceLayout, scale: _Scale) -> str:
     return "".join(scale.box(box.begin, box.end, _page_label(box)) for box in picture.pages)
 
 

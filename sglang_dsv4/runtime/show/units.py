@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Sizes for people, in powers of 1,024; `rich.filesize` has those of 1,000 only."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
