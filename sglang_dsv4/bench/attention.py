@@ -1,63 +1,71 @@
 """Attention of one layer: FlashInfer with its planner and with ours, FlashMLA, and the reference."""
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import starmap
+from typing import Any
 
+import numpy as np
 import torch
 
 from dsv4_kernels.memory import empty
 from dsv4_kernels.sparse_attention import naive_sparse_attention
+from dsv4_kernels.sparse_attention.bound import Exact, exact, worst
 from sglang_dsv4.attention import EagerAttention, make_attention
 from sglang_dsv4.attention.base import Attention
-from sglang_dsv4.bench import attention_peers
-from sglang_dsv4.bench.attention_check import exact, worst
-from sglang_dsv4.bench.attention_work import RATIOS, AttentionCase, AttentionWork
-from sglang_dsv4.bench.timing import num_sets, time_eager, time_graphs
+from sglang_dsv4.bench import attention_shared, peer_flashmla
+from sglang_dsv4.bench.job import Job, Named, load
+from sglang_dsv4.bench.timing import Call, num_sets, time_graphs
+from sglang_dsv4.check.attention_work import RATIOS, SCALE, AttentionCase, AttentionWork
 
 Calls = dict[str, list[Callable[[], torch.Tensor]]]
 
 _MAX_POOL_BYTES = 6 << 30
 _MAX_LAYERS = 96
-_CHECKED_QUERIES = 3
 _FEWEST_PREFILL = 64
+_MOST_DROPPED = 1200  # keys of a query that are left out one after another
 BATCHES = (1, 8, 32, 64, 128, 256)
 _FLASHINFER = "sglang_dsv4.attention.flashinfer"
+PEERS = (_FLASHINFER, peer_flashmla.MODULE)
 
 
 def cases(quick: bool) -> list[tuple[AttentionCase, str]]:
     """What is measured: a case and a row format."""
-    found: list[tuple[AttentionCase, str]] = []
 
-    def decode(kind: str, context: int, heads: int, topk: int = 512, formats: str = "bf16") -> None:
+    def decode(kind: str, context: int, heads: int, topk: int, batch: int) -> AttentionCase:
+        return AttentionCase(kind, (context - 1,) * batch, (1,) * batch, heads, topk)
+
+    def decodes(kind: str, context: int, heads: int, topk: int = 512, formats: str = "bf16") -> list[tuple[AttentionCase, str]]:
         batches = (8, 128) if quick else BATCHES
-        for batch in batches:
-            case = AttentionCase(kind, (context - 1,) * batch, (1,) * batch, heads, topk)
-            found.extend((case, name) for name in formats.split())
+        return [(decode(kind, context, heads, topk, batch), name) for batch in batches for name in formats.split()]
 
-    decode("csa", 8192, 64, formats="bf16 fp8_584")
-    decode("window", 8192, 64)
-    decode("hca", 131072, 64, formats="bf16 fp8_584")
-    for tokens in (2048,) if quick else (512, 2048, 8192, 16384):
-        for kind in ("window", "csa", "hca"):
-            found.append((AttentionCase(kind, (0,), (tokens,)), "bf16"))
-    decode("csa", 8192, 128, 1024)
-    decode("hca", 8192, 64)
+    found = [
+        *decodes("csa", 8192, 64, formats="bf16 fp8_584"),
+        *decodes("window", 8192, 64),
+        *decodes("hca", 131072, 64, formats="bf16 fp8_584"),
+        *(
+            (AttentionCase(kind, (0,), (tokens,)), "bf16")
+            for tokens in ((2048,) if quick else (512, 2048, 8192, 16384))
+            for kind in RATIOS
+        ),
+        *decodes("csa", 8192, 128, 1024),
+        *decodes("hca", 8192, 64),
+    ]
     if quick:
         return found
-    for batch in (2, 4, 16, 67, 100, 160, 200):
-        found.append((AttentionCase("csa", (8191,) * batch, (1,) * batch), "bf16"))
     mixed = tuple(1000 + 130_000 * (i % 8 == 0) + 17 * i for i in range(64))
-    found.append((AttentionCase("hca", mixed, (1,) * 64), "bf16"))
-    for batch in (1, 8, 64):
-        found.append((AttentionCase("hca", ((1 << 20) - 1,) * batch, (1,) * batch), "bf16"))
-    found.append((AttentionCase("hca", (1 << 20,), (1024,)), "bf16"))
-    found.append((AttentionCase("csa", (32768,), (2048,)), "bf16"))
-    found.append((AttentionCase("csa", (32768,), (2048,)), "fp8_584"))
-    decode("window", 8192, 128)
-    decode("hca", 131072, 128)
-    decode("csa", 8192, 64, 1024)
-    return found
+    return [
+        *found,
+        *((decode("csa", 8192, 64, 512, batch), "bf16") for batch in (2, 4, 16, 67, 100, 160, 200)),
+        (AttentionCase("hca", mixed, (1,) * 64), "bf16"),
+        *((decode("hca", 1 << 20, 64, 512, batch), "bf16") for batch in (1, 8, 64)),
+        (AttentionCase("hca", (1 << 20,), (1024,)), "bf16"),
+        *((AttentionCase("csa", (32768,), (2048,)), row_format) for row_format in ("bf16", "fp8_584")),
+        *decodes("window", 8192, 128),
+        *decodes("hca", 131072, 128),
+        *decodes("csa", 8192, 64, 1024),
+    ]
 
 
 def make_work(case: AttentionCase, row_format: str, device: torch.device) -> AttentionWork:
@@ -71,171 +79,150 @@ def make_work(case: AttentionCase, row_format: str, device: torch.device) -> Att
     return AttentionWork(case, max(2, layers), row_format, device)
 
 
-def flashinfer_variants(work: AttentionWork, missing: set[str]) -> dict[str, Attention]:
+def flashinfer_variants(work: AttentionWork) -> dict[str, Any]:
     """Our attention, planned, by backend and schedule."""
-    try:
-        ours = importlib.import_module(_FLASHINFER).FlashInferAttention
-    except ImportError as fault:
-        missing.add(f"FlashInfer cannot be imported: {fault}")
+    module, _ = load(_FLASHINFER)
+    if module is None:
         return {}
     found: dict[str, Attention] = {}
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    for backend in ("fa3", "fa2") if hopper else ("fa2",):
+    for backend in ("fa3", "fa2") if torch.cuda.get_device_capability()[0] == 9 else ("fa2",):
         for schedule in ("own", "stock") if found else ("own", "whole", "stock"):
-            attention = ours(work.cache, work.case.heads, backend=backend, schedule=schedule, prefill="flashinfer")
-            attention.begin(work.plan, work.lengths)
-            found[f"{backend}-{schedule}"] = attention
+            options = {"backend": backend, "schedule": schedule, "prefill": "flashinfer"}
+            found[f"{backend}-{schedule}"] = module.FlashInferAttention(work.cache, work.case.heads, **options)
+            found[f"{backend}-{schedule}"].begin(work.plan, work.lengths)
     return found
 
 
-def variants(work: AttentionWork, missing: set[str]) -> tuple[Calls, dict[str, Attention]]:
+def variants(work: AttentionWork, planned: dict[str, Any]) -> Calls:
     """Calls by name, one per layer; all but the ones named ``kernel`` give the same result.
 
     ``direct``: the chosen rows were written where the kernel reads them, as `Attention.selected_buffer` allows; FlashMLA's
     lists are ready too. ``chosen``: what `make_attention` makes.
     """
-    layers = range(len(work.q))
+    layers, case = range(len(work.q)), work.case
     calls: Calls = {}
-    planned = flashinfer_variants(work, missing)
     for name, attention in planned.items():
-        calls[name] = _calls(attention, work, work.selected)
-        calls[f"{name} kernel"] = _kernels(attention, work)
-        if work.case.kind == "csa" and name.endswith("own"):
-            place = attention.selected_buffer(work.cache.layers[0])
-            assert place is not None and work.selected[0] is not None
-            wanted = work.kind.num_entries(work.plan.step.positions).unsqueeze(1)
-            valid = torch.arange(place.shape[1], device=place.device) < wanted
-            place.copy_(torch.where(valid, work.selected[0][:, : place.shape[1]], place))
-            calls[f"{name} direct"] = _calls(attention, work, [place] * len(work.q))
-    chosen, _ = make_attention(None, work.cache, work.case.heads)
+        calls[name] = run(attention, work, work.selected)
+        calls[f"{name} kernel"] = launches(attention, work)
+        if case.kind == "csa" and name.endswith("own"):
+            calls[f"{name} direct"] = run(attention, work, [write_selected(attention, work)] * len(layers))
+    chosen, _ = make_attention(None, work.cache, case.heads)
     if not isinstance(chosen, EagerAttention):
-        chosen.plan(work.plan, work.lengths)
-        selected = [work.selected_by(i, chosen.numbering) for i in range(len(work.q))]
-        calls["chosen"] = _calls(chosen, work, selected)
-    tokens = work.case.num_tokens
-    if work.case.kind == "hca" and len(work.case.starts) == 1 < tokens and planned:
-        shared = importlib.import_module("sglang_dsv4.bench.attention_shared")
+        chosen.begin(work.plan, work.lengths)
+        calls["chosen"] = run(chosen, work, [work.selected_by(i, chosen.numbering) for i in layers])
+    if planned and case.kind == "hca" and len(case.starts) == 1 < case.num_tokens:
         backend = next(iter(planned)).split("-")[0]
-        calls[f"{backend}-shared"] = shared.prepare(work, backend)
-    module, fault = attention_peers.load()
-    if module is None:
-        missing.add(fault)
-        return calls, planned
+        calls[f"{backend}-shared"] = attention_shared.prepare(load(_FLASHINFER)[0], work, backend)
     packed = work.cache.spec.row_format == "fp8_584"
-    if packed or tokens >= _FEWEST_PREFILL:
-        peer = attention_peers.decode if packed else attention_peers.prefill
-        calls["flashmla direct"] = [peer(module, work, i, undo_rope=True) for i in layers]
-        calls["flashmla kernel"] = [peer(module, work, i, undo_rope=False) for i in layers]
-    return calls, planned
+    module, _ = load(peer_flashmla.MODULE)
+    if module is not None and (packed or case.num_tokens >= _FEWEST_PREFILL):
+        peer = peer_flashmla.decode if packed else peer_flashmla.prefill
+        for name, undo_rope in (("direct", True), ("kernel", False)):
+            calls[f"flashmla {name}"] = [peer(module.flash_mla, work, i, undo_rope=undo_rope) for i in layers]
+    return calls
 
 
-def _kernels(attention: Attention, work: AttentionWork) -> list[Callable[[], torch.Tensor]]:
+def write_selected(attention: Attention, work: AttentionWork) -> torch.Tensor:
+    """The chosen rows of the first layer, in the buffer that the attention offers."""
+    place, chosen = attention.selected_buffer(work.cache.layers[0]), work.selected[0]
+    assert place is not None and chosen is not None
+    wanted = work.kind.num_entries(work.plan.step.positions).unsqueeze(1)
+    valid = torch.arange(place.shape[1], device=place.device) < wanted
+    place.copy_(torch.where(valid, chosen[:, : place.shape[1]], place))
+    return place
+
+
+def launches(attention: Any, work: AttentionWork) -> list[Callable[[], torch.Tensor]]:
     """FlashInfer's launch alone."""
     out = empty(tuple(work.q[0].shape), torch.bfloat16, work.sink.device)
     lse = empty(tuple(out.shape[:2]), torch.float32, out.device)
 
     def call(layer_id: int) -> torch.Tensor:
         pool, q = work.cache.layers[layer_id].pool, work.q[layer_id]
-        for chunk in attention.chunks[work.kind.name]:  # type: ignore[attr-defined]
+        for chunk in attention.chunks[work.kind.name]:
             part = chunk.tokens
-            attention.attend(work.kind, chunk, pool, q[part], out[part], lse[part])  # type: ignore[attr-defined]
+            attention.attend(work.kind, chunk, pool, q[part], out[part], lse[part])
         return out
 
-    return [lambda i=i: call(i) for i in range(len(work.q))]  # type: ignore[misc]
+    return [partial(call, i) for i in range(len(work.q))]
 
 
-def _calls(attention: Attention, work: AttentionWork, selected: list[torch.Tensor | None]) -> list[Callable[[], torch.Tensor]]:
+def run(attention: Attention, work: AttentionWork, selected: list[torch.Tensor | None]) -> list[Callable[[], torch.Tensor]]:
+    """All of it, sink and inverse rotation included."""
     return [
-        lambda i=i: attention.run(work.cache.layers[i], work.q[i], work.sink, selected[i], undo_rope=True)  # type: ignore[misc]
-        for i in range(len(work.q))
+        partial(attention.run, layer, q, work.sink, rows, undo_rope=True)
+        for layer, q, rows in zip(work.cache.layers, work.q, selected, strict=True)
     ]
 
 
-def check(work: AttentionWork, calls: Calls) -> dict[str, float]:
-    """Largest error of each variant in units of what is allowed.
+def expected(work: AttentionWork) -> dict[int, Exact]:
+    """The first layer's first, middle and last query in fp64.
 
     Raises:
-        AssertionError: an error that is not allowed, or a key that could be missing unnoticed.
+        AssertionError: a key could be missing unnoticed.
     """
-    table = work.cache.layers[0].rope_table
     last = work.case.num_tokens - 1
-    queries = sorted({0, last // 2, last})[:_CHECKED_QUERIES]
-    expected = {}
-    for query in queries:
-        angles = table[work.plan.step.positions[query]]
-        rows = work.rows(0, query)
-        expected[query] = exact(work.q[0][query], rows, work.sink, 512**-0.5, angles, drop=query == last and len(rows) <= 1200)
-        if expected[query].dropped_least <= 2:
+    found = {}
+    for query in sorted({0, last // 2, last}):
+        rows, angles = work.rows(0, query), work.cache.layers[0].rope_table[work.plan.step.positions[query]]
+        drop = query == last and len(rows) <= _MOST_DROPPED
+        found[query] = exact(work.q[0][query], rows, work.sink, SCALE, angles, drop=drop)
+        if not found[query].dropped_least > 2:
             raise AssertionError(
-                f"{work.case.name}: a dropped key moves values by {expected[query].dropped_least} of what is allowed"
+                f"{work.case.name}: a dropped key moves values by {found[query].dropped_least} of what is allowed"
             )
-    errors = {}
+    return found
+
+
+def check(work: AttentionWork, calls: Calls, planned: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Largest error of each variant in units of what is allowed, and what its planning takes.
+
+    Raises:
+        AssertionError: an error that is not allowed.
+    """
+    queries, facts = expected(work), {}
     for name, layers in calls.items():
-        if name.endswith("kernel"):
-            continue
-        found = layers[0]()
-        errors[name] = max(worst(found[query], expected[query]) for query in queries)
-        if not errors[name] <= 1:
-            raise AssertionError(f"{work.case.name} {name}: {errors[name]} times the allowed error")
-    return errors
+        if not name.endswith("kernel"):
+            found = layers[0]()
+            facts[name] = {"error": max(worst(found[query], exactly) for query, exactly in queries.items())}
+            if not facts[name]["error"] <= 1:
+                raise AssertionError(
+                    f"{work.case.name} {name}: expected 1 or less of the allowed error, got {facts[name]['error']}"
+                )
+    for name, attention in planned.items():
+        facts[name] |= plan_times(work, attention)
+    return facts
 
 
-def plan_times(work: AttentionWork, attention: Attention) -> dict[str, float]:
+def plan_times(work: AttentionWork, attention: Any) -> dict[str, float]:
     """Microseconds of one step's planning: on the host, and on the device where it can be captured."""
+    plan: Call = partial(attention.begin, work.plan, work.lengths)
     samples = []
     for _ in range(15):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        attention.begin(work.plan, work.lengths)
+        plan()
         samples.append(1e6 * (time.perf_counter() - begin))
-    found = {"plan_host_us": sorted(samples)[len(samples) // 2]}
-    if getattr(attention, "schedule", "") in ("own", "whole"):
-        calls = [lambda: attention.begin(work.plan, work.lengths)]
-        found["plan_device_us"] = time_graphs({"plan": calls})["plan"].median_us
+    found = {"plan_host_us": float(np.median(samples))}
+    if attention.schedule in ("own", "whole"):
+        found["plan_device_us"] = time_graphs({"plan": [plan]})["plan"].median_us
     return found
 
 
-def measure(case: AttentionCase, row_format: str, bandwidth: float, missing: set[str]) -> Iterator[dict]:
-    """Check and time every variant of one case."""
-    device = torch.device("cuda")
+def attend(case: AttentionCase, row_format: str, device: torch.device) -> Iterator[Job]:
+    """Every variant of one case; torch where it does not take minutes."""
     work = make_work(case, row_format, device)
-    calls, planned = variants(work, missing)
-    errors = check(work, calls)
-    times = time_graphs(calls)
-    moved = work.bytes_needed()
-    for name, timing in times.items():
-        row = {
-            "op": "attention",
-            "case": case.name,
-            "kind": case.kind,
-            "heads": case.heads,
-            "tokens": case.num_tokens,
-            "requests": len(case.starts),
-            "longest": case.longest,
-            "topk": case.topk,
-            "row_format": row_format,
-            "variant": name,
-            "us": timing.median_us,
-            "p10_us": timing.p10_us,
-            "p90_us": timing.p90_us,
-            "bytes": moved,
-            "copy_percent": 100 * moved / timing.median_us / bandwidth,
-            "error": errors.get(name),
-            "layers": len(work.q),
-        }
-        if name in planned:
-            row |= plan_times(work, planned[name])
-        yield row
+    planned = flashinfer_variants(work)
+    calls = variants(work, planned)
+    layer, eager = work.cache.layers[0], {}
     if case.num_tokens <= 64 and case.longest <= 8192:
-        indices = work.indices(0)
-        pool, fmt = work.cache.layers[0].pool, work.cache.spec.rows
-        timing = time_eager(lambda: naive_sparse_attention(work.q[0], pool, fmt, indices, work.sink, 512**-0.5))
-        yield {"op": "attention", "case": case.name, "row_format": row_format, "variant": "torch", "us": timing.median_us}
+        operands = (work.q[0], layer.pool, layer.row_format, work.indices(0), work.sink, SCALE)
+        eager["torch"] = partial(naive_sparse_attention, *operands)
+    shape = f"{len(case.starts)} requests, {case.num_tokens} tokens, {len(work.q)} layers"
+    checked = partial(check, work, calls, planned)
+    yield Job("attention", case.name, shape, row_format, "bfloat16", work.bytes_needed(), checked, calls, eager)
 
 
-def rows(bandwidth: float, quick: bool, only: str, missing: set[str]) -> Iterator[dict]:
-    """Every case whose name contains ``only``."""
-    for case, row_format in cases(quick):
-        if only in f"{case.name} {row_format}":
-            yield from measure(case, row_format, bandwidth, missing)
-            torch.cuda.empty_cache()
+def jobs(quick: bool, device: torch.device) -> Iterator[Named]:
+    """All cases."""
+    yield from starmap(lambda case, fmt: (f"{case.name} {fmt}", partial(attend, case, fmt, device)), cases(quick))

@@ -1,21 +1,27 @@
-"""``bench``, and ``bench kernels``."""
+"""``bench``, and what ``bench kernels`` and ``bench attention`` share."""
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dsv4.bench import attention_command, cuts, flush, index, peer_index, peer_sglang, serve_command, step_plan, window
-from sglang_dsv4.bench.machine import environment, need_cuda
-from sglang_dsv4.bench.timing import copy_bandwidth
+from sglang_dsv4.bench import attention, cuts, diff, flush, index, serve_command, step_plan
+from sglang_dsv4.bench.job import load, measure
+from sglang_dsv4.bench.timing import copy_bandwidth, need_cuda
+from sglang_dsv4.check.compare.machine import environment
 
-OPS = (flush, window, step_plan, index)
+Parsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_COLUMNS = ("op", "case", "row_format", "input_dtype", "variant", "us", "p10_us", "p90_us", "bytes", "copy_percent")
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers: Parsers) -> None:
     """Register ``bench``."""
     parser = subparsers.add_parser(
         "bench",
@@ -24,82 +30,88 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "is wrong is not timed.",
     )
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    kernels = what.add_parser(
+    _add_measured(
+        what,
         "kernels",
+        (flush, step_plan, index),
         help="the cache's kernels, next to SGLang's and to the torch references",
         description="Time flush, window store, step plan and selection on a GPU, next to SGLang's kernels and to the torch "
         "references that they were checked against. SGLang, DeepGEMM and FlashInfer take part where they are installed.",
+        only="run only rows whose op and case contain this text, such as 'flush csa decode'",
     )
-    kernels.add_argument(
+    _add_measured(
+        what,
+        "attention",
+        (attention,),
+        help="attention over the cache: FlashInfer, FlashMLA and torch, each checked first",
+        description="Time one layer's attention over the cache on a GPU: FlashInfer with our schedule and with its own, "
+        "FlashMLA, and torch. Every result is compared with fp64 first. FlashInfer and FlashMLA take part where they are "
+        "installed.",
+        only="run only cases whose name and row format contain this text",
+    )
+    for module in (cuts, serve_command, diff):
+        module.add_parser(what)
+
+
+def _add_measured(what: Parsers, name: str, ops: Sequence[ModuleType], only: str, **texts: str) -> None:
+    parser = what.add_parser(name, **texts)
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the rows, and where they were measured, to this file"
     )
-    kernels.add_argument(
-        "--only",
-        default="",
-        metavar="TEXT",
-        help="run only rows whose op and case contain this text, such as 'flush csa decode'",
-    )
-    kernels.add_argument("--quick", action="store_true", help="fewer cases")
-    kernels.set_defaults(func=run)
-    attention_command.add_parser(what)
-    cuts.add_parser(what)
-    serve_command.add_parser(what)
+    parser.add_argument("--only", default="", metavar="TEXT", help=only)
+    parser.add_argument("--quick", action="store_true", help="fewer cases")
+    parser.set_defaults(func=partial(run, ops))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; the exit status."""
-    need_cuda("kernels")
-    console = Console(width=160)
-    missing = sorted({reason for reason in (peer_sglang.load()[1], *peer_index.missing()) if reason})
+def run(ops: Sequence[ModuleType], args: argparse.Namespace) -> int:
+    """Check and time every job of some operations; the exit status."""
+    device = need_cuda(args.what)
+    console = Console(width=200)
+    missing = sorted({reason for op in ops for name in op.PEERS if (reason := load(name)[1])})
     bandwidth = copy_bandwidth()
-    where = environment(bandwidth)
+    where = environment("cuda") | {"copy_bytes_per_us": bandwidth}
     versions = where["versions"]
     console.print(f"{where['gpu']}, copy {bandwidth / 1e3:,.0f} GB/s, torch {versions['torch']}, triton {versions['triton']}")
-    found = []
-    for row in _rows(bandwidth, args.quick, args.only):
-        found.append(row)
-        console.print(_line(row))
-        if args.json:
-            report = {"environment": where, "not_run": missing, "rows": found}
-            args.json.write_text(json.dumps(report, indent=1))
-    console.print(_table(found))
+    rows: list[dict[str, Any]] = []
+    for name, jobs in (named for op in ops for named in op.jobs(args.quick, device)):
+        if args.only not in name:
+            continue
+        for job in jobs():
+            for row in measure(job, bandwidth):
+                rows.append(row)
+                console.print("  ".join(f"{cell:>{10 if number else 1}}" for number, cell in enumerate(cells(row))))
+                if args.json:
+                    args.json.write_text(json.dumps({"environment": where, "not_run": missing, "rows": rows}, indent=1))
+        torch.cuda.empty_cache()
+    console.print(table(rows))
     for reason in missing:
         console.print(f"Not run: {reason}")
     return 0
 
 
-def _rows(bandwidth: float, quick: bool, only: str) -> Iterator[dict]:
-    for op in OPS:
-        yield from op.rows(bandwidth, quick, only)
+def others(row: dict[str, Any]) -> str:
+    """Every further column: peers with how much longer they take, and facts."""
+    found = []
+    for name, value in row.items():
+        if name in (*_COLUMNS, "shape"):
+            continue
+        text = f"{value:.2f}" if isinstance(value, float) else str(value)
+        if name.endswith("_us") and not name.startswith("plan_"):
+            text += f" ({value / row['us']:.2f}x)"
+        found.append(f"{name.removesuffix('_us')} {text}")
+    return ", ".join(found)
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row for a terminal."""
+    name = [str(row.get(key, "")) for key in _COLUMNS[:5]]
+    spread = f"{row['p10_us']:.2f}-{row['p90_us']:.2f}"
+    return [*name, f"{row['us']:.2f}", spread, f"{row['bytes'] / 1e6:.2f}", f"{row['copy_percent']:.0f}", others(row)]
 
 
-def _line(row: dict) -> str:
-    return (
-        f"{row['op']:16} {row['case']:28} {row['row_format']:8} {row['us']:9.2f} us, "
-        f"SGLang {_number(row['sglang_us'])}, torch {_number(row['torch_us'], 0)}"
-    )
-
-
-def _table(rows: list[dict]) -> Table:
-    table = Table("op", "case", "rows", "in", "us", "p10-p90", "in L2", "MB", "% of copy", "SGLang us", "ratio", "torch us")
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """All rows for a terminal."""
+    found = Table("op", "case", "rows", "in", "variant", "us", "p10-p90", "MB", "% of copy", "others, us (by ours)")
     for row in rows:
-        peer = row["sglang_us"]
-        table.add_row(
-            row["op"],
-            row["case"],
-            row["row_format"],
-            row["input_dtype"],
-            f"{row['us']:.2f}",
-            f"{row['p10_us']:.2f}-{row['p90_us']:.2f}",
-            _number(row.get("warm_us")),
-            f"{row['bytes'] / 1e6:.2f}",
-            f"{row['copy_percent']:.0f}",
-            _number(peer),
-            "-" if peer is None else f"{peer / row['us']:.2f}x",
-            _number(row["torch_us"], 0),
-        )
-    return table
+        found.add_row(*cells(row))
+    return found

@@ -1,121 +1,210 @@
 """The selection of CSA entries, whole and by its halves, against torch, SGLang, DeepGEMM and FlashInfer."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
-from dsv4_kernels.layout import INDEX_FORMATS
-from sglang_dsv4.bench.cases import Case, prefill_case
-from sglang_dsv4.bench.index_work import IndexWork, make_index_work
-from sglang_dsv4.bench.peer_index import scores_peer, topk_peers
-from sglang_dsv4.bench.row import Row, speed
-from sglang_dsv4.bench.timing import num_sets, time_eager, time_graphs
-from sglang_dsv4.bench.work import make_step, rope
+from dsv4_kernels.index_score import naive_select_entries, naive_topk_entries
+from dsv4_kernels.index_score.bound import score_bound
+from dsv4_kernels.index_score.fused import score_entries, select_entries
+from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, index_workspace
+from dsv4_kernels.index_topk import topk_entries
+from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, INDEX_FORMATS, RowFormat
+from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
+from dsv4_kernels.step import StepTensors
+from sglang_dsv4.bench import peer_index
+from sglang_dsv4.bench.cases import PAGE_TOKENS, Case, index_cases, make_step, rope, zero_pool
+from sglang_dsv4.bench.job import OURS, Job, Named, input_sets
+from sglang_dsv4.bench.timing import Call
+from sglang_dsv4.spec import CSA_RATIO
 
-_MAX_BYTES = 24 << 30
+PEERS = peer_index.MODULES
 HEADS = 64
 TOPK = {"flash": 512, "pro": 1024}
+_SCORES = 1 << 26  # of one piece of a prefill: 256 MiB
+_DOTS = 1 << 27  # dot products that the reference holds at once
+_KEYS_AT_ONCE = 1 << 20
+_CHECKED_KEYS = 1024  # of a token
+_CHECKED_TOKENS = 64  # at once
 
 
-@dataclass(frozen=True)
-class IndexRow(Row):
-    """The whole selection (``index select``), or one half of its last piece (``index scores``, ``index topk``).
+@dataclass
+class IndexWork:
+    """One layer's index keys, queries, and output for a step.
 
-    Attributes:
-        sglang_v2_us (float | None): SGLang's second kernel for the choice, the one that it uses.
-        flashinfer_us, flashinfer_exact_us (float | None): FlashInfer's choice, as it comes and with ties as we break them.
-        torch_exact_us (float | None): torch's, with ties as we break them.
+    `score` and `choose` do the last piece of the step: what the workspace holds after `fused`.
     """
 
-    sglang_v2_us: float | None = None
-    flashinfer_us: float | None = None
-    flashinfer_exact_us: float | None = None
-    torch_exact_us: float | None = None
+    step: StepTensors
+    key_format: RowFormat
+    pool: torch.Tensor
+    q: torch.Tensor
+    weights: torch.Tensor
+    table: torch.Tensor
+    out: torch.Tensor
+    workspace: IndexWorkspace
+
+    def __post_init__(self) -> None:
+        self._inputs = (self.step, self.q, self.weights, self.pool, self.key_format, self.table, CSA_RATIO)
+        self.visible = (self.step.positions + 1) // CSA_RATIO  # entries that each token sees
+        most = len(held_scores(self.step, CSA_RATIO, self.workspace).scores)
+        self.first = (len(self.q) - 1) // most * most  # first token of the last piece
+        self.count = len(self.q) - self.first
+        self.last = slice(self.first, None)
+
+    def fused(self) -> None:
+        """The whole selection."""
+        select_entries(*self._inputs, self.out, self.workspace)
+
+    def score(self) -> None:
+        """Queries and scores of the last piece."""
+        score_entries(*self._inputs, self.out.shape[1], self.workspace, self.first, self.count)
+
+    def scores(self) -> torch.Tensor:
+        """Scores of the last piece."""
+        return held_scores(self.step, CSA_RATIO, self.workspace).scores[: self.count]
+
+    def choose(self) -> None:
+        """The choice of the last piece."""
+        held = held_scores(self.step, CSA_RATIO, self.workspace)
+        maxima = held.maxima[: self.count]
+        topk_entries(self.step, self.scores(), maxima, self.first, CSA_RATIO, self.out, self.workspace.groups)
+
+    def slots(self, chosen: torch.Tensor, hidden: torch.Tensor, first: int) -> torch.Tensor:
+        """Pool rows of entries that tokens from ``first`` on chose; -1 where ``hidden``."""
+        rows = self.step.token_rows[first : first + len(chosen)].unsqueeze(1)
+        slots = self.step.entry_slots(rows, chosen.masked_fill(hidden, 0), CSA_RATIO)
+        return slots.masked_fill(hidden, -1).to(torch.int32)
+
+    def choose_torch(self) -> torch.Tensor:
+        """The choice of the last piece by torch.topk: no rule for ties, in no order. It is what is compared in time."""
+        scores, visible = self.scores(), self.visible[self.last].unsqueeze(1)
+        hidden = torch.arange(scores.shape[1], device=scores.device) >= visible
+        masked = scores.masked_fill(hidden, float("-inf"))
+        chosen = masked.topk(min(self.out.shape[1], scores.shape[1]), sorted=False).indices
+        return self.slots(chosen, chosen >= visible, self.first)
+
+    def choose_torch_exact(self) -> torch.Tensor:
+        """The same with our rule: torch.topk over one int64 of score and entry, then a sort by entry."""
+        scores, visible = self.scores(), self.visible[self.last].unsqueeze(1)
+        entries = torch.arange(scores.shape[1], device=scores.device)
+        bits = (scores + 0.0).view(torch.int32).long()
+        key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) * (1 << 24) - entries
+        key = key.masked_fill(entries >= visible, torch.iinfo(torch.int64).min)
+        chosen = key.topk(min(self.out.shape[1], scores.shape[1]), sorted=False).indices
+        chosen = chosen.masked_fill(chosen >= visible, scores.shape[1]).sort(1).values
+        return self.slots(chosen, chosen >= visible, self.first)
+
+    def naive(self) -> None:
+        """The reference, in pieces that fit the memory."""
+        piece = max(1, _DOTS // (self.q.shape[1] * self.scores().shape[1]))
+        for first in range(0, len(self.q), piece):
+            part = slice(first, first + piece)
+            step = replace(self.step, positions=self.step.positions[part], token_rows=self.step.token_rows[part])
+            naive_select_entries(step, self.q[part], self.weights[part], *self._inputs[3:], self.out[part])
+
+    def check(self) -> dict[str, Any]:
+        """Raise unless the choice is the reference's for the kernel's own scores, and those are right to rounding.
+
+        Queries are rounded as the kernel rounds them, which its tests check.
+        """
+        self.out.fill_(7)
+        self.fused()
+        visible, k = self.visible[self.last], self.out.shape[1]
+        for at in range(0, self.count, _CHECKED_TOKENS):
+            part = slice(at, min(at + _CHECKED_TOKENS, self.count))
+            chosen = naive_topk_entries(self.scores()[part], visible[part], k)
+            expected = self.slots(chosen, chosen < 0, self.first + at)
+            if not torch.equal(self.out[self.last][part, : chosen.shape[1]], expected):
+                raise AssertionError(f"tokens from {self.first + at} on: expected the reference's choice, got another")
+        for row in {0, self.count // 2, self.count - 1}:
+            if visible[row] > k:
+                self._check_scores(row, int(visible[row]))
+        return {}
+
+    def _check_scores(self, row: int, visible: int) -> None:
+        token, heads = self.first + row, self.q.shape[1]
+        entries = torch.arange(0, visible, max(1, visible // _CHECKED_KEYS), device=self.q.device)
+        slots = self.step.index_slots(self.step.token_rows[token], entries, CSA_RATIO)
+        keys = naive_load_rows(self.pool, slots, self.key_format).double()
+        q, w = self.workspace.query[row, :heads].double(), self.workspace.weights[row, :heads]
+        exact = w.double() @ (q @ keys.T).clamp_min(0)
+        error = (self.scores()[row, entries] - exact).abs()
+        if not (error <= score_bound(q, w, keys, e4m3=self.key_format is FP8_INDEX)).all():
+            raise AssertionError(f"token {token}: expected scores that are right to rounding, got one off by {error.max()}")
+
+    def bytes_needed(self, first: int = 0) -> int:
+        """Fewest bytes for the tokens from ``first`` on: the rows, queries and weights of those that have a choice, and every
+        key that a request's tokens choose from, once.
+        """
+        k, heads = self.out.shape[1], self.q.shape[1]
+        visible = self.visible[first:]
+        scored = visible > k
+        most = torch.zeros_like(self.step.seq_lens).scatter_reduce(0, self.step.token_rows[first:], visible * scored, "amax")
+        query = heads * (INDEX_DIM + 1) * self.q.element_size()
+        keys = int(most.sum()) * self.key_format.row_bytes
+        return int(scored.sum()) * query + keys + len(visible) * k * self.out.element_size()
 
 
-def cases(quick: bool) -> list[Case]:
-    """Decode from 2k to 1M tokens, verify, prefill from 0, after a prefix, and of many requests; lengths that differ."""
-    sizes = [(1, 2), (1, 8), (1, 32), (1, 128), (1, 1024), (8, 32), (8, 128), (32, 32), (64, 32), (128, 8), (256, 8)]
-    if quick:
-        sizes = [(1, 8), (1, 1024), (32, 32), (256, 8)]
-    found = [
-        Case(f"decode-b{batch}-{size}k", tuple(1024 * size - 1 - 37 * i for i in range(batch)), (1,) * batch)
-        for batch, size in sizes
-    ]
-    uneven = (512 * 1024 - 1, *(2048 + 97 * i for i in range(63)))
-    found += [
-        Case("decode-b64-one-512k", uneven, (1,) * 64),
-        Case("verify-b64-4-32k", tuple(32_000 - 11 * i for i in range(64)), (4,) * 64),
-        prefill_case(8192),
-        prefill_case(8192, 16, 8192),
-    ]
-    if not quick:
-        found += [prefill_case(32768), prefill_case(8192, 1, 24576), prefill_case(4096, 1, 122880)]
-    return found
+def make_index_work(
+    step: StepTensors, heads: int, k: int, key_format: RowFormat, table: torch.Tensor, workspace: IndexWorkspace | None = None
+) -> IndexWork:
+    """Random keys and queries; sets of inputs may share a workspace."""
+    device, num_tokens = table.device, len(step.positions)
+    rows = step.num_window_rows // CSA_RATIO
+    max_entries = step.history_pages.shape[1] * PAGE_TOKENS // CSA_RATIO
+    pool = zero_pool(key_format, rows, device)
+    for slots in torch.arange(rows, device=device).split(_KEYS_AT_ONCE):
+        naive_store_rows(pool, slots, torch.randn(len(slots), INDEX_DIM, device=device), key_format)
+    if workspace is None:
+        max_scores = max(max_entries, min(_SCORES, num_tokens * max_entries))
+        workspace = index_workspace(num_tokens, max_scores, heads, k, key_format, device)
+    return IndexWork(
+        step=step,
+        key_format=key_format,
+        pool=pool,
+        q=torch.randn(num_tokens, heads, INDEX_DIM, device=device).bfloat16(),
+        weights=torch.randn(num_tokens, heads, device=device) * (INDEX_DIM * heads) ** -0.5,
+        table=table,
+        out=torch.zeros(num_tokens, k, dtype=torch.int32, device=device),
+        workspace=workspace,
+    )
 
 
-def _calls(works: list[IndexWork], name: str) -> list:
-    return [getattr(work, name) for work in works]
+def select(case: Case, model: str, fmt: str, device: torch.device) -> Iterator[Job]:
+    """The whole selection, then, where anything is scored, the scores and the choice of its last piece."""
+    key_format, k, table = INDEX_FORMATS[fmt], TOPK[model], rope(case, device)
+    make = partial(make_index_work, make_step(case, device), HEADS, k, key_format, table)
+    first: IndexWork = make()
+    moved = first.bytes_needed()
+    others = input_sets(partial(make, first.workspace), moved, first.pool.nbytes + 2 * first.q.numel())[1:]
+    works = [first, *others]
 
+    def job(part: str, moved: int, check: Any, calls: dict[str, list[Call]], **eager: Call) -> Job:
+        shape = f"{case.shape}, k {k}"
+        return Job(f"index {part}", f"{case.name}-{model}", shape, fmt, "bfloat16", moved, check, calls, eager)
 
-def run(case: Case, model: str, fmt: str, bandwidth: float) -> Iterator[IndexRow]:
-    """Check and time one case: the whole, the scores, the choice."""
-    device, key_format, k = torch.device("cuda"), INDEX_FORMATS[fmt], TOPK[model]
-    table = rope(case, device)
-    step = make_step(case, device)
-    first = make_index_work(step, HEADS, k, key_format, table)
-    first.check()
-    needed = first.bytes_needed()
-    held = first.pool.numel() * first.pool.element_size() + 2 * first.q.numel()
-    count = min(num_sets(needed), max(2, _MAX_BYTES // held))
-    works = [first] + [make_index_work(step, HEADS, k, key_format, table, first.workspace) for _ in range(count - 1)]
-    shape = f"{case.describe()}, k {k}"
-
-    def row(op: str, times: dict, moved: int, torch_us: float | None) -> IndexRow:
-        peers = {
-            f"{name}_us": times[name].median_us if name in times else None
-            for name in ("sglang", "sglang_v2", "flashinfer", "flashinfer_exact", "torch_exact")
-        }
-        return IndexRow(
-            op=op,
-            case=f"{case.name}-{model}",
-            shape=shape,
-            row_format=fmt,
-            input_dtype="bfloat16",
-            **speed(times["ours"], moved, bandwidth),
-            torch_us=torch_us,
-            **peers,
-        )
-
-    whole = time_graphs({"ours": _calls(works, "fused")})
-    yield row("index select", whole, needed, time_eager(first.naive).median_us)
-    if not bool((first.visible[first.piece[0] :] > k).any()):
-        return  # nothing is scored
-    variants = {"ours": _calls(works, "score")}
-    peers = [scores_peer(work) for work in works]
-    if peers[0] is not None:
-        variants["sglang"] = peers
-    yield row("index scores", time_graphs(variants), first.bytes_needed(first.piece[0]), None)
+    yield job("select", moved, first.check, {OURS: [work.fused for work in works]}, torch=first.naive)
+    seen = first.visible[first.last]
+    if not bool((seen > k).any()):
+        return
+    calls: dict[str, list[Call]] = {OURS: [work.score for work in works]}
+    peers = [peer for peer in map(peer_index.scores, works) if peer is not None]
+    if peers:
+        calls["sglang"] = peers
+    yield job("scores", first.bytes_needed(first.first), dict, calls)
     first.score()
-    choices = {
-        "ours": [first.choose],
-        "torch": [first.choose_torch],
-        "torch_exact": [first.choose_torch_exact],
-        **{name: [call] for name, call in topk_peers(first, first.scores()).items()},
-    }
-    visible = first.visible[first.piece[0] :]
-    moved = 4 * (int((visible * (visible > k)).sum()) + first.piece[1] * k)
-    times = time_graphs(choices)
-    yield row("index topk", times, moved, times["torch"].median_us)
+    choices = {OURS: first.choose, "torch": first.choose_torch, "torch_exact": first.choose_torch_exact}
+    choices |= peer_index.choices(first, first.scores())
+    moved = 4 * (int((seen * (seen > k)).sum()) + first.count * k)
+    yield job("topk", moved, dict, {name: [call] for name, call in choices.items()})
 
 
-def rows(bandwidth: float, quick: bool, only: str) -> Iterator[dict]:
-    """Every case whose op and name contain ``only``."""
-    plans = [("flash", "fp8")] if quick else [("flash", "fp8"), ("flash", "bf16"), ("pro", "fp8")]
-    for model, fmt in plans:
-        for case in cases(quick):
-            if only in f"index {case.name}-{model}":
-                for row in run(case, model, fmt, bandwidth):
-                    yield asdict(row)
-                torch.cuda.empty_cache()
+def jobs(quick: bool, device: torch.device) -> Iterator[Named]:
+    """All selections."""
+    for model, fmt in [("flash", "fp8")] if quick else [("flash", "fp8"), ("flash", "bf16"), ("pro", "fp8")]:
+        for case in index_cases(quick):
+            yield f"index {case.name}-{model}", partial(select, case, model, fmt, device)

@@ -1,10 +1,14 @@
 """Times of short kernels: CUDA graphs over inputs that have left the L2 cache, variants taking turns."""
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from sglang_dsv4.errors import UnsupportedError
+
+Call = Callable[[], object]
 
 # Bytes that pass between two uses of one input set; twice the L2 cache of an H200.
 _ROTATED_BYTES = 120 << 20
@@ -15,11 +19,25 @@ _ROUNDS = 9
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call."""
+    """Microseconds per call: the median of the rounds, and the times that a tenth of them fell below and rose above."""
 
     median_us: float
     p10_us: float
     p90_us: float
+
+
+def need_cuda(what: str) -> torch.device:
+    """The GPU to measure on.
+
+    Args:
+        what (str): the benchmark.
+
+    Raises:
+        UnsupportedError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"{what}: expected a CUDA device, found none; nothing was run")
+    return torch.device("cuda")
 
 
 def num_sets(bytes_per_call: int) -> int:
@@ -27,7 +45,7 @@ def num_sets(bytes_per_call: int) -> int:
     return max(2, min(_MAX_SETS, -(-_ROTATED_BYTES // max(1, bytes_per_call))))
 
 
-def capture(calls: Sequence[Callable[[], None]]) -> tuple[torch.cuda.CUDAGraph, int]:
+def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph that makes the calls one after another, in turn until there are enough of them; and their number."""
     repeats = -(-_MIN_CALLS // len(calls))
     stream = torch.cuda.Stream()
@@ -45,42 +63,38 @@ def capture(calls: Sequence[Callable[[], None]]) -> tuple[torch.cuda.CUDAGraph, 
     return graph, repeats * len(calls)
 
 
-def time_eager(call: Callable[[], None], rounds: int = 3) -> Timing:
+def _elapsed_us(call: Call) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * float(start.elapsed_time(end))
+
+
+def time_eager(call: Call, rounds: int = 3) -> Timing:
     """Time a call that cannot be captured, by events around it."""
     call()
-    samples = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(1e3 * start.elapsed_time(end))
-    return _summary(samples)
+    return summary([_elapsed_us(call) for _ in range(rounds)])
 
 
-def time_graphs(variants: dict[str, Sequence[Callable[[], None]]]) -> dict[str, Timing]:
-    """Time variants of one piece of work; they take turns, so that a drift of the clocks meets all alike.
+def time_graphs(variants: dict[str, Sequence[Call]]) -> dict[str, Timing]:
+    """Time variants of one piece of work; they take turns, so that a drift of the clocks affects all of them.
 
     Args:
         variants (dict): name to calls, one per input set.
     """
     graphs = {name: capture(calls) for name, calls in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
     for graph, _ in graphs.values():
         graph.replay()
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(_ROUNDS):
         for name, (graph, count) in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            samples[name].append(1e3 * start.elapsed_time(end) / count)
-    return {name: _summary(values) for name, values in samples.items()}
+            samples[name].append(_elapsed_us(graph.replay) / count)
+    return {name: summary(values) for name, values in samples.items()}
 
 
-def count_launches(call: Callable[[], None]) -> int:
+def count_launches(call: Call) -> int:
     """Kernels that a call launches, as a profiler sees them."""
     call()
     torch.cuda.synchronize()
@@ -99,7 +113,6 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / timing.median_us
 
 
-def _summary(samples: Sequence[float]) -> Timing:
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+def summary(samples: Sequence[float]) -> Timing:
+    """The times of all rounds, summed up."""
+    return Timing(*map(float, np.quantile(samples, (0.5, 0.1, 0.9))))

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import torch
 
+from dsv4_kernels.sparse_attention.bound import exact, worst
 from sglang_dsv4.attention import EagerAttention, FixedShape, device, row_list_kinds
-from sglang_dsv4.bench.attention_check import exact, worst
-from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.cache import Capacity, ExternalKVCache, PageTables
+from sglang_dsv4.check.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention import flashinfer_model
 from tests.cache.driver import make_spec

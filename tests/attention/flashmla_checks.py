@@ -14,9 +14,9 @@ import torch
 
 from dsv4_kernels.row_codec import naive_put_row_bytes
 from dsv4_kernels.row_lists import naive_row_lists
+from dsv4_kernels.sparse_attention.bound import exact, worst
 from sglang_dsv4.attention import FixedShape, HostLengths, decoded_prefill, device
-from sglang_dsv4.bench.attention_check import exact, worst
-from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
+from sglang_dsv4.check.attention_work import AttentionCase, AttentionWork
 from tests.attention import flashmla_model
 from tests.kernels.interpreting import make_checks
 

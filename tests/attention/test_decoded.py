@@ -10,9 +10,9 @@ from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.row_lists import naive_row_lists
 from sglang_dsv4.attention import HostLengths
 from sglang_dsv4.attention.decoded_prefill import choose_decoded, count_pages, decoded_step
-from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cache.regions import Kind, Part
+from sglang_dsv4.check.attention_work import AttentionCase, AttentionWork, fill
 from tests.attention.flashmla_checks import EXTENDS, STARTS, forget_unlisted
 from tests.cache.driver import make_spec
 

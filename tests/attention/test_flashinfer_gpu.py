@@ -8,9 +8,9 @@ import torch
 
 from dsv4_kernels.layout import FP8_584_ROW
 from dsv4_kernels.row_codec import naive_load_rows
+from dsv4_kernels.sparse_attention.bound import exact, worst
 from sglang_dsv4.attention import FixedShape, row_list_kinds
-from sglang_dsv4.bench.attention_check import exact, worst
-from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
+from sglang_dsv4.check.attention_work import AttentionCase, AttentionWork
 from sglang_dsv4.errors import UnsupportedError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.flashinfer]

@@ -6,9 +6,9 @@ from unittest import mock
 import pytest
 import torch
 
+from dsv4_kernels.sparse_attention.bound import worst
 from sglang_dsv4.attention import EagerAttention, FixedShape, choose_attention, find_capabilities
-from sglang_dsv4.bench.attention_check import worst
-from sglang_dsv4.bench.attention_work import AttentionCase, AttentionWork
+from sglang_dsv4.check.attention_work import AttentionCase, AttentionWork
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention.flashmla_checks import CHECKS
 from tests.attention.test_flashinfer_gpu import STARTS, errors, expect, make, make_work, pad, run

@@ -12,8 +12,8 @@ env.set_default("SGLANG_USE_CPU_ENGINE", "1")
 # Before a stand-in for FlashInfer can be found: SGLang would take it for the real one.
 import sglang.srt.model_executor.runner.decode_cuda_graph_runner  # noqa: E402, F401
 
+from dsv4_kernels.sparse_attention.bound import worst  # noqa: E402
 from dsv4_kernels.step_plan.fused import step_plan  # noqa: E402
-from sglang_dsv4.bench.attention_check import worst  # noqa: E402
 from sglang_dsv4.cache import CompressedKVCache  # noqa: E402
 from sglang_dsv4.plugin.serve import pool, steps  # noqa: E402
 from tests.attention import flashinfer_checks  # noqa: E402

@@ -7,8 +7,8 @@ import torch
 
 from dsv4_kernels import memory
 from dsv4_kernels.row_codec import naive_load_rows
+from dsv4_kernels.sparse_attention.bound import exact
 from sglang_dsv4.attention import make_attention
-from sglang_dsv4.bench.attention_check import exact
 from tests.cache.driver import CompressorInput, random_sequence, random_weights, table_bytes
 
 PAGES, PAGE, REQUESTS, LONGEST = 24, 256, 6, 1024

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dsv4_kernels.sparse_attention.bound import worst
 from sglang_dsv4.attention import decoded_prefill
-from sglang_dsv4.bench.attention_check import worst
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import CacheInvariantError
 from tests.cache.driver import feed, make_spec, reachable_bytes

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_dsv4.bench.attention_check import worst
+from dsv4_kernels.sparse_attention.bound import worst
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
 from tests.cache.driver import FORMATS, make_spec
 from tests.plugin.small_server import LONGEST, PAGE, Sequence, SmallServer
