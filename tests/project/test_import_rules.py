@@ -200,3 +200,22 @@ def test_what_is_allowed_is_not_reported(tmp_path, path, source):
     file.parent.mkdir(parents=True)
     file.write_text(source, encoding="utf-8")
     assert faults(tmp_path / Path(path).parts[0]) == []
+
+
+def bench_imports(folder: Path) -> list[str]:
+    """Imports of the benchmark in tests of anything else, as ``file:line``."""
+    return [
+        f"{path.relative_to(folder)}:{line}"
+        for path in sorted(folder.rglob("*.py"))
+        if path.relative_to(folder).parts[0] != "bench"
+        for line, name in imports(ast.parse(path.read_text(encoding="utf-8")), path.stem, False)
+        if inside(name, "sglang_dsv4.bench")
+    ]
+
+
+def test_no_test_of_the_product_takes_its_reference_from_the_benchmark(tmp_path):
+    assert bench_imports(ROOT / "tests") == []
+    for folder in ("cache", "bench"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test_it.py").write_text("def f():\n    from sglang_dsv4.bench import timing\n")
+    assert bench_imports(tmp_path) == ["cache/test_it.py:2"]
