@@ -242,10 +242,11 @@ class CompressedKVCache:
 
         Raises:
             SavedFileError: it cannot be written; what was saved before is as it was, and no new file is left.
+            TypeError: ``extra`` holds something else than strings; nothing was saved.
             StalePlanError, DamagedRequestError, UnknownRequestError: as in `plan`.
         """
         self.requests.check_settled(request)
-        save_request(self.spec, self._transfer(), request, Path(path), dict(extra or {}))
+        save_request(self.spec, self._transfer(), request, Path(path), {} if extra is None else extra)
 
     def load(self, path: Path | str) -> Request:
         """Read a sequence that `save` wrote, also in another process, into a cache of the same spec.

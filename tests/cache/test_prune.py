@@ -80,9 +80,9 @@ def test_the_remains_of_a_killed_save_go(branches):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda p: p.write_text(p.read_text()[:2000]), "damaged, it cannot be told"),
-        (lambda p: p.rename(p.with_suffix(".dsv4kv")).write_text(""), "damaged, it cannot be told"),
-        (lambda p: edit(p, version=1), "expected format version 2, got 1; nothing was removed"),
+        (lambda p: p.write_text(p.read_text()[:2000]), "damaged.*; it cannot be told"),
+        (lambda p: p.rename(p.with_suffix(".dsv4kv")).write_text(""), "damaged.*; it cannot be told"),
+        (lambda p: edit(p, version=3), "expected format version 2, got 3.*nothing was removed"),
     ],
 )
 def test_a_manifest_that_cannot_be_read_keeps_everything(branches, spoil, message):

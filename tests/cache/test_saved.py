@@ -14,6 +14,7 @@ import pytest
 
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cache.persist import format as saved_module
+from sglang_dsv4.cache.persist import manifest
 from sglang_dsv4.cache.persist.rows import Transfer, shapes_of
 from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError, StalePlanError
@@ -170,7 +171,7 @@ def edit(path, **fields):
     body = json.loads(path.read_text())
     body.update(fields)
     body.pop("checksum")
-    path.write_text(json.dumps({**body, "checksum": saved_module._checksum(body)}))
+    path.write_text(json.dumps({**body, "checksum": manifest._checksum(body)}))
 
 
 def flip(path, at):
@@ -187,11 +188,14 @@ DAMAGES = {
         lambda p: p.write_text(p.read_text().replace('"seq_len": 300', '"seq_len": 301')),
         "damaged, its checksum does not match",
     ),
-    "newer version": (lambda p: edit(p, version=1), "expected format version 2, got 1"),
-    "page counts": (lambda p: edit(p, seq_len=600, min_len=595), "expected 5 history and window pages"),
+    "newer version": (lambda p: edit(p, version=3), "expected format version 2, got 3"),
+    "page counts": (
+        lambda p: edit(p, seq_len=600, min_len=595),
+        "expected 5 history and window pages for 600 tokens, got 3 and 3",
+    ),
     "no field": (lambda p: edit(p, window=None), "expected names of pages, got None"),
     "no number": (lambda p: edit(p, seq_len="300"), "seq_len: expected a number of tokens, got '300'"),
-    "a path": (lambda p: edit(p, state="../a"), "expected names of pages, got '../a'"),
+    "a path": (lambda p: edit(p, state="../a"), "expected the name of a page, got '../a'"),
     "cut too far": (lambda p: edit(p, min_len=294), "cut back by at most 5 tokens, got one of 300"),
     "not cut at all": (lambda p: edit(p, min_len=301), "got one of 300 tokens with min_len 301"),
     "another page": (
@@ -223,7 +227,7 @@ def test_a_manifest_without_a_field(kept):
     cache, _, path = kept
     body = json.loads(path.read_text())
     del body["tensors"], body["checksum"]
-    path.write_text(json.dumps({**body, "checksum": saved_module._checksum(body)}))
+    path.write_text(json.dumps({**body, "checksum": manifest._checksum(body)}))
     with pytest.raises(SavedFileError, match="expected a field 'tensors', found none"):
         cache.load(path)
 
@@ -233,7 +237,7 @@ def test_each_page_is_read_once(kept, monkeypatch):
     stock, read = Path.read_bytes, []
     monkeypatch.setattr(Path, "read_bytes", lambda p: (read.append(p.name), stock(p))[1])
     cache.load(path)
-    assert sorted(read) == [blob.name for blob in blobs(path.parent)]
+    assert sorted(read) == sorted([path.name, *(blob.name for blob in blobs(path.parent))])
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
@@ -276,7 +280,7 @@ def test_another_spec_is_named(kept):
     with pytest.raises(SavedFileError, match="of another spec: page_tokens: expected 256, got 128"):
         other.load(path)
     other = make_cache(("fp8_584", "fp8"))
-    with pytest.raises(SavedFileError, match="of another spec: row_format: expected fp8_584, got bf16"):
+    with pytest.raises(SavedFileError, match="of another spec: row_format: expected 'fp8_584', got 'bf16'"):
         other.load(path)
 
 

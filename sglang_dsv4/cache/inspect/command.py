@@ -26,41 +26,38 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print it; the exit status."""
-    header, rows, values = read_dump(args.dump)
+    dump = read_dump(args.dump)
+    finding = dump.finding
     console = Console()
-    console.print(Text(header["message"], style="bold"))
-    finding = header["finding"]
+    console.print(Text(dump.message, style="bold"))
     sequences = Table(title="Requests of the step", title_justify="left")
     for heading in ("request", "tokens", "slot", "history pages", "window pages"):
         sequences.add_column(heading)
-    for number, sequence in enumerate(header["sequences"]):
-        mark = "> " if number == finding["owner"] else "  "
+    for number, sequence in enumerate(dump.sequences):
+        mark = "> " if number == finding.owner else "  "
         sequences.add_row(
-            Text(f"{mark}{sequence['name']}"),
-            f"{sequence['seq_len']:,}",
-            str(sequence["state_slot"]),
-            _pages(sequence["history_pages"]),
-            _pages(sequence["window_pages"]),
+            Text(f"{mark}{sequence.name}"),
+            f"{sequence.seq_len:,}",
+            str(sequence.state_slot),
+            _pages(sequence.history_pages),
+            _pages(sequence.window_pages),
         )
     console.print(sequences)
-    sharing = [
-        sequence["name"]
-        for sequence in header["sequences"]
-        if finding["page"] in sequence.get(f"{finding['page_kind'].replace(' ', '_')}s", ())
-    ]
+    held = {"history page": "history_pages", "window page": "window_pages"}.get(finding.page_kind)
+    sharing = [sequence.name for sequence in dump.sequences if held and finding.page in getattr(sequence, held)]
     if sharing:
-        console.print(Text(f"{finding['page_kind']} {finding['page']} is held by {', '.join(sharing)}."))
-    table = Table(title=f"Wrong rows: {finding['what']}, layer {finding['layer_id']}", title_justify="left")
+        console.print(Text(f"{finding.page_kind} {finding.page} is held by {', '.join(sharing)}."))
+    table = Table(title=f"Wrong rows: {finding.what}, layer {finding.layer_id}", title_justify="left")
     for heading in ("row", "finite", "least", "largest", "norm"):
         table.add_column(heading, justify="right")
-    for row, value in zip(rows.tolist(), values, strict=True):
+    for row, value in zip(finding.rows.tolist(), finding.values, strict=True):
         finite = value[value.isfinite()]
         least, largest = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
         table.add_row(
             f"{row}", f"{len(finite)} of {len(value)}", f"{least:.4g}", f"{largest:.4g}", f"{finite.norm().item():.4g}"
         )
     console.print(table)
-    console.print(", ".join(f"{name} {value}" for name, value in header["facts"].items()), markup=False)
+    console.print(", ".join(f"{name} {value}" for name, value in dump.facts.items()), markup=False)
     return 0
 
 

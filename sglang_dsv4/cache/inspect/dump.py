@@ -24,7 +24,7 @@ class SequenceFacts:
         seq_len (int): its tokens.
         state_slot (int): its row in the stream state.
         history_pages (list[int]): its pages, in order.
-        window_pages (list[int]): likewise; pages before its window may be anything.
+        window_pages (list[int]): its window pages, in order; those before its window may be anything.
     """
 
     name: str
@@ -60,20 +60,38 @@ def write_dump(path: Path, finding: Finding, sequences: list[SequenceFacts], fac
         raise SavedFileError(f"{path}: expected to write an {KIND}, got {error}") from error
 
 
-def read_dump(path: Path) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """The header, the rows' numbers and their values.
+@dataclass(frozen=True)
+class Dump:
+    """What `read_dump` found; the fields are what `write_dump` was given, and the message of the finding."""
+
+    message: str
+    finding: Finding
+    sequences: list[SequenceFacts]
+    facts: dict[str, Any]
+
+
+def read_dump(path: Path) -> Dump:
+    """Read what `write_dump` wrote.
 
     Raises:
         SavedFileError: missing, damaged, or something else.
     """
     if not path.is_file():
-        raise SavedFileError(f"{path}: expected an {KIND}, found no file of that name")
+        kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no file of that name"
+        raise SavedFileError(f"{path}: expected an {KIND}, found {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
                 found = metadata.get("kind", "another safetensors file")
-                raise SavedFileError(f"{path}: expected an {KIND}, got {found}")
-            return (json.loads(metadata["dump"]), file.get_tensor("rows"), file.get_tensor("values"))
-    except (OSError, SafetensorError) as error:
-        raise SavedFileError(f"{path}: expected an {KIND}, got {error}") from error
+                raise SavedFileError(f"{path}: expected an {KIND}, got {found:.80}")
+            header = json.loads(metadata["dump"])
+            tensors = {name: file.get_tensor(name) for name in ("rows", "values")}
+        return Dump(
+            message=header["message"],
+            finding=Finding(**header["finding"], **tensors),
+            sequences=[SequenceFacts(**sequence) for sequence in header["sequences"]],
+            facts=dict(header["facts"]),
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SavedFileError(f"{path}: expected an {KIND}, got one that cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Sequences on disk.
+"""Pages of sequences on disk.
 
 A saved sequence is a manifest, a small JSON file at the path the user names, and *blobs*, safetensors files in the folder
 ``dsv4kv-pages`` beside it. A blob is named by the SHA-256 of its bytes: branches of one conversation store their common
@@ -7,126 +7,21 @@ pages once. Everything is written under a temporary name, synced, and renamed; t
 
 import fcntl
 import hashlib
-import json
 import os
-import re
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 
+from sglang_dsv4.cache.persist.manifest import Manifest, read_file
 from sglang_dsv4.cache.persist.rows import Shapes, Tensors
 from sglang_dsv4.errors import SavedFileError
-from sglang_dsv4.spec import CacheSpec
 
-FORMAT = "sglang-dsv4 saved sequence"
-VERSION = 2
 BLOB_FOLDER = "dsv4kv-pages"
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".dsv4kv-", ".tmp"  # of a file that is not whole yet
-_BLOB_NAME = re.compile(r"([0-9a-f]{64})?\Z")  # empty: a page that is not held
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What the JSON file says.
-
-    Attributes:
-        spec (str): digest of the cache's spec.
-        spec_fields (dict[str, Any]): the spec itself, so that a mismatch can be named.
-        seq_len (int): tokens.
-        min_len (int): as in `sglang_dsv4.cache.Request`.
-        history (list[str]): blob of each history page.
-        window (list[str]): blob of each window page, empty where none is held.
-        state (str): blob of the stream state.
-        tensors (dict[str, dict[str, str]]): SHA-256 of every tensor's bytes, by blob and name.
-        extra (dict[str, str]): the user's own.
-    """
-
-    spec: str
-    spec_fields: dict[str, Any]
-    seq_len: int
-    min_len: int
-    history: list[str]
-    window: list[str]
-    state: str
-    tensors: dict[str, dict[str, str]]
-    extra: dict[str, str]
-
-    def to_json(self) -> str:
-        """The file's text, with its own checksum."""
-        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
-
-    @classmethod
-    def read(cls, path: Path, spec: CacheSpec) -> "Manifest":
-        """Read and check a manifest.
-
-        Raises:
-            SavedFileError: missing, damaged, of a newer version, or of another spec.
-        """
-        try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise SavedFileError(f"{path}: expected a saved sequence, found no such file") from error
-        except (ValueError, OSError) as error:
-            raise SavedFileError(f"{path}: damaged, it cannot be read as JSON: {error}") from error
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise SavedFileError(f"{path}: expected a {FORMAT}, got something else")
-        if body.get("version") != VERSION:
-            raise SavedFileError(
-                f"{path}: expected format version {VERSION}, got {body.get('version')}; another version of sglang-dsv4 wrote it"
-            )
-        checksum = body.pop("checksum", None)
-        if checksum != _checksum(body):
-            raise SavedFileError(f"{path}: damaged, its checksum does not match")
-        found = cls._of_fields(body, path)
-        if found.spec != spec.digest():
-            raise SavedFileError(f"{path}: {_spec_difference(found.spec_fields, spec)}")
-        return found
-
-    @classmethod
-    def _of_fields(cls, body: dict[str, Any], path: Path) -> "Manifest":
-        """Check the fields that `load` computes with; ``extra`` and the rest are only passed on."""
-        for name in cls.__dataclass_fields__:
-            if name not in body:
-                raise SavedFileError(f"{path}: expected a field {name!r}, found none")
-        names = [body["state"]]
-        for pages in (body["history"], body["window"]):
-            names += pages if isinstance(pages, list) else [pages]
-        wrong = [name for name in names if not (isinstance(name, str) and _BLOB_NAME.match(name))]
-        if wrong:
-            raise SavedFileError(f"{path}: expected names of pages, got {wrong[0]!r}")
-        for name in ("seq_len", "min_len"):
-            if type(body[name]) is not int or body[name] < 0:
-                raise SavedFileError(f"{path}: {name}: expected a number of tokens, got {body[name]!r}")
-        return cls(**{name: body[name] for name in cls.__dataclass_fields__})
-
-    def blobs(self) -> set[str]:
-        """Every blob the sequence needs."""
-        return {name for name in (*self.history, *self.window, self.state) if name}
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _spec_difference(saved: dict[str, Any], spec: CacheSpec) -> str:
-    mine = json.loads(json.dumps(asdict(spec)))
-    for name, value in mine.items():
-        if saved.get(name) != value:
-            expected, got = (value, saved.get(name)) if name != "layers" else ("the model's", "others")
-            return f"of another spec: {name}: expected {expected}, got {got}"
-    return "of another spec"
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    raw = tensor.contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 
 class BlobWriter:
@@ -165,7 +60,7 @@ class BlobWriter:
         if not target.exists():
             self._new.append(target)
             _put(target, stored)
-        elif hashlib.sha256(target.read_bytes()).hexdigest() != name:
+        elif not target.is_file() or hashlib.sha256(target.read_bytes()).hexdigest() != name:
             _put(target, stored)  # damaged since it was written
         return name
 
@@ -183,6 +78,19 @@ class BlobWriter:
             _sync(self._path.parent)
         except OSError as error:
             raise SavedFileError(f"{self._path}: saved, but it may not survive a power cut: {error}") from error
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    raw = tensor.contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+
+def _parse(stored: bytes) -> Tensors | None:
+    """The tensors of a safetensors file; None of anything else, and of dtypes that torch has not (a KeyError)."""
+    try:
+        return parse_tensors(stored)
+    except (SafetensorError, KeyError):
+        return None
 
 
 def lock_folder(folder: Path) -> int:
@@ -237,30 +145,28 @@ class BlobReader:
         """
         target = self._path.parent / BLOB_FOLDER / f"{name}.safetensors"
         try:
-            stored = target.read_bytes()
+            stored = read_file(target)
         except FileNotFoundError as error:
             raise SavedFileError(f"{self._path}: page missing: expected {target}") from error
         except OSError as error:
-            raise SavedFileError(f"{self._path}: {target} cannot be read: {error}") from error
+            raise SavedFileError(f"{self._path}: {target}: expected a page, {error}") from error
         if hashlib.sha256(stored).hexdigest() != name:
             raise SavedFileError(f"{self._path}: {target} is damaged{self._where(name, stored)}")
-        try:
-            tensors = parse_tensors(stored)
-        except SafetensorError as error:
-            raise SavedFileError(f"{self._path}: {target} is no safetensors file") from error
+        tensors = _parse(stored)
+        if tensors is None:
+            raise SavedFileError(f"{self._path}: {target} is no safetensors file that torch can read")
         got = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
         for key in sorted(shapes.keys() | got.keys()):
             if got.get(key) != shapes.get(key):
                 raise SavedFileError(
-                    f"{self._path}: {target}: tensor {key}: expected {shapes.get(key, 'none')}, got {got.get(key, 'none')}"
+                    f"{self._path}: {target}: tensor {key:.80}: expected {shapes.get(key, 'none')}, got {got.get(key, 'none')}"
                 )
         return tensors
 
     def _where(self, name: str, stored: bytes) -> str:
         """Which tensor of a damaged blob is wrong, where that can be told."""
-        try:
-            tensors = parse_tensors(stored)
-        except SafetensorError:
+        tensors = _parse(stored)
+        if tensors is None:
             return f": {len(stored)} bytes that are no safetensors file"
         digests = self._manifest.tensors.get(name, {})
         wrong = [key for key, value in tensors.items() if digests.get(key) != _tensor_digest(value)]

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_dsv4.cache.persist.format import BLOB_FOLDER, FORMAT, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, VERSION, lock_folder
+from sglang_dsv4.cache.persist.format import BLOB_FOLDER, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, lock_folder
+from sglang_dsv4.cache.persist.manifest import FORMAT, Manifest
 from sglang_dsv4.errors import SavedFileError
+
+MANIFEST_SUFFIX = ".dsv4kv"  # of a file that is ours whatever it holds
 
 
 @dataclass(frozen=True)
@@ -46,49 +49,53 @@ def prune_saved(folder: Path | str, *, dry_run: bool = False) -> Pruned:
     pages = folder / BLOB_FOLDER
     if not pages.is_dir():
         raise SavedFileError(f"{folder}: expected a folder with {BLOB_FOLDER}, found none")
-    lock = lock_folder(pages)
+    lock = -1
     try:
+        lock = lock_folder(pages)
         return _prune(folder, pages, dry_run)
+    except OSError as error:
+        raise SavedFileError(f"{folder}: cannot be pruned: {error}") from error
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def _prune(folder: Path, pages: Path, dry_run: bool) -> Pruned:
-    named: set[str] = set()
-    sequences = 0
-    for needed in _manifests(folder):
-        sequences += 1
-        named |= needed
-    kept = [path for path in pages.iterdir() if path.stem in named]
-    loose = [path for path in pages.iterdir() if path.stem not in named and _is_ours(path)]
-    loose += [path for path in folder.iterdir() if _is_temporary(path)]
-    found = Pruned(sequences, len(kept), _bytes(kept), removed_files=len(loose), removed_bytes=_bytes(loose))
+    manifests = list(_manifests(folder))
+    named = {name for manifest in manifests for name in manifest.blobs()}
+    files = [path for path in pages.iterdir() if path.is_file()]
+    kept = [path for path in files if path.stem in named]
+    loose = [path for path in files if path.stem not in named and _is_ours(path)]
+    loose += [path for path in folder.iterdir() if path.is_file() and _is_temporary(path)]
+    found = Pruned(len(manifests), len(kept), _bytes(kept), removed_files=len(loose), removed_bytes=_bytes(loose))
     if not dry_run:
         for path in loose:
             path.unlink(missing_ok=True)
     return found
 
 
-def _manifests(folder: Path) -> Iterator[set[str]]:
-    """The pages that each manifest names."""
+def _manifests(folder: Path) -> Iterator[Manifest]:
+    """Those in a folder; somebody else's files are passed over."""
     for path in sorted(folder.iterdir()):
         if not path.is_file() or _is_temporary(path):
             continue
-        content = path.read_bytes()
-        is_named_so = path.suffix == ".dsv4kv"
-        if not is_named_so and not (content.startswith(b"{") and FORMAT.encode() in content):
-            continue  # somebody else's file
-        try:
-            body = json.loads(content)
-            if not is_named_so and body.get("format") != FORMAT:
-                continue
-            version = body["version"]
-            names = {*body["history"], *body["window"], body["state"]} - {""}
-        except (ValueError, KeyError, TypeError) as error:
-            raise SavedFileError(f"{path}: damaged, it cannot be told which pages it needs; nothing was removed") from error
-        if version != VERSION:
-            raise SavedFileError(f"{path}: expected format version {VERSION}, got {version}; nothing was removed")
-        yield names
+        with path.open("rb") as file:
+            start = file.read(1)
+            content = start + file.read() if start == b"{" or path.suffix == MANIFEST_SUFFIX else b""
+        if path.suffix == MANIFEST_SUFFIX or (FORMAT.encode() in content and not _is_of_another_format(content)):
+            try:
+                yield Manifest.parse(path, content)
+            except SavedFileError as error:
+                raise SavedFileError(f"{error}; it cannot be told which pages it needs, nothing was removed") from error
+
+
+def _is_of_another_format(content: bytes) -> bool:
+    """Whether it is JSON, whole, that only mentions ours."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(body, dict) or body.get("format") != FORMAT
 
 
 def _is_ours(path: Path) -> bool:

@@ -3,11 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from reprlib import repr as brief
 
 from sglang_dsv4.cache.pages.request import Request
 from sglang_dsv4.cache.pages.requests import Requests
 from sglang_dsv4.cache.pages.tables import NULL_PAGE
-from sglang_dsv4.cache.persist.format import BlobReader, BlobWriter, Manifest
+from sglang_dsv4.cache.persist.format import BlobReader, BlobWriter
+from sglang_dsv4.cache.persist.manifest import Manifest, is_text_by_name
 from sglang_dsv4.cache.persist.rows import Tensors, Transfer, shapes_of
 from sglang_dsv4.cache.regions import Owner, RegionTable
 from sglang_dsv4.errors import SavedFileError
@@ -16,6 +18,8 @@ from sglang_dsv4.spec import CacheSpec
 
 def save_request(spec: CacheSpec, transfer: Transfer, request: Request, path: Path, extra: dict[str, str]) -> None:
     """Write a settled request; see `CompressedKVCache.save`."""
+    if not is_text_by_name(extra):
+        raise TypeError(f"extra: expected strings by name, got {brief(extra)}; nothing was saved")
     pages = request.pages
     try:
         with BlobWriter(path) as writer:
@@ -76,15 +80,15 @@ def _check_lengths(manifest: Manifest, spec: CacheSpec, table: RegionTable, path
     pages = table.num_pages(seq_len)
     if (len(manifest.history), len(manifest.window)) != (pages, pages):
         raise SavedFileError(
-            f"{path}: expected {pages} history and window pages for {seq_len} tokens, got {len(manifest.history)} and "
+            f"{path}: expected {brief(pages)} history and window pages for {brief(seq_len)} tokens, got {len(manifest.history)} and "
             f"{len(manifest.window)}"
         )
     if not max(0, seq_len - spec.max_draft_tokens) <= min_len <= seq_len:
         raise SavedFileError(
             f"{path}: expected a sequence that can be cut back by at most {spec.max_draft_tokens} tokens, "
-            f"got one of {seq_len} tokens with min_len {min_len}"
+            f"got one of {seq_len} tokens with min_len {brief(min_len)}"
         )
     needed = table.window_pages(seq_len, min_len)
     held = [index for index, name in enumerate(manifest.window) if name]
     if held != list(needed):
-        raise SavedFileError(f"{path}: expected window pages {list(needed)} of {pages}, got {held}")
+        raise SavedFileError(f"{path}: expected window pages {list(needed)} of {pages}, got {brief(held)}")
