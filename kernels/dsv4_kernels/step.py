@@ -1,8 +1,11 @@
 """What one step writes and reads, as tensors. Kernels see this and nothing of requests."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from dsv4_kernels.device import check_contiguous
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,35 @@ class StepTensors:
     def entry_slots(self, rows: torch.Tensor, entries: torch.Tensor, ratio: int) -> torch.Tensor:
         """Pool rows of ``entries`` in requests ``rows`` (broadcast together)."""
         return self.num_window_rows + self.index_slots(rows, entries, ratio)
+
+
+class StepPointers(NamedTuple):
+    """`StepTensors` inside a kernel."""
+
+    positions: torch.Tensor
+    token_rows: torch.Tensor
+    seq_lens: torch.Tensor
+    extend_lens: torch.Tensor
+    state_slots: torch.Tensor
+    history_pages: torch.Tensor
+    window_pages: torch.Tensor
+
+
+def step_pointers(step: StepTensors) -> StepPointers:
+    """A step as kernel arguments; raises `ValueError` where a tensor is laid out otherwise than kernels expect."""
+    for name in ("positions", "token_rows", "seq_lens", "extend_lens", "state_slots"):
+        check_contiguous(name, getattr(step, name))
+    if step.history_pages.stride() != step.window_pages.stride() or step.history_pages.stride(-1) != 1:
+        raise ValueError(
+            f"page tables: expected equal strides, the last 1, got {step.history_pages.stride()} and "
+            f"{step.window_pages.stride()}"
+        )
+    return StepPointers(
+        step.positions,
+        step.token_rows,
+        step.seq_lens,
+        step.extend_lens,
+        step.state_slots,
+        step.history_pages,
+        step.window_pages,
+    )

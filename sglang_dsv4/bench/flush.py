@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from dsv4_kernels.flush import CompressorParams
-from dsv4_kernels.flush.naive import naive_flush_csa, naive_flush_hca
-from dsv4_kernels.flush_csa import CsaFlush, flush_csa, flush_csa_layer
-from dsv4_kernels.flush_hca import flush_hca, hca_workspace
+from dsv4_kernels.compressor import CompressorParams
+from dsv4_kernels.flush_csa import CsaFlush, naive_flush_csa
+from dsv4_kernels.flush_csa.fused import flush_csa, flush_csa_layer
+from dsv4_kernels.flush_hca import naive_flush_hca
+from dsv4_kernels.flush_hca.fused import flush_hca, hca_workspace
 from dsv4_kernels.layout import HEAD_DIM, INDEX_DIM, INDEX_FORMATS, ROW_FORMATS, RowFormat
 from dsv4_kernels.step import StepTensors
 from dsv4_kernels.window_store import naive_window_store

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 
-from dsv4_kernels.index_score import naive_select_entries, naive_topk_entries
+from dsv4_kernels.index_query.fused import index_query
 from dsv4_kernels.index_score.bound import score_bound
-from dsv4_kernels.index_score.fused import score_entries, select_entries
+from dsv4_kernels.index_score.fused import score_entries
+from dsv4_kernels.index_score.tuning import index_tuning
 from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, index_workspace
-from dsv4_kernels.index_topk import topk_entries
+from dsv4_kernels.index_select import naive_select_entries
+from dsv4_kernels.index_select.fused import select_entries
+from dsv4_kernels.index_topk import naive_topk_entries
+from dsv4_kernels.index_topk.fused import topk_entries
 from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, INDEX_FORMATS, RowFormat
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
 from dsv4_kernels.step import StepTensors
@@ -61,7 +65,11 @@ class IndexWork:
 
     def score(self) -> None:
         """Queries and scores of the last piece."""
-        score_entries(*self._inputs, self.out.shape[1], self.workspace, self.first, self.count)
+        work, k, piece = self.workspace, self.out.shape[1], (self.first, self.count)
+        tuning = index_tuning(len(self.q), len(self.step.seq_lens), self.key_format.storage_dtype == torch.float32)
+        inputs, query = (self.q, self.weights, self.table), (work.stored_query, work.weights, work.first_tiles)
+        index_query(self.step, *inputs, CSA_RATIO, k, *query, tuning.unit, tuning.entries, *piece)
+        score_entries(self.step, self.pool, self.key_format, CSA_RATIO, k, work, tuning, *piece)
 
     def scores(self) -> torch.Tensor:
         """Scores of the last piece."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from dsv4_kernels.flush import CompressorParams
+from dsv4_kernels.compressor import CompressorParams
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.step import StepTensors
 from sglang_dsv4.cache.plan import StepPlan

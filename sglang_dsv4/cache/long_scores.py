@@ -13,9 +13,10 @@ import torch
 
 from dsv4_kernels.group_maxima.fused import group_maxima
 from dsv4_kernels.index_query.fused import index_query
-from dsv4_kernels.index_score.fused import check_arguments
 from dsv4_kernels.index_score.workspace import IndexWorkspace
-from dsv4_kernels.index_topk import GROUP, topk_entries
+from dsv4_kernels.index_select.fused import check_arguments
+from dsv4_kernels.index_topk import GROUP
+from dsv4_kernels.index_topk.fused import topk_entries
 from dsv4_kernels.layout import FP8_INDEX, RowFormat
 from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
@@ -80,7 +81,7 @@ def select_long(
     pad: bool,
     numbering: StepTensors | None,
 ) -> None:
-    """The DeepGEMM variant of `dsv4_kernels.index_score.fused.select_entries`, for steps that `is_worthwhile` accepts.
+    """The DeepGEMM variant of `dsv4_kernels.index_select.fused.select_entries`, for steps that `is_worthwhile` accepts.
 
     Not for graphs: the layer's keys are gathered, and DeepGEMM makes its scores, in new memory, which goes back when the layer
     is done: 132 bytes a key, and 4.5 a score of at most `MOST_SCORES`.

@@ -5,8 +5,12 @@ from functools import partial
 
 import torch
 
-from dsv4_kernels.flush import CompressorParams, naive_flush_csa, naive_flush_hca
-from dsv4_kernels.index_score import naive_index_query, naive_index_scores, naive_topk_entries
+from dsv4_kernels.compressor import CompressorParams
+from dsv4_kernels.flush_csa import naive_flush_csa
+from dsv4_kernels.flush_hca import naive_flush_hca
+from dsv4_kernels.index_query import naive_index_query
+from dsv4_kernels.index_score import naive_index_scores
+from dsv4_kernels.index_topk import naive_topk_entries
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.step import StepTensors

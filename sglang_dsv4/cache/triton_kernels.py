@@ -5,11 +5,11 @@ from functools import partial
 
 import torch
 
-from dsv4_kernels.flush import CsaFlush
-from dsv4_kernels.flush_csa import flush_csa, flush_csa_layer
-from dsv4_kernels.flush_hca import flush_hca, hca_workspace
-from dsv4_kernels.index_score.fused import select_entries
+from dsv4_kernels.flush_csa import CsaFlush
+from dsv4_kernels.flush_csa.fused import flush_csa, flush_csa_layer
+from dsv4_kernels.flush_hca.fused import flush_hca, hca_workspace
 from dsv4_kernels.index_score.workspace import IndexWorkspace, index_workspace
+from dsv4_kernels.index_select.fused import select_entries
 from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
 from dsv4_kernels.window_store.fused import window_store

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from dsv4_kernels.index_score.naive import naive_index_scores
+from dsv4_kernels.index_score import naive_index_scores
 from dsv4_kernels.layout import FP8_INDEX
 from sglang_dsv4.cache import long_scores
 from tests.kernels.index_world import RATIO, K, make_world

@@ -58,7 +58,7 @@ def test_every_cut_gives_the_bytes_of_a_cold_run(formats, draft):
 
 
 def test_values_are_those_of_the_torch_operations():
-    """Exact rows: what differs is the rounding of exponentials, below 2^-15 of a row (see `tests.kernels.fused_checks`)."""
+    """Exact rows: what differs is the rounding of exponentials, below 2^-15 of a row (see `tests.kernels.flush_checks`)."""
     spec = make_spec(("fp32", "fp32"))
     sequence = random_sequence(spec, LENGTH).to("cuda")
     pools = []

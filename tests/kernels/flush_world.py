@@ -1,13 +1,14 @@
-"""A batch of sequences whose tokens can be flushed in any schedule, by the references or by the kernels."""
+"""A batch of sequences whose tokens can be stored in any schedule, by the references or by the kernels of one part of a layer."""
 
 from dataclasses import dataclass, field
 
 import torch
 
-from dsv4_kernels.flush import CompressorParams
-from dsv4_kernels.flush.naive import naive_flush_csa, naive_flush_hca
-from dsv4_kernels.flush_csa import CsaFlush, flush_csa, flush_csa_layer
-from dsv4_kernels.flush_hca import flush_hca, hca_workspace
+from dsv4_kernels.compressor import CompressorParams
+from dsv4_kernels.flush_csa import CsaFlush, naive_flush_csa
+from dsv4_kernels.flush_csa.fused import flush_csa, flush_csa_layer
+from dsv4_kernels.flush_hca import naive_flush_hca
+from dsv4_kernels.flush_hca.fused import flush_hca, hca_workspace
 from dsv4_kernels.layout import BF16_INDEX, BF16_ROW, FP8_584_ROW, FP8_INDEX, FP32_INDEX, FP32_ROW, INDEX_DIM
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.step import StepTensors
@@ -15,6 +16,8 @@ from dsv4_kernels.window_store import naive_window_store
 from dsv4_kernels.window_store.fused import window_store
 
 CSA_RATIO, HCA_RATIO, DIM, EPS = 4, 128, 512, 1e-6
+# Inputs of each part of a layer, and their widths.
+PARTS = {"window": {"window": DIM}, "csa": {"main": 4 * DIM, "index": 4 * INDEX_DIM}, "hca": {"hca": 2 * DIM}}
 FORMATS = {"fp32": (FP32_ROW, FP32_INDEX), "bf16": (BF16_ROW, BF16_INDEX), "fp8": (FP8_584_ROW, FP8_INDEX)}
 
 
@@ -27,8 +30,12 @@ def nan_pool(fmt, num_rows, device):
 
 @dataclass
 class World:
-    """Inputs of every token of every sequence, and how they are laid out in pages."""
+    """Inputs of every token of every sequence, and how they are laid out in pages.
 
+    ``part`` is what is stored: window rows, the entries and index keys of a CSA layer, or the entries of an HCA layer.
+    """
+
+    part: str
     lengths: list[int]
     formats: str = "fp32"
     input_dtype: torch.dtype = torch.float32
@@ -45,9 +52,9 @@ class World:
         def normal(*shape, scale=1.0):
             return (scale * torch.randn(*shape, generator=generator)).to(self.input_dtype).to(self.device)
 
-        widths = {"window": DIM, "main": 4 * DIM, "index": 4 * INDEX_DIM, "hca": 2 * DIM}
         self.inputs = {
-            name: [normal(length, width, scale=self.spread) for length in self.lengths] for name, width in widths.items()
+            name: [normal(length, width, scale=self.spread) for length in self.lengths]
+            for name, width in PARTS[self.part].items()
         }
         count = len(self.lengths)
         self.pages_each = -(-max(self.lengths) // self.page_tokens)
@@ -71,17 +78,23 @@ class World:
         """Pools and states before the first token; nothing in them may be read."""
         rows, keys = FORMATS[self.formats]
         window_rows = self.num_pages * self.page_tokens
-        nan = {"dtype": torch.float32, "device": self.device}
-        count = len(self.lengths) + 2
-        return {
-            "csa_pool": nan_pool(rows, window_rows + window_rows // CSA_RATIO, self.device),
-            "hca_pool": nan_pool(rows, window_rows + window_rows // HCA_RATIO, self.device),
-            "index_pool": nan_pool(keys, window_rows // CSA_RATIO, self.device),
-            "main_streams": torch.full((count, 8 + self.draft, 4 * DIM), float("nan"), **nan),
-            "index_streams": torch.full((count, 8 + self.draft, 4 * INDEX_DIM), float("nan"), **nan),
-            "main_boundary": torch.full((self.num_pages, CSA_RATIO, 2, DIM), float("nan"), **nan),
-            "index_boundary": torch.full((self.num_pages, CSA_RATIO, 2, INDEX_DIM), float("nan"), **nan),
-            "accumulators": torch.full((count, 1 + self.draft, 3, DIM), float("nan"), **nan),
+        slots = len(self.lengths) + 2
+
+        def nan(*shape):
+            return torch.full(shape, float("nan"), device=self.device)
+
+        if self.part == "window":
+            return {"pool": nan_pool(rows, window_rows, self.device)}
+        ratio = CSA_RATIO if self.part == "csa" else HCA_RATIO
+        state = {"pool": nan_pool(rows, window_rows + window_rows // ratio, self.device)}
+        if self.part == "hca":
+            return state | {"accumulators": nan(slots, 1 + self.draft, 3, DIM)}
+        return state | {
+            "index_pool": nan_pool(keys, window_rows // ratio, self.device),
+            "main_streams": nan(slots, 8 + self.draft, 4 * DIM),
+            "index_streams": nan(slots, 8 + self.draft, 4 * INDEX_DIM),
+            "main_boundary": nan(self.num_pages, ratio, 2, DIM),
+            "index_boundary": nan(self.num_pages, ratio, 2, INDEX_DIM),
         }
 
     def step(self, items, *, pad_tokens=0, pad_requests=0):
@@ -117,30 +130,41 @@ class World:
         }
         return step, given
 
-    def _csa(self, state, given, name, pool, fmt):
-        return CsaFlush(given[name], state[f"{name}_streams"], state[f"{name}_boundary"], state[pool], fmt, self.params[name])
+    def _compressors(self, state, given):
+        rows, keys = FORMATS[self.formats]
+        return [
+            CsaFlush(given[name], state[f"{name}_streams"], state[f"{name}_boundary"], state[pool], fmt, self.params[name])
+            for name, pool, fmt in (("main", "pool", rows), ("index", "index_pool", keys))
+        ]
+
+    def _window(self, state, given):
+        return given["window"], self.params["main"].norm_weight, EPS, self.table, state["pool"], FORMATS[self.formats][0]
+
+    def _hca(self, state, given):
+        return given["hca"], state["accumulators"], state["pool"], FORMATS[self.formats][0], self.params["hca"]
 
     def run_naive(self, state, step, given):
-        """One step by the references."""
-        rows, keys = FORMATS[self.formats]
-        naive_window_store(step, given["window"], self.params["main"].norm_weight, EPS, self.table, state["csa_pool"], rows)
-        for part in (self._csa(state, given, "main", "csa_pool", rows), self._csa(state, given, "index", "index_pool", keys)):
-            naive_flush_csa(step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
-        naive_flush_hca(step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"])
-
-    def run_fused(self, state, step, given, *, together=True, csa=None, hca=None):
-        """One step by the kernels; a CSA layer in one launch or in one per compressor; tunings by shape if None."""
-        rows, keys = FORMATS[self.formats]
-        window_store(step, given["window"], self.params["main"].norm_weight, EPS, self.table, state["csa_pool"], rows)
-        main = self._csa(state, given, "main", "csa_pool", rows)
-        index = self._csa(state, given, "index", "index_pool", keys)
-        if together:
-            flush_csa_layer(step, main, index, csa)
+        """One step by the reference."""
+        if self.part == "window":
+            naive_window_store(step, *self._window(state, given))
+        elif self.part == "hca":
+            naive_flush_hca(step, *self._hca(state, given))
         else:
-            for part in (main, index):
-                flush_csa(step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params, csa)
-        work = hca_workspace(len(step.seq_lens), len(step.positions), self.device) if together else None
-        flush_hca(step, given["hca"], state["accumulators"], state["hca_pool"], rows, self.params["hca"], work, hca)
+            for part in self._compressors(state, given):
+                naive_flush_csa(step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params)
+
+    def run_fused(self, state, step, given, *, together=True, tuning=None):
+        """One step by the kernel: a CSA layer in one launch or in two, an HCA layer with a workspace or without."""
+        if self.part == "window":
+            window_store(step, *self._window(state, given))
+        elif self.part == "hca":
+            work = hca_workspace(len(step.seq_lens), len(step.positions), self.device) if together else None
+            flush_hca(step, *self._hca(state, given), work, tuning)
+        elif together:
+            flush_csa_layer(step, *self._compressors(state, given), tuning)
+        else:
+            for part in self._compressors(state, given):
+                flush_csa(step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params, tuning)
 
 
 def random_schedule(lengths, rng, most):

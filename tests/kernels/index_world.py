@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4_kernels.index_score.fused import select_entries
-from dsv4_kernels.index_score.naive import naive_select_entries
 from dsv4_kernels.index_score.workspace import held_scores, index_workspace
+from dsv4_kernels.index_select import naive_select_entries
+from dsv4_kernels.index_select.fused import select_entries
 from dsv4_kernels.layout import FP32_INDEX, INDEX_DIM
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
 from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
@@ -18,6 +18,10 @@ NOWHERE = 1 << 40
 # (tokens before, new tokens): below and above k = 16 entries, on and off a block's end, an empty request, one fresh.
 REQUESTS = ((300, 1), (700, 5), (0, 3), (60, 9), (90, 0), (511, 1), (64, 20))
 K, HEADS = 16, 4
+# For a short run: a decode step, an extension over a block's end, one that sees few entries.
+FEW = ((300, 1), (90, 2), (0, 3))
+# Rows of `hard_scores`, and scores of each.
+HARD, LENGTH = 12, 704
 
 
 @dataclass
@@ -161,3 +165,25 @@ def make_world(fmt, requests=REQUESTS, heads=HEADS, *, device="cpu", exact=False
 def exact_world(fmt, **options):
     """Where keys are fp32 a rotated query has 24 bits: dots of one product and scores of one head are exact."""
     return make_world(fmt, heads=1 if fmt is FP32_INDEX else HEADS, exact=True, **options)
+
+
+def hard_scores(device):
+    """Rows of scores with many ties, zeros of both signs, subnormals, infinities, and every bit of a float in play."""
+    generator = torch.Generator().manual_seed(5)
+    length = LENGTH
+    rows = [
+        torch.zeros(length),
+        torch.where(torch.arange(length) % 3 == 0, 0.0, -0.0),
+        torch.randint(0, 3, (length,), generator=generator) - 1.0,
+        torch.randn(length, generator=generator),
+        -torch.rand(length, generator=generator),
+        torch.randn(length, generator=generator) * 1e-40,
+        torch.randint(0, 2, (length,), generator=generator) * float("inf"),
+        -torch.randint(0, 2, (length,), generator=generator) * float("inf"),
+        torch.arange(length).float(),
+        torch.arange(length).flip(0).float(),
+        torch.arange(length) // 7 * 1.0,
+        1.0 + torch.randint(0, 40, (length,), generator=generator) * 2.0**-23,
+    ]
+    scores = torch.stack(rows).nan_to_num(0.0, float("inf"), float("-inf"))
+    return scores.repeat(5, 1).to(device)

@@ -1,71 +1,37 @@
-"""The reference of `select_entries`, computed another way; and what the launcher refuses."""
+"""Index scores: the reference against fp64, the kernel within its bound, machine code."""
 
-from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+import triton.language as tl
 
-from dsv4_kernels.index_score.fused import select_entries
-from dsv4_kernels.index_score.naive import naive_index_query, naive_round_query, naive_select_entries
-from dsv4_kernels.index_score.tuning import rows_together
-from dsv4_kernels.index_score.workspace import index_workspace
-from dsv4_kernels.index_topk import GROUP, topk_entries
-from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, INDEX_DIM, INDEX_FORMATS
-from dsv4_kernels.row_codec import naive_load_rows, naive_store_rows
-from tests.kernels.index_world import RATIO, K, make_world
-
-
-def hadamard_matrix():
-    rows = torch.arange(INDEX_DIM)
-    bits = rows.unsqueeze(1) & rows
-    parity = sum((bits >> i) & 1 for i in range(7)) % 2
-    return (1.0 - 2.0 * parity).double() / INDEX_DIM**0.5
-
-
-@pytest.mark.parametrize("fmt", INDEX_FORMATS.values(), ids=INDEX_FORMATS)
-def test_matches_fp64(fmt):
-    """Token by token in fp64; a choice may differ only where scores are closer than rounding explains."""
-    world = make_world(fmt, requests=((300, 1), (60, 9), (0, 3), (127, 4)))
-    out, matrix = world.naive(), hadamard_matrix()
-    num_chosen = 0
-    for token, position in enumerate(world.step.positions.tolist()):
-        count = (position + 1) // RATIO
-        if count == 0:
-            assert (out[token] == -1).all()
-            continue
-        q = world.q[token].double()
-        cos, sin = world.table[position].double().split(32)
-        pairs = torch.view_as_complex(q[:, 64:].reshape(-1, 32, 2).contiguous())
-        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(1)
-        q = torch.cat([q[:, :64], turned], 1) @ matrix
-        q = naive_round_query(q.float(), fmt).double()
-        keys = world.keys(token)
-        scores = world.weights[token].double() @ (q @ keys.T).clamp_min(0)
-        rows = world.step.entry_slots(world.step.token_rows[token], torch.arange(count), RATIO)
-        found = out[token][out[token] >= 0].tolist()
-        assert len(found) == min(K, count) and (out[token, len(found) :] == -1).all()
-        chosen = torch.tensor([row in found for row in rows.tolist()])
-        assert [row for row in rows.tolist() if row in found] == found, "not in the entries' order"
-        if count > K:
-            # A query that rounds the other way moves a dot by the last bit of one product; so does a tie between scores.
-            last_bit = {FP8_INDEX: 2.0**-4, BF16_INDEX: 2.0**-8, FP32_INDEX: 2.0**-20}[fmt]
-            slack = last_bit * (q.abs().amax() * keys.abs().amax() * world.weights[token].abs().sum())
-            assert scores[chosen].min() >= scores[~chosen].max() - slack
-            assert not scores.flip(0)[chosen].min() >= scores.flip(0)[~chosen].max() - slack
-            num_chosen += 1
-    assert num_chosen >= 5
+from dsv4_kernels.index_query import fused as index_query_fused
+from dsv4_kernels.index_score import fused as index_score_fused
+from dsv4_kernels.index_score import naive_index_scores
+from dsv4_kernels.index_score.bound import score_bound
+from dsv4_kernels.index_score.fused import index_scores_kernel, score_entries
+from dsv4_kernels.index_score.tuning import IndexTuning, index_tuning, rows_together
+from dsv4_kernels.index_score.workspace import held_scores
+from dsv4_kernels.index_topk import GROUP
+from dsv4_kernels.layout import BF16_INDEX, FP8_INDEX, FP32_INDEX, INDEX_FORMATS
+from dsv4_kernels.row_codec.fused import store_format
+from tests.kernels.compiling import ARCHITECTURES, machine_code
+from tests.kernels.index_world import FEW, RATIO, K, exact_world, make_world
+from tests.kernels.interpreting import interpreted_checks
 
 
-def test_queries_are_rounded_as_keys_are():
-    q, table = torch.randn(5, 3, INDEX_DIM), torch.randn(5, 64)
-    plain = naive_index_query(q, table)
-    for fmt in INDEX_FORMATS.values():
-        rounded = naive_index_query(q, table, fmt)
-        pool = torch.zeros(fmt.pool_shape(15), dtype=fmt.storage_dtype)
-        naive_store_rows(pool, torch.arange(15), plain.view(15, -1), fmt)
-        stored = naive_load_rows(pool, torch.arange(15), fmt).float().view_as(rounded)
-        assert torch.equal(rounded, stored)
-        assert torch.equal(rounded, plain) == (fmt is FP32_INDEX)
+def test_scores_match_fp64():
+    q, weights, keys = torch.randn(7, 16, 128), torch.randn(7, 16), torch.randn(30, 128)
+    dots = torch.einsum("thd,sd->ths", q.double(), keys.double()).clamp_min(0)
+    exact = (dots * weights.double().unsqueeze(1).transpose(1, 2)).sum(1)
+    # 128 products and sums per dot, 16 per score; magnitudes bounded by the same sums of absolute values.
+    bound = torch.einsum("thd,sd,th->ts", q.abs().double(), keys.abs().double(), weights.abs().double())
+    bound = bound * (128 + 16) * 2.0**-24
+    found = naive_index_scores(q, weights, keys)
+    assert ((found - exact).abs() <= bound).all()
+    without_relu = torch.einsum("thd,sd,th->ts", q.double(), keys.double(), weights.double())
+    assert not ((found - without_relu).abs() <= bound).all()
 
 
 def test_a_tile_lies_in_two_parts_at_most():
@@ -75,46 +41,168 @@ def test_a_tile_lies_in_two_parts_at_most():
         rows_together(32, FP32_INDEX, 128)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"scores": 31}, "workspace: expected room for 32 scores, got 31"),
-        ({"heads": 17}, "workspace: expected 16 padded heads, got 32"),
-    ],
-)
-def test_a_workspace_that_does_not_fit_is_refused(change, message):
-    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
-    step = replace(world.step, history_pages=world.step.history_pages[:, :1])
-    sizes = {"scores": 32, "heads": 2} | change
-    workspace = index_workspace(8, sizes["scores"], sizes["heads"], K, BF16_INDEX, world.q.device)
-    out = torch.full((len(world.q), K), 7, dtype=torch.int32)
-    with pytest.raises(ValueError, match=message):
-        select_entries(step, world.q, world.weights, world.pool, world.fmt, world.table, RATIO, out, workspace)
-    assert (out == 7).all()
+def score_faults(world, workspace, *, relu=True, shift=0):
+    """Scores off by more than rounding from fp64 over the rounded queries; twins leave the ReLU out or shift keys."""
+    faults = 0
+    for token in torch.nonzero(world.visible > K).flatten().tolist():
+        keys = world.keys(token).roll(shift, 0)
+        q = workspace.query[token, : world.q.shape[1]].double()
+        weights = workspace.weights[token, : world.q.shape[1]].double()
+        dots = q @ keys.T
+        dots = dots.clamp_min(0) if relu else dots
+        bound = score_bound(q, weights, keys, e4m3=world.fmt is FP8_INDEX)
+        found = world.scores(workspace)[token, : len(keys)].double()
+        faults += int((~((found - weights @ dots).abs() <= bound)).sum())
+    return faults
 
 
-@pytest.mark.parametrize(
-    ("k", "entries", "maxima", "groups", "message"),
-    [
-        (1024, 524296, 65537, 1, "at most 524288 entries for k = 1024, got 524296"),
-        (1024, 20000, 2499, 1, "maxima: expected one of each 8 of 20000 scores, got 2499"),
-        (1024, 20000, 2500, 0, r"groups: expected at least \(1, 1024\), got \(0, 1024\)"),
-    ],
-)
-def test_what_cannot_be_ranked_is_refused(k, entries, maxima, groups, message):
-    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
-    out = torch.full((1, k), 7, dtype=torch.int32)
-    scores, best = torch.zeros(1, entries), torch.zeros(1, maxima)
-    with pytest.raises(ValueError, match=message):
-        topk_entries(world.step, scores, best, 0, RATIO, out, torch.zeros(groups, k, dtype=torch.int32))
-    assert (out == 7).all() and GROUP == 8
+def wrong_maxima(world, workspace):
+    """Groups of a scored token whose maximum is not that of its visible scores."""
+    held, faults = held_scores(world.step, RATIO, workspace), 0
+    for token in torch.nonzero(world.visible > K).flatten().tolist():
+        count = int(world.visible[token])
+        scores = held.scores[token].clone()
+        scores[count:] = float("-inf")
+        expected = scores.view(-1, GROUP).amax(1)[: -(-count // GROUP)]
+        faults += int((held.maxima[token, : len(expected)] != expected).sum())
+    return faults
 
 
-def test_no_tokens():
-    world = make_world(BF16_INDEX, requests=((0, 3),), heads=2)
-    none = torch.zeros(0, dtype=torch.int64)
-    step = replace(world.step, positions=none, token_rows=none)
-    out = torch.full((0, K), 7, dtype=torch.int32)
-    arguments = (step, world.q[:0], world.weights[:0], world.pool, world.fmt, world.table, RATIO, out)
-    naive_select_entries(*arguments)
-    select_entries(*arguments, world.workspace())
+def scored(world, tuning=None):
+    """The workspace after the scores of all tokens."""
+    workspace, count = world.workspace(), len(world.q)
+    if tuning is None:
+        tuning = index_tuning(count, len(world.step.seq_lens), world.fmt is FP32_INDEX)
+    query = (workspace.stored_query, workspace.weights, workspace.first_tiles)
+    inputs = (world.q, world.weights, world.table, RATIO, K)
+    index_query_fused.index_query(world.step, *inputs, *query, tuning.unit, tuning.entries, 0, count)
+    score_entries(world.step, world.pool, world.fmt, RATIO, K, workspace, tuning, 0, count)
+    return workspace
+
+
+def check_world(world):
+    """Scores against fp64 over the kernel's own queries, maxima of each eight; twins leave the ReLU out or shift keys."""
+    workspace = scored(world)
+    assert score_faults(world, workspace) == 0, f"{world.fmt.name}: score"
+    assert score_faults(world, workspace, relu=False) > 0, f"{world.fmt.name}: no ReLU"
+    assert score_faults(world, workspace, shift=1) > 0, f"{world.fmt.name}: another key"
+    assert wrong_maxima(world, workspace) == 0, f"{world.fmt.name}: maxima"
+
+
+def check_small(device="cpu"):
+    """Every format of keys."""
+    for fmt in INDEX_FORMATS.values():
+        check_world(make_world(fmt, FEW, device=device))
+
+
+def check_many(device="cpu"):
+    """More requests, and both types of inputs."""
+    for fmt in INDEX_FORMATS.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            check_world(make_world(fmt, device=device, dtype=dtype))
+
+
+def check_tilings(device="cpu"):
+    """The bytes of a score are those of its request alone; exact values where the interpreter's order is not ours."""
+    for fmt in INDEX_FORMATS.values():
+        make = exact_world if device == "cpu" else make_world
+        world = make(fmt, device=device)
+        whole = world.scores(scored(world, IndexTuning(64, 1, 4, 2, 4)))
+        for tuning in (IndexTuning(64, 4, 4, 1, 1), IndexTuning(64, 2, 4, 2, 2)):
+            scores = world.scores(scored(world, tuning))
+            for token, count in enumerate(world.visible.tolist()):
+                if count > K:
+                    same = torch.equal(whole[token, :count], scores[token, :count])
+                    assert same, f"{fmt.name}: token {token}, {tuning}"
+
+
+def check_many_units(device="cpu"):
+    """Several times more units than are counted at once."""
+    world = exact_world(FP8_INDEX, device=device)
+    whole = world.scores(scored(world))
+    with mock.patch.object(index_query_fused, "COUNTED_UNITS", 4), mock.patch.object(index_score_fused, "COUNTED_UNITS", 4):
+        scores = world.scores(scored(world, IndexTuning(64, 1, 4, 1, 1)))
+    for token, count in enumerate(world.visible.tolist()):
+        assert count <= K or torch.equal(whole[token, :count], scores[token, :count]), f"token {token}"
+
+
+SMALL = (check_small,)
+CHECKS = (check_many, check_tilings, check_many_units)
+
+
+@pytest.mark.parametrize("check", interpreted_checks(SMALL, CHECKS))
+def test_interpreted(interpret, check):
+    assert interpret(check) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", SMALL + CHECKS)
+def test_on_a_gpu(check):
+    check(device="cuda")
+
+
+@pytest.mark.gpu
+def test_without_e4m3_tensor_cores(monkeypatch):
+    """As SM80 computes it: keys and queries decoded by integer arithmetic, and multiplied in bf16."""
+    world = make_world(FP8_INDEX, device="cuda", heads=64)
+    for module in (index_score_fused, index_query_fused):
+        monkeypatch.setattr(module, "hardware_casts", lambda device: False)
+    assert score_faults(world, scored(world)) == 0
+
+
+PER_PAGE = 64
+POOLS = {"fp8": (FP8_INDEX, "*u8"), "bf16": (BF16_INDEX, "*bf16"), "fp32": (FP32_INDEX, "*fp32")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", [64, 4096], ids=["decode", "prefill"])
+@pytest.mark.parametrize("fmt", POOLS)
+def test_machine_code(architecture, tokens, fmt):
+    key_format, pool = POOLS[fmt]
+    exact = key_format is FP32_INDEX
+    arguments = {
+        "p_positions": "*i64",
+        "first_token": "i32",
+        "p_token_rows": "*i64",
+        "p_pages": "*i64",
+        "page_stride": "i32",
+        "num_tokens": "i32",
+        "p_first_tiles": "*i32",
+        "p_query": pool,
+        "p_weights": "*fp32",
+        "p_pool": pool,
+        "p_scores": "*fp32",
+        "score_stride": "i32",
+        "p_maxima": "*fp32",
+        "maxima_stride": "i32",
+    }
+    tuning = index_tuning(tokens, 64, exact)
+    e4m3 = tl.float8e4nv if architecture >= 89 else tl.bfloat16
+    operands = {FP8_INDEX: e4m3, BF16_INDEX: tl.bfloat16, FP32_INDEX: tl.float32}
+    constants = {
+        "H": 64,
+        "D": 128,
+        "RATIO": RATIO,
+        "PER_PAGE": PER_PAGE,
+        "K": 512,
+        "UNIT": tuning.unit,
+        "BS": tuning.entries,
+        "PART": rows_together(PER_PAGE, key_format, tuning.entries),
+        "BK": 32 if exact else 128,
+        "BU": 256,
+        "GROUP": GROUP,
+        "FORMAT": store_format(key_format),
+        "OPERAND": operands[key_format],
+        "CASTS": architecture >= 89,
+        "STAGES": tuning.stages,
+    }
+    assert machine_code(
+        index_scores_kernel,
+        arguments,
+        constants,
+        architecture,
+        tuning.warps,
+        num_stages=tuning.stages,
+        maxnreg=tuning.registers,
+    )

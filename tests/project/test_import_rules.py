@@ -142,9 +142,9 @@ def test_no_rule_is_broken(package):
 @pytest.mark.parametrize(
     ("path", "source", "fault"),
     [
-        ("dsv4_kernels/flush/naive.py", "import sglang_dsv4.errors", "may not import sglang_dsv4.errors"),
-        ("dsv4_kernels/flush/naive.py", "import numpy", "may not import numpy"),
-        ("dsv4_kernels/flush/naive.py", "from kernels import get_kernel", "another project's package"),
+        ("dsv4_kernels/flush_csa/naive.py", "import sglang_dsv4.errors", "may not import sglang_dsv4.errors"),
+        ("dsv4_kernels/flush_csa/naive.py", "import numpy", "may not import numpy"),
+        ("dsv4_kernels/flush_csa/naive.py", "from kernels import get_kernel", "another project's package"),
         ("sglang_dsv4/cache/plan.py", "from sglang_dsv4 import attention", "may not import sglang_dsv4.attention"),
         ("sglang_dsv4/cache/plan.py", "from ..attention import base", "may not import sglang_dsv4.attention.base"),
         ("sglang_dsv4/cache/__init__.py", "from ..plugin.serve import pool", "may not import sglang_dsv4.plugin.serve"),
@@ -168,7 +168,7 @@ def test_no_rule_is_broken(package):
         ("sglang_dsv4/cli.py", "try:\n    pass\nexcept (OSError, BaseException):\n    pass", "catches everything"),
         ("sglang_dsv4/cli.py", "try:\n    pass\nexcept:\n    pass", "catches everything"),
         ("sglang_dsv4/attention/eager.py", "out = torch.empty_like(q)", "which the tests poison"),
-        ("dsv4_kernels/flush/fused.py", "out = kv.new_empty(3)", "which the tests poison"),
+        ("dsv4_kernels/flush_csa/fused.py", "out = kv.new_empty(3)", "which the tests poison"),
     ],
 )
 def test_a_broken_rule_is_found(tmp_path, path, source, fault):
@@ -183,8 +183,8 @@ def test_a_broken_rule_is_found(tmp_path, path, source, fault):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("dsv4_kernels/flush/fused.py", "import math\nimport torch\nimport triton.language as tl"),
-        ("dsv4_kernels/flush/__init__.py", "from .naive import naive_flush"),
+        ("dsv4_kernels/flush_csa/fused.py", "import math\nimport torch\nimport triton.language as tl"),
+        ("dsv4_kernels/flush_csa/__init__.py", "from .naive import naive_flush"),
         ("dsv4_kernels/memory.py", "tensor = torch.empty(3)"),
         ("sglang_dsv4/env.py", "import os\nos.environ['A'] = 'b'"),
         ("sglang_dsv4/attention/flashinfer.py", "import flashinfer\nfrom sglang_dsv4.cache import view"),

@@ -1,7 +1,6 @@
-"""Fill a CSA layer: main compressor and indexer in one launch. The reference is `dsv4_kernels.flush.naive_flush_csa`."""
+"""Fill a CSA layer: keep its streams, pool closed blocks, store entries and index keys. The fused form is in ``fused``."""
 
-from dsv4_kernels.flush.naive import CsaFlush
-from dsv4_kernels.flush_csa.fused import flush_csa, flush_csa_layer
+from dsv4_kernels.flush_csa.naive import CsaFlush, naive_flush_csa
 from dsv4_kernels.flush_csa.tuning import CsaTuning
 
-__all__ = ["CsaFlush", "CsaTuning", "flush_csa", "flush_csa_layer"]
+__all__ = ["CsaFlush", "CsaTuning", "naive_flush_csa"]

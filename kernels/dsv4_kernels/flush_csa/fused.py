@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.compress.fused import csa_pool
+from dsv4_kernels.compressor.fused import SCAN, compressor_arguments, csa_pool, first_token_of, store_entries
+from dsv4_kernels.compressor.params import CompressorParams
 from dsv4_kernels.device import EXACT, hardware_casts
-from dsv4_kernels.flush.fused import SCAN, compressor_arguments, first_token_of, step_pointers, store_entries
-from dsv4_kernels.flush.naive import CompressorParams, CsaFlush
+from dsv4_kernels.flush_csa.naive import CsaFlush
 from dsv4_kernels.flush_csa.tuning import CsaTuning, csa_tuning
 from dsv4_kernels.layout import RowFormat
-from dsv4_kernels.step import StepTensors
+from dsv4_kernels.step import StepTensors, step_pointers
 
 
 @triton.jit

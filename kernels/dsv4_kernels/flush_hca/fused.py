@@ -11,14 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.compress.fused import hca_update
+from dsv4_kernels.compressor.fused import SCAN, compressor_arguments, first_token_of, hca_update, store_entries
+from dsv4_kernels.compressor.params import CompressorParams
 from dsv4_kernels.device import EXACT, hardware_casts
-from dsv4_kernels.flush.fused import SCAN, compressor_arguments, first_token_of, step_pointers, store_entries
-from dsv4_kernels.flush.naive import CompressorParams
 from dsv4_kernels.flush_hca.tuning import HcaTuning, hca_tuning
 from dsv4_kernels.layout import HEAD_DIM, RowFormat
 from dsv4_kernels.memory import empty
-from dsv4_kernels.step import StepTensors
+from dsv4_kernels.step import StepTensors, step_pointers
 
 _HCA_RATIO = 128
 

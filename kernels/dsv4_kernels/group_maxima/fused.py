@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous, check_rows
-from dsv4_kernels.index_topk.fused import GROUP, visible_entries
+from dsv4_kernels.index_topk.fused import visible_entries
+from dsv4_kernels.index_topk.tuning import GROUP
 
 # Groups of a program.
 _GROUPS = 512

@@ -6,6 +6,8 @@ import torch
 def naive_group_maxima(scores: torch.Tensor, num_visible: torch.Tensor, group: int, maxima: torch.Tensor) -> None:
     """The largest visible score of each group of a row.
 
+    Equation: maxima[n, g] = max of scores[n, s] over s in group g, s < num_visible[n]      [GROUP-MAX]
+
     Args:
         scores (torch.Tensor): ``[N, S]`` fp32; columns past a row's visible ones may hold anything.
         num_visible (torch.Tensor): ``[N]``, visible scores of each row, the first ones.

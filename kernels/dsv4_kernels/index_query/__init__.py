@@ -1,1 +1,5 @@
-"""Rotate index queries and share out the scores. The reference is `dsv4_kernels.index_score.naive_index_query`."""
+"""Rotate index queries, and number the tiles of their scores. The fused form is in ``fused``."""
+
+from dsv4_kernels.index_query.naive import naive_index_query, naive_round_query
+
+__all__ = ["naive_index_query", "naive_round_query"]

@@ -1,10 +1,8 @@
-"""Fused indexer: rotate queries, score the visible index keys, choose the best entries.
-
-Three launches for a decode step, or for as many tokens of a prefill as the workspace has rows.
+"""Fused scores of the visible index keys, and the maxima of each eight.
 
 Scores are shared out as *tiles*: some entries times a *unit* of consecutive tokens, whose keys are loaded once for all
-tokens of one request. The first launch also counts the tiles of every unit, so that each program of the second takes an
-equal run of them whatever the lengths are, on a grid that depends on shapes alone. A score is one dot product per head over
+tokens of one request. The launch that rotates queries also counts the tiles of every unit, so that each program of this one
+takes an equal run of them whatever the lengths are, on a grid that depends on shapes alone. A score is one dot product per head over
 all 128 channels, and a sum over heads in which every addition has two operands: it does not depend on what is around it.
 
 Where keys are e4m3, so are queries, and tensor cores that multiply e4m3 do; the others get bf16, which holds every such
@@ -15,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts, is_interpreting
-from dsv4_kernels.index_query.fused import COUNTED_UNITS, index_query, scored_entries
-from dsv4_kernels.index_score.tuning import IndexTuning, index_tuning, num_programs, rows_together
-from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores, padded_heads
-from dsv4_kernels.index_topk.fused import GROUP, topk_entries
+from dsv4_kernels.device import EXACT, hardware_casts, is_interpreting
+from dsv4_kernels.index_query.fused import COUNTED_UNITS, scored_entries
+from dsv4_kernels.index_score.tuning import IndexTuning, num_programs, rows_together
+from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores
+from dsv4_kernels.index_topk.tuning import GROUP
 from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, RowFormat
 from dsv4_kernels.row_codec.fused import e4m3_to_fp32, store_format
 from dsv4_kernels.step import StepTensors
@@ -232,117 +230,34 @@ def operand(key_format: RowFormat, device: torch.device) -> tl.dtype:
     return tl.float8e4nv if key_format is FP8_INDEX and hardware_casts(device) else tl.bfloat16
 
 
-def select_entries(
-    step: StepTensors,
-    index_q: torch.Tensor,
-    index_weights: torch.Tensor,
-    index_pool: torch.Tensor,
-    key_format: RowFormat,
-    cos_sin: torch.Tensor,
-    ratio: int,
-    out: torch.Tensor,
-    workspace: IndexWorkspace,
-    tuning: IndexTuning | None = None,
-    pad: bool = True,
-    numbering: StepTensors | None = None,
-) -> None:
-    """`naive_select_entries`; arguments as there.
-
-    Args:
-        workspace (IndexWorkspace): of `index_workspace`, for the same heads, k and format.
-        tuning (IndexTuning | None): of `index_tuning` if None.
-        pad (bool): write -1 behind the entries of a token that sees fewer than ``out`` has room for; else leave these cells.
-        numbering (StepTensors | None): number the chosen entries by this step's tables, of the same requests.
-
-    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: out, workspace.
-    """
-    num_tokens, (scores, maxima) = len(index_weights), held_scores(step, ratio, workspace)
-    check_arguments(step, index_q, index_weights, index_pool, cos_sin, workspace)
-    for first in range(0, num_tokens, len(scores)):
-        count = min(len(scores), num_tokens - first)
-        # Tables of so few pages leave nothing to choose.
-        if scores.shape[1] > out.shape[1]:
-            score_entries(
-                step,
-                index_q,
-                index_weights,
-                index_pool,
-                key_format,
-                cos_sin,
-                ratio,
-                out.shape[1],
-                workspace,
-                first,
-                count,
-                tuning,
-            )
-        listing = step if numbering is None else numbering
-        topk_entries(listing, scores[:count], maxima[:count], first, ratio, out, workspace.groups, pad)
-
-
-def check_arguments(
-    step: StepTensors,
-    index_q: torch.Tensor,
-    index_weights: torch.Tensor,
-    index_pool: torch.Tensor,
-    cos_sin: torch.Tensor,
-    workspace: IndexWorkspace,
-) -> None:
-    """Raise `ValueError` unless shapes fit the workspace and kernels can address the tensors."""
-    num_tokens, heads = index_weights.shape
-    padded = padded_heads(heads)
-    if tuple(index_q.shape) != (num_tokens, heads, INDEX_DIM):
-        raise ValueError(f"index_q: expected ({num_tokens}, {heads}, {INDEX_DIM}), got {tuple(index_q.shape)}")
-    if workspace.query.shape[1] != padded:
-        raise ValueError(f"workspace: expected {padded} padded heads, got {workspace.query.shape[1]}")
-    for name, tensor in (("index_q", index_q), ("index_weights", index_weights), ("history_pages", step.history_pages)):
-        check_rows(name, tensor)
-    for name, tensor in (
-        ("index_pool", index_pool),
-        ("cos_sin", cos_sin),
-        ("positions", step.positions),
-        ("token_rows", step.token_rows),
-    ):
-        check_contiguous(name, tensor)
-
-
 def score_entries(
     step: StepTensors,
-    index_q: torch.Tensor,
-    index_weights: torch.Tensor,
     index_pool: torch.Tensor,
     key_format: RowFormat,
-    cos_sin: torch.Tensor,
     ratio: int,
     k: int,
     workspace: IndexWorkspace,
+    tuning: IndexTuning,
     first_token: int,
     num_tokens: int,
-    tuning: IndexTuning | None = None,
 ) -> None:
-    """The first two launches of `select_entries`: round the queries of some tokens, and score their entries."""
-    device = index_q.device
+    """`naive_index_scores` of some tokens that see more than ``k`` entries, whose queries `index_query` has just rounded.
+
+    Args:
+        step (StepTensors): the step.
+        index_pool (torch.Tensor): index keys at `StepTensors.index_slots`.
+        key_format (RowFormat): the pool's format.
+        ratio (int): tokens per entry.
+        k (int): entries to choose; a token that sees no more is skipped.
+        workspace (IndexWorkspace): queries, weights and first tiles are read; `held_scores` of it are written.
+        tuning (IndexTuning): as `index_query` numbered the tiles.
+        first_token (int): the first of these tokens.
+        num_tokens (int): their number.
+
+    Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: workspace.
+    """
+    device, query = index_pool.device, workspace.stored_query
     exact = key_format.storage_dtype == torch.float32
-    if tuning is None:
-        tuning = index_tuning(len(step.positions), len(step.seq_lens), exact)
-    query = workspace.query
-    if query.dtype == torch.float8_e4m3fn:
-        query = query.view(torch.uint8)
-    index_query(
-        step,
-        index_q,
-        index_weights,
-        cos_sin,
-        ratio,
-        k,
-        query,
-        workspace.weights,
-        workspace.first_tiles,
-        tuning.unit,
-        tuning.entries,
-        first_token,
-        num_tokens,
-    )
     scores, maxima = held_scores(step, ratio, workspace)
     per_page = step.page_tokens // ratio
     part = rows_together(per_page, key_format, tuning.entries)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from dsv4_kernels.index_topk.fused import GROUP
+from dsv4_kernels.index_topk.tuning import GROUP
 from dsv4_kernels.layout import FP8_INDEX, INDEX_DIM, RowFormat
 from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
@@ -28,6 +28,11 @@ class IndexWorkspace(NamedTuple):
     maxima: torch.Tensor
     first_tiles: torch.Tensor
     groups: torch.Tensor
+
+    @property
+    def stored_query(self) -> torch.Tensor:
+        """``query`` as kernels address it: e4m3 numbers are bytes."""
+        return self.query.view(torch.uint8) if self.query.dtype == torch.float8_e4m3fn else self.query
 
 
 class HeldScores(NamedTuple):

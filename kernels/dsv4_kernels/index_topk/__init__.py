@@ -1,5 +1,6 @@
-"""Choose each token's best entries by their scores. The reference is `dsv4_kernels.index_score.naive_topk_entries`."""
+"""Choose each token's best entries by their scores. The fused form is in ``fused``."""
 
-from dsv4_kernels.index_topk.fused import GROUP, topk_entries
+from dsv4_kernels.index_topk.naive import naive_topk_entries
+from dsv4_kernels.index_topk.tuning import GROUP
 
-__all__ = ["GROUP", "topk_entries"]
+__all__ = ["GROUP", "naive_topk_entries"]

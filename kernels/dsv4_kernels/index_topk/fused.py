@@ -15,13 +15,8 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous, check_rows
+from dsv4_kernels.index_topk.tuning import GROUP, WARPS, topk_levels, topk_registers
 from dsv4_kernels.step import StepTensors
-
-# Entries of a group; a group's best score is its maximum.
-GROUP = 8
-_WARPS = 8
-# From so many programs on there are two or more for each multiprocessor of the largest GPUs.
-_MANY_TOKENS = 256
 
 
 @triton.jit
@@ -189,29 +184,6 @@ def topk_entries_kernel(
         store_rows(p_table, p_out, b_entry, m_chosen, b_place, num_window_rows, PER_PAGE)
 
 
-def topk_levels(max_entries: int, k: int) -> tuple[int, int, int]:
-    """Numbers that a program ranks at a time, those of a short row, and levels of the tournament.
-
-    Raises:
-        ValueError: ``max_entries`` are more than three levels take.
-    """
-    size = GROUP * triton.next_power_of_2(k)
-    small = size // 4
-    levels = 1
-    while size * GROUP ** (levels - 1) < max_entries:
-        levels += 1
-    if levels > 3:
-        raise ValueError(f"scores: expected at most {size * GROUP**2} entries for k = {k}, got {max_entries}")
-    return size, small, levels
-
-
-def topk_registers(num_tokens: int, levels: int) -> int | None:
-    """Registers of a thread: few where many programs wait for each other's reductions, all where a program is alone."""
-    if num_tokens < _MANY_TOKENS:
-        return None
-    return 64 if levels < 3 else 128
-
-
 def topk_entries(
     step: StepTensors,
     scores: torch.Tensor,
@@ -278,6 +250,6 @@ def topk_entries(
         GROUP=GROUP,
         LEVELS=levels,
         PAD=pad,
-        num_warps=_WARPS,
+        num_warps=WARPS,
         maxnreg=topk_registers(num_tokens, levels),
     )

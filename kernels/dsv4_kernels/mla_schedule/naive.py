@@ -24,6 +24,11 @@ def naive_mla_schedule(
     or one line of all tiles, cut into as many stretches as there are lanes. The first is better for equal lengths, since
     no lane begins a query where another ends, the second for unequal ones.
 
+    Equation:
+        tiles_t = max(1, ceil(length_t / 64));  rounds = T // lanes;  line = ceil(sum_t tiles_t / lanes), at least `least`;
+        piece = the least of ceil(rest / lanes) ..  with sum over the rest of ceil(tiles_t / piece) <= lanes, in steps of 1/8;
+        one line if rounds max_t tiles_t + piece > line + SECOND_WORK_TILES, and MANY_ROUNDS allows it      [SCHEDULE]
+
     Args:
         positions (torch.Tensor): ``[T]``, of the queries.
         kind (ListKind): whose lists are attended.

@@ -1,4 +1,4 @@
-"""RMSNorm and RoPE of rows inside a kernel, with one order of additions whatever the number of threads.
+"""RMSNorm, RoPE and store of rows inside a kernel, with one order of additions whatever the number of threads.
 
 Rows ``[E, D]`` are held as a tuple of *chunks* ``[E, C]``: a program of one warp takes long rows chunk by chunk and needs few
 registers, one of many warps takes them whole. The bytes are the same.
@@ -6,6 +6,9 @@ registers, one of many warps takes them whole. The bytes are the same.
 
 import triton
 import triton.language as tl
+
+from dsv4_kernels.hadamard.fused import hadamard_rows
+from dsv4_kernels.row_codec.fused import store_chunk
 
 
 @triton.jit
@@ -56,3 +59,37 @@ def rope_chunk(b_x, b_cos, b_sin, FIRST: tl.constexpr, E: tl.constexpr, C: tl.co
     b_first = tl.where(m_pair, tl.fma(b_even, b_cos, -(b_odd * b_sin)), b_even)
     b_second = tl.where(m_pair, tl.fma(b_even, b_sin, b_odd * b_cos), b_odd)
     return tl.reshape(tl.join(b_first, b_second), [E, C])
+
+
+@triton.jit
+def store_normed(
+    chunks,
+    p_weight,
+    eps,
+    p_cos_sin,
+    p_pool,
+    b_slot,
+    m_e,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    ROTATE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    CASTS: tl.constexpr,
+):
+    """Norm, rotate and store rows, a tuple of chunks ``[E, C]``; ``p_cos_sin`` ``[E]`` is each row's row of the table."""
+    C: tl.constexpr = D // len(chunks)
+    # All loads before the norm: it makes threads wait for each other, and no load may be moved over that.
+    LAST: tl.constexpr = D - C  # the rotated channels are in the last chunk
+    b_cos, b_sin = load_rope(p_cos_sin, m_e, LAST, C, D, R)
+    weights = ()
+    for c in tl.static_range(len(chunks)):
+        weights = weights + (tl.load(p_weight + c * C + tl.arange(0, C)).to(tl.float32),)
+    b_scale = norm_scale(chunks, eps, E, D)[:, None]
+    for c in tl.static_range(len(chunks)):
+        b_x = chunks[c] * b_scale * weights[c][None, :]
+        if c * C == LAST:
+            b_x = rope_chunk(b_x, b_cos, b_sin, LAST, E, C, D, R)
+        if ROTATE:
+            b_x = hadamard_rows(b_x, E, D, D**-0.5)  # an index key is one chunk
+        store_chunk(p_pool, b_slot, b_x, m_e, c * C, FORMAT, E, C, D, CASTS)

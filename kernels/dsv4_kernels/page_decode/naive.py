@@ -23,6 +23,10 @@ def naive_page_decode(
 ) -> None:
     """Decode the rows of window pages, then those of history pages, page after page, each page as it lies in the pool.
 
+    Equation:
+        rows[w P + i] = DECODE(pool[window_pages[w] P + i]), i < P;  then, with E = P / ratio,
+        rows[W P + h E + i] = DECODE(pool[num_window_rows + history_pages[h] E + i]), i < E      [PAGES]
+
     Args:
         pool (torch.Tensor): a row pool.
         pool_format (RowFormat): its format.

@@ -11,6 +11,8 @@ def naive_row_gather(
 ) -> None:
     """Decode the rows of each list into the list's place in a dense workspace.
 
+    Equation: rows[t W + c] = DECODE(pool[lists[t, c]]), c < lengths[t]      [GATHER]
+
     Args:
         pool (torch.Tensor): a row pool.
         pool_format (RowFormat): its format.

@@ -18,6 +18,11 @@ def naive_row_lists(
 ) -> None:
     """Write each query's list: the rows of its entries, then the rows of its window, oldest first, without a gap.
 
+    Equation:
+        list_t = rows of the entries s < (t + 1) // ratio, or of the chosen ones, then of the window rows of
+        positions max(0, t - window + 1) .. t      [LISTS]
+        Source: report section 2.3.3, both parts of a query's keys; a block's last token sees the block's entry.
+
     Args:
         step (StepTensors): the step.
         kind (ListKind): which rows are listed.

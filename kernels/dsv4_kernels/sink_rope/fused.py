@@ -7,15 +7,9 @@ import triton.language as tl
 from dsv4_kernels.device import check_contiguous, hardware_casts
 from dsv4_kernels.row_codec.fused import round_to_bf16
 from dsv4_kernels.sink_rope.splits import Splits
+from dsv4_kernels.sink_rope.tuning import sink_rope_tuning
 
 _LOWEST = tl.constexpr(-1e30)  # finite: an empty piece's -inf less this is -inf, and no NaN
-
-
-# Best on an H200 by number of queries, at 64 heads: (heads, pieces, warps) of a program. Larger tiles keep too few programs
-# on a multiprocessor to hide the way to memory; more heads at few queries leave multiprocessors idle.
-_MEASURED_LANES = 132
-_WHOLE = (4, 1, 4)
-_SPLIT = ((16, (2, 2, 4)), (66, (8, 1, 8)), (1 << 40, (4, 1, 4)))
 
 
 @triton.jit
@@ -165,10 +159,3 @@ def sink_rope(
         CASTS=hardware_casts(out.device),
         num_warps=warps,
     )
-
-
-def sink_rope_tuning(num_tokens: int, num_lanes: int) -> tuple[int, int, int]:
-    """Heads per program, pieces read at once, warps. ``num_lanes`` is 0 where no query has pieces."""
-    if num_lanes == 0:
-        return _WHOLE
-    return next(best for most, best in _SPLIT if num_tokens * _MEASURED_LANES <= most * num_lanes)

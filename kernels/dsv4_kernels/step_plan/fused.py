@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import check_contiguous, check_rows
-from dsv4_kernels.flush.fused import step_pointers
-from dsv4_kernels.step import StepTensors
+from dsv4_kernels.step import StepTensors, step_pointers
 
 # Tokens, requests at once, and pages of one program.
 _TOKENS, _REQUESTS, _PAGES = 32, 128, 512

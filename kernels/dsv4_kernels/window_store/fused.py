@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.device import EXACT, check_contiguous, check_rows, hardware_casts
-from dsv4_kernels.flush.fused import store_normed
 from dsv4_kernels.layout import RowFormat
+from dsv4_kernels.norm_rope.fused import store_normed
 from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.step import StepTensors
+from dsv4_kernels.window_store.tuning import window_tuning
 
 
 @triton.jit(do_not_specialize=["num_tokens", "page_stride"])
@@ -98,8 +99,3 @@ def window_store(
         num_warps=warps,
         **EXACT,
     )
-
-
-def window_tuning(num_tokens: int) -> tuple[int, int]:
-    """Rows and warps per program."""
-    return (1, 4) if num_tokens <= 512 else (4, 4)

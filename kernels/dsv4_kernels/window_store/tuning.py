@@ -1,0 +1,6 @@
+"""How a launch of the window store is cut into programs."""
+
+
+def window_tuning(num_tokens: int) -> tuple[int, int]:
+    """Rows and warps per program."""
+    return (1, 4) if num_tokens <= 512 else (4, 4)
