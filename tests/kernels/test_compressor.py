@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.compressor import naive_csa_pool, naive_hca_pool
-from dsv4_kernels.compressor.fused import csa_pool, hca_update
+from dsv4_kernels.compressor.fused import LOWEST_GATE, csa_pool, hca_finish, hca_update
 from dsv4_kernels.device import EXACT
 from dsv4_kernels.streams import csa_parts, slot_bias
 from tests.kernels.interpreting import interpreted_checks
@@ -64,13 +64,50 @@ def test_the_first_half_of_a_checkpoint_is_the_b_stream():
     assert slot_bias(ape, 4).tolist() == ape.tolist()
 
 
+GATES = (0, 5, 7, (0, 1, 2), (1, 2, 3, 4, 5, 6, 7), (0, 1, 2, 3, 4, 5, 6))
+
+
+def pooled_ones(pool, gate, device="cpu"):
+    """Pools of ones by a gate ``[8]``, of one block and one channel."""
+    gate = torch.as_tensor(gate, device=device).view(1, 8, 1).expand(1, 8, 64).contiguous()
+    return pool(torch.ones_like(gate), gate)
+
+
+def csa_of_all(kv, gate):
+    return naive_csa_pool(kv, gate, torch.ones(len(kv), dtype=torch.bool, device=kv.device))
+
+
+def gate_faults(pool, device="cpu"):
+    """Gates of -inf have no weight, wherever they stand; a block without weight, gates of +inf and NaN make NaN."""
+    found = []
+    for tokens in GATES:
+        gate = torch.zeros(8)
+        gate[torch.tensor(tokens)] = float("-inf")
+        if not (pooled_ones(pool, gate, device) == 1.0).all():
+            found.append(f"-inf of {tokens}")
+    for value in (float("inf"), float("nan")):
+        for token in (0, 3, 7):
+            gate = torch.linspace(-1, 1, 8)
+            gate[token] = value
+            if not pooled_ones(pool, gate, device).isnan().all():
+                found.append(f"{value} of {token}")
+    if not pooled_ones(pool, torch.full((8,), float("-inf")), device).isnan().all():
+        found.append("all -inf")
+    return found
+
+
+@pytest.mark.parametrize("pool", [csa_of_all, naive_hca_pool])
+def test_gates_without_and_beyond_numbers(pool):
+    assert gate_faults(pool) == []
+
+
 @triton.jit
 def pool_kernel(p_kv, p_gate, p_csa, p_hca, M: tl.constexpr, D: tl.constexpr):
     """Pool the ``M`` rows of one block, by both poolings."""
     o_d = tl.arange(0, D)
     p_block = tl.program_id(0) * M * D + o_d
     kv, gate = (), ()
-    b_m = tl.full([D], float("-inf"), tl.float32)
+    b_m = tl.full([D], LOWEST_GATE, tl.float32)
     b_s = tl.zeros([D], tl.float32)
     b_a = tl.zeros([D], tl.float32)
     for j in tl.static_range(M):
@@ -78,7 +115,7 @@ def pool_kernel(p_kv, p_gate, p_csa, p_hca, M: tl.constexpr, D: tl.constexpr):
         kv, gate = kv + (b_kv,), gate + (b_gate,)
         b_m, b_s, b_a = hca_update(b_m, b_s, b_a, b_kv, b_gate)
     tl.store(p_csa + tl.program_id(0) * D + o_d, csa_pool(kv, gate))
-    tl.store(p_hca + tl.program_id(0) * D + o_d, b_a / b_s)
+    tl.store(p_hca + tl.program_id(0) * D + o_d, hca_finish(b_m, b_s, b_a))
 
 
 def fused_pools(kv, gate):
@@ -97,6 +134,9 @@ def check_small(device="cpu"):
     for found, expected in ((csa, naive_csa_pool(kv, gate, gate[:, 0, 0] < 99)), (hca, naive_hca_pool(kv, gate))):
         assert ((found - expected).abs() <= bound).all()
         assert not ((found - naive_hca_pool(kv[:, :7], gate[:, :7])).abs() <= bound).all()
+    for number in range(2):
+        faults = gate_faults(lambda kv, gate, number=number: fused_pools(kv, gate)[number], device)
+        assert faults == [], (number, faults)
 
 
 SMALL = (check_small,)

@@ -16,10 +16,42 @@ from dsv4_kernels.layout import FP8_584_ROW
 from dsv4_kernels.row_codec.fused import store_format
 from tests.kernels.compiling import ARCHITECTURES, STEP, machine_code
 from tests.kernels.flush_checks import check_a_captured_step_replays, faults_against_naive, same_bytes, schedule_state
-from tests.kernels.flush_world import World, one_step, random_schedule
+from tests.kernels.flush_world import DIM, World, one_step, random_schedule
 from tests.kernels.interpreting import interpreted_checks
 
 DTYPES = [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.float32), ("fp8", torch.bfloat16)]
+
+
+def world_of_ones(device="cpu"):
+    """Inputs of ones, and gates of -inf at the first tokens of both blocks and at one within."""
+    world = World("hca", [136], "fp32", seed=3, device=device)
+    rows = world.inputs["hca"][0]
+    rows[:, :DIM], rows[:, DIM:] = 1.0, 0.0
+    rows[[0, 1, 77, 128, 129], DIM:] = float("-inf")
+    return world
+
+
+def entry_of(world, state):
+    """The first entry, and the accumulator of the second block."""
+    page, window_rows = int(world.history[0, 0]), world.num_pages * world.page_tokens
+    return state["pool"][window_rows + page], state["accumulators"][world.slots[0], 0]
+
+
+@pytest.mark.parametrize("cuts", [[1] * 136, [136], [1, 1, 126, 2, 6]], ids=["one by one", "at once", "in parts"])
+def test_a_gate_of_minus_infinity_has_no_weight(cuts):
+    world = world_of_ones()
+    ones, state, done = world.fresh_state(), world.fresh_state(), 0
+    for count in cuts:
+        step, given = world.step([(0, done, count)])
+        world.run_naive(state, step, given)
+        given["hca"][:, DIM:] = 0.0
+        world.run_naive(ones, step, given)
+        done += count
+        # What is kept is finite, also before the first token that has weight.
+        assert done == 128 or state["accumulators"][world.slots[0]].isfinite().all(), done
+    (entry, accumulator), (expected, _) = entry_of(world, state), entry_of(world, ones)
+    assert (entry - expected).abs().max() <= 2.0**-20 * expected.abs().max()
+    assert (accumulator[2] == accumulator[1]).all() and (accumulator[1] > 1).all()
 
 
 def check_small(device="cpu"):
@@ -33,6 +65,10 @@ def check_small(device="cpu"):
         assert not found, (schedule, found)
     found = faults_against_naive(world, [[(1, 1, 2)]], before=[[(1, 0, 1)]], wrong=2.0**-7)
     assert found, "a wrong gate was not seen"
+    world = world_of_ones(device)
+    for before, schedule in (([[(0, 0, 1)]], [[(0, 1, 1)], [(0, 2, 134)]]), ([[(0, 0, 127)]], [[(0, 127, 2)]])):
+        found = faults_against_naive(world, schedule, before=before)
+        assert not found, (schedule, found)
 
 
 def check_values(device="cpu"):

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv4_kernels.compressor.naive import LOWEST
 from dsv4_kernels.compressor.params import CompressorParams
 from dsv4_kernels.device import check_contiguous, check_rows
 from dsv4_kernels.layout import RowFormat
@@ -52,10 +53,14 @@ class CompressorShape:
     store: StoreFormat
 
 
+LOWEST_GATE = tl.constexpr(LOWEST)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
 def exp_of_difference(b_x, b_y):
     """``exp(x - y)``."""
-    return tl.exp2((b_x - b_y) * 1.4426950408889634)
+    return tl.exp2((b_x - b_y) * _LOG2E)
 
 
 @triton.jit
@@ -77,15 +82,22 @@ def csa_pool(kv, gate):
 def hca_update(b_maximum, b_total, b_pooled, b_kv, b_gate):
     """Take one token into an accumulator.
 
-    One exponential serves both factors: of ``exp(M - M')`` and ``exp(gate - M')`` one is always 1.
+    One exponential serves both factors: of ``exp(M - M')`` and ``exp(gate - M')`` one is always 1. It is taken of the
+    difference itself, which a gate of NaN makes NaN; maximum and minimum would pass over it.
     """
     b_new_maximum = tl.maximum(b_maximum, b_gate)
-    b_decay = exp_of_difference(tl.minimum(b_maximum, b_gate), b_new_maximum)
+    b_decay = tl.exp2(-tl.abs(b_maximum - b_gate) * _LOG2E)
     m_larger = b_gate > b_maximum
     b_keep = tl.where(m_larger, b_decay, 1.0)
     b_weight = tl.where(m_larger, 1.0, b_decay)
     b_pooled = tl.fma(b_weight, b_kv, b_pooled * b_keep)
     return b_new_maximum, tl.fma(b_total, b_keep, b_weight), b_pooled
+
+
+@triton.jit
+def hca_finish(b_maximum, b_total, b_pooled):
+    """The pooled row of a closed block: NaN where a gate was +inf, as the reference's exp(inf - inf) is."""
+    return tl.where(b_maximum < float("inf"), b_pooled / b_total, float("nan"))
 
 
 @triton.jit

@@ -10,6 +10,10 @@ from dsv4_kernels.compressor.params import CompressorParams
 from dsv4_kernels.hadamard.naive import naive_hadamard
 from dsv4_kernels.norm_rope.naive import naive_rms_norm, naive_rope
 
+# Maximum of an accumulator without tokens. It is finite: from -inf on, a first gate of -inf, which has no weight, would make
+# NaN. Any gate that has weight comes first: exp(LOWEST - gate) is 0 for every greater number.
+LOWEST = torch.finfo(torch.float32).min
+
 
 def naive_csa_pool(kv: torch.Tensor, gate: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
     """Pool the previous block's b-stream and the own block's a-stream, one softmax over both.
@@ -41,9 +45,9 @@ def naive_csa_pool(kv: torch.Tensor, gate: torch.Tensor, has_previous: torch.Ten
 
 
 def naive_hca_start(num_blocks: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Accumulators of blocks without tokens: ``[N, 3, D]`` fp32, (maximum -inf, sum 0, weighted sum 0)."""
-    state = torch.zeros(num_blocks, 3, dim, device=device)
-    state[:, 0] = float("-inf")
+    """Accumulators of blocks without tokens: ``[N, 3, D]`` fp32, (maximum `LOWEST`, sum 0, weighted sum 0)."""
+    state = torch.zeros(num_blocks, 3, dim, device=device)  # [N, 3, D]
+    state[:, 0] = LOWEST
     return state
 
 
@@ -56,7 +60,7 @@ def naive_hca_update(state: torch.Tensor, kv: torch.Tensor, gate: torch.Tensor) 
     Args:
         state (torch.Tensor): ``[N, 3, D]``, fp32: M, S, A.
         kv (torch.Tensor): ``[N, D]``, fp32.
-        gate (torch.Tensor): ``[N, D]``, fp32, position bias added.
+        gate (torch.Tensor): ``[N, D]``, fp32, position bias added; -inf has no weight, +inf and NaN make NaN.
 
     Returns:
         torch.Tensor: ``[N, 3, D]``, fp32.

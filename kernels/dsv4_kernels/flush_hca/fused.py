@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.compressor.fused import SCAN, compressor_arguments, first_token_of, hca_update, store_entries
+from dsv4_kernels.compressor.fused import (
+    LOWEST_GATE,
+    SCAN,
+    compressor_arguments,
+    first_token_of,
+    hca_finish,
+    hca_update,
+    store_entries,
+)
 from dsv4_kernels.compressor.params import CompressorParams
 from dsv4_kernels.device import EXACT, hardware_casts
 from dsv4_kernels.flush_hca.tuning import HcaTuning, hca_tuning
@@ -80,7 +88,7 @@ def hca_segment(
     offset = position % S.ratio
     p_slot = comp.state + slot * (S.ring * 3 * S.dim) + o_d
     p_state = p_slot + (position + S.ring - 1) % S.ring * (3 * S.dim)
-    b_m = tl.load(p_state, mask=offset > 0, other=float("-inf"))
+    b_m = tl.load(p_state, mask=offset > 0, other=LOWEST_GATE)
     b_s = tl.load(p_state + S.dim, mask=offset > 0, other=0.0)
     b_a = tl.load(p_state + 2 * S.dim, mask=offset > 0, other=0.0)
     closes = offset + count == S.ratio
@@ -122,7 +130,7 @@ def hca_segment(
         b_one = tl.zeros([1], tl.int32)
         b_row = b_one + row
         b_first = b_one + (position - offset)
-        b_raw = b_a / b_s
+        b_raw = hca_finish(b_m, b_s, b_a)
         if SPLIT == 1:
             store_entries((b_raw[None, :],), step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS)
         else:
