@@ -14,8 +14,9 @@ import sglang.srt.model_executor.runner.decode_cuda_graph_runner  # noqa: E402, 
 
 from dsv4_kernels.sparse_attention.bound import worst  # noqa: E402
 from dsv4_kernels.step_plan.fused import step_plan  # noqa: E402
-from sglang_dsv4.cache import CompressedKVCache  # noqa: E402
-from sglang_dsv4.plugin.serve import pool, steps  # noqa: E402
+from sglang_dsv4.cache import CompressedKVCache, external  # noqa: E402
+from sglang_dsv4.cache.choose_kernels import make_kernels  # noqa: E402
+from sglang_dsv4.plugin.serve import step_planner  # noqa: E402
 from tests.attention import flashinfer_checks  # noqa: E402
 from tests.cache.driver import feed, make_spec, reachable_bytes  # noqa: E402
 from tests.kernels.interpreting import make_checks  # noqa: E402
@@ -25,11 +26,9 @@ HEADS = 4
 FLASHINFER = None
 
 
-class TritonCache(CompressedKVCache):
-    """With interpreted kernels, on a CPU."""
-
-    def __init__(self, spec, pages, device="cpu", checks="off", kernels="auto", index_heads=None):
-        super().__init__(spec, pages, device, checks, "triton", index_heads)
+def triton_kernels(name, *given):
+    """As `make_kernels` chooses on a GPU."""
+    return make_kernels("triton", *given)
 
 
 def make_attention(_, cache, heads, *, fixed=None, like=None):
@@ -40,7 +39,7 @@ def make_attention(_, cache, heads, *, fixed=None, like=None):
 
 def cold(spec, sequence, length):
     """What a run of its own stores."""
-    cache = TritonCache.create(spec, num_pages=8, max_requests=1)
+    cache = CompressedKVCache(spec, num_pages=8, max_requests=1, kernels="triton")
     request = cache.open()
     feed(cache, [(request, sequence.inputs, length)])
     return reachable_bytes(cache, request)
@@ -80,8 +79,8 @@ def main():
     global FLASHINFER
     FLASHINFER = flashinfer_checks.load()
     with (
-        mock.patch.object(pool, "CompressedKVCache", TritonCache),
-        mock.patch.object(steps, "naive_step_plan", step_plan),
+        mock.patch.object(external, "make_kernels", triton_kernels),
+        mock.patch.object(step_planner, "naive_step_plan", step_plan),
         mock.patch.object(small_server, "make_attention", make_attention),
     ):
         make_checks(CHECKS)

@@ -8,52 +8,34 @@ import torch
 from dsv4_kernels import memory
 from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.sparse_attention.bound import exact
-from sglang_dsv4.attention import make_attention
-from tests.cache.driver import CompressorInput, random_sequence, random_weights, table_bytes
+from sglang_dsv4.attention import EagerAttention, make_attention
+from sglang_dsv4.cache import CompressedKVCache
+from sglang_dsv4.check.bare_pool import bare_pool, model_config
+from tests.cache.driver import feed, random_sequence, random_weights, reachable_bytes, table_bytes
 
 PAGES, PAGE, REQUESTS, LONGEST = 24, 256, 6, 1024
 INDEX_HEADS = 8
-MODEL = SimpleNamespace(context_len=LONGEST, hf_config=SimpleNamespace(index_n_heads=INDEX_HEADS))
+MODEL = model_config(LONGEST, INDEX_HEADS)
 
 
 def make_pool(spec, device="cpu", **changed):
-    """Our pool, with window pages that are history pages in reverse: SGLang's allocators number pages apart."""
-    from sglang_dsv4.plugin.serve.pool import pool_factory
-
-    tokens = PAGES * PAGE
-    native = {
-        "max_num_reqs": REQUESTS,
-        "num_req_slots": REQUESTS + 1,
-        "swa_size": tokens,
-        "c4_size": tokens // 4,
-        "c128_size": tokens // 128,
-        "c4_state_pool_size": 0,
-        "c128_state_pool_size": 0,
-        "page_size": PAGE,
-        "swa_page_size": PAGE,
-        "sliding_window": 128,
-        "dtype": torch.float8_e4m3fn,
-        "c4_state_dtype": torch.float32,
-        "c128_state_dtype": torch.float32,
-        "qk_nope_head_dim": 448,
-        "qk_rope_head_dim": 64,
-        "indexer_head_dim": 128,
-        "layer_num": 3,
-        "device": device,
-        "enable_memory_saver": False,
-        "compression_ratios": [0, 4, 128],
-    }
+    """Our pool; what nobody has written in it is NaN."""
     memory.set_poison(True)
-    pool = pool_factory(spec, MODEL)(**{**native, **changed})
-    full = torch.arange(tokens + PAGE, device=device)
-    pool.register_mapping(-(full // PAGE) % (PAGES + 1) * PAGE + full % PAGE)
-    return pool
+    return bare_pool(spec, MODEL, PAGES, REQUESTS, device, **changed)
+
+
+def alone(spec, sequence, length, device="cpu"):
+    """The bytes that a sequence of its own on a cold cache could reach."""
+    cache = CompressedKVCache(spec, num_pages=8, max_requests=1, device=device)
+    request = cache.open()
+    feed(cache, [(request, sequence.inputs, length)])
+    return reachable_bytes(cache, request)
 
 
 class Sequence:
     """What a model would compute of a sequence: per token and layer, cache inputs and queries."""
 
-    def __init__(self, spec, num_tokens, seed, heads, device):
+    def __init__(self, spec, num_tokens, seed=0, heads=4, device="cpu"):
         generator = torch.Generator().manual_seed(1000 + seed)
         layers = len(spec.layers)
 
@@ -66,6 +48,17 @@ class Sequence:
         self.index_weights = random(num_tokens, INDEX_HEADS).to(device, torch.bfloat16)
 
 
+def compressor(given, norm_weight, slot_bias):
+    """SGLang's Compressor as far as the backend reads it, or the K=V projection with its norm; its input is ``given``."""
+    return SimpleNamespace(
+        given=given,
+        compute_kv_score=lambda x, batch: given[: len(x)],
+        ape=slot_bias,
+        head_dim=len(norm_weight),
+        norm=SimpleNamespace(weight=norm_weight, variance_epsilon=1e-6),
+    )
+
+
 class Layers:
     """The model: inputs of a step at fixed addresses, and calls of the backend in SGLang's order."""
 
@@ -73,17 +66,12 @@ class Layers:
         self.spec, self.device = spec, device
         self.sink = torch.linspace(-1, 1, heads, device=device)
         self.parts = []
-        self.names = {"kv": "kv", "main": "kv_score", "index": "kv_score"}
         for layer, weights in zip(spec.layers, random_weights(spec), strict=True):
             found = {}
             for part, (norm_weight, slot_bias) in weights.items():
-                dim = len(norm_weight)
-                width = dim if part == "window" else (4 if layer.overlap else 2) * dim
-                found[part] = SimpleNamespace(
-                    given=torch.zeros(max_tokens, width, device=device),
-                    norm_weight=norm_weight.to(device),
-                    slot_bias=None if slot_bias is None else slot_bias.to(device),
-                )
+                width = len(norm_weight) * (1 if part == "window" else 4 if layer.overlap else 2)
+                given = torch.zeros(max_tokens, width, device=device)
+                found[part] = compressor(given, norm_weight.to(device), None if slot_bias is None else slot_bias.to(device))
             self.parts.append(found)
         layers = len(spec.layers)
         self.q = torch.zeros(layers, max_tokens, heads, 512, dtype=torch.bfloat16, device=device)
@@ -97,9 +85,7 @@ class Layers:
             to, of = slice(at, at + end - begin), slice(begin, end)
             for layer_id, parts in enumerate(self.parts):
                 for part, buffers in parts.items():
-                    cut = sequence.inputs.cut(layer_id, part, begin, end)
-                    given = cut.kv_score if isinstance(cut, CompressorInput) else cut.kv
-                    buffers.given[to].copy_(given)
+                    buffers.given[to].copy_(sequence.inputs.cut(layer_id, part, begin, end).values)
             self.q[:, to].copy_(sequence.q[:, of])
             self.index_q[to].copy_(sequence.index_q[of])
             self.index_weights[to].copy_(sequence.index_weights[of])
@@ -136,7 +122,7 @@ class Layers:
         self._store(backend, batch, layer_id, count)
         chosen = self._index(backend, batch, layer_id, count, self.index_q[:count].flatten(1), None)
         if self.spec.layers[layer_id].ratio:
-            backend.forward_core_compressor(x, batch, layer_id, self._compressor(layer_id, "main"))
+            backend.forward_core_compressor(x, batch, layer_id, self.parts[layer_id]["main"])
         return chosen
 
     def _prepare_on(self, streams, backend, batch, layer_id, count, wait):
@@ -155,8 +141,7 @@ class Layers:
             self._store(backend, batch, layer_id, count)
         if self.spec.layers[layer_id].ratio:
             with torch.cuda.stream(compressor):
-                main = self._compressor(layer_id, "main")
-                backend.forward_core_compressor(self.index_q[:count], batch, layer_id, main)
+                backend.forward_core_compressor(self.index_q[:count], batch, layer_id, self.parts[layer_id]["main"])
         for stream in streams:
             current.wait_stream(stream)
         return chosen
@@ -167,7 +152,7 @@ class Layers:
             layer_id=layer_id,
             swa_loc=backend.get_swa_out_cache_loc(batch),
             kv=window.given[:count],
-            kv_weight=window.norm_weight,
+            kv_weight=window.norm.weight.data,
             eps=1e-6,
             freqs_cis=None,
             positions=None,
@@ -182,7 +167,7 @@ class Layers:
             head_dim=128,
             wq_b=lambda given: (given, None),
             compute_weights=lambda x, skip_scale: self.index_weights[: len(x)],
-            compressor=self._compressor(layer_id, "index"),
+            compressor=self.parts[layer_id]["index"],
         )
         backend.forward_c4_indexer(
             x=self.index_q[:count],
@@ -194,22 +179,21 @@ class Layers:
             q_lora_ready=ready,
             skip_compressor=False,
         )
-        return backend._selected[layer_id]
+        _, chosen = backend.token_to_kv_pool.step._selected
+        return chosen
 
-    def _compressor(self, layer_id, part):
-        buffers = self.parts[layer_id][part]
-        return SimpleNamespace(
-            compute_kv_score=lambda x, batch: buffers.given[: len(x)],
-            ape=buffers.slot_bias,
-            head_dim=len(buffers.norm_weight),
-            norm=SimpleNamespace(weight=buffers.norm_weight, variance_epsilon=1e-6),
-        )
+
+class Unattended(EagerAttention):
+    """For tests of what is stored: no query attends to anything."""
+
+    def run(self, layer, q, sink, selected=None, *, undo_rope=False):
+        return q
 
 
 class SmallServer:
     """One pool and one backend, fed with steps as SGLang's runners feed them."""
 
-    def __init__(self, spec, device="cpu", heads=4, attention=None, max_tokens=1200):
+    def __init__(self, spec, device="cpu", heads=4, attention=None, max_tokens=1200, make_checks=None):
         from sglang_dsv4.plugin.serve.backend import CompressedKVBackend
 
         self.spec, self.device = spec, device
@@ -219,12 +203,15 @@ class SmallServer:
         self.layers = Layers(spec, max_tokens, heads, device)
 
         def make(fixed=None, like=None):
+            if attention is Unattended:
+                return Unattended(self.cache)
             found = make_attention(attention, self.cache, heads, fixed=fixed, like=like)[0]
             if found.name == "eager" and device == "cpu":  # there is no graph that could not hold it
                 found.__class__ = type("Captured", (type(found),), {"capture_fault": ""})
             return found
 
-        self.backend = CompressedKVBackend(self.pool, self.req_to_token, make(), make=make)
+        checks = None if make_checks is None else make_checks(self.cache)
+        self.backend = CompressedKVBackend(self.pool, self.req_to_token, make(), checks, make)
         self.graphs = {}
         self.buffers = None
 

@@ -3,30 +3,22 @@
 import pytest
 import torch
 
+from sglang_dsv4.attention import HostLengths
 from sglang_dsv4.cache.regions import Kind, Part
 from sglang_dsv4.cli import main
 from sglang_dsv4.errors import CacheInvariantError
-from tests.cache.driver import FORMATS, make_spec, random_sequence
-from tests.plugin.test_backend import Server, alone
+from tests.cache.driver import FORMATS, make_spec
+from tests.plugin.small_server import PAGE, Sequence, SmallServer, Unattended, alone
 
 pytestmark = pytest.mark.sglang
 
 
-class CheckedServer(Server):
-    """The same, with checks at a level (None: off)."""
+def checked_server(spec, level, folder):
+    """With checks at a level (None: off)."""
+    from sglang_dsv4.plugin.observe.checks import ServingChecks
 
-    def __init__(self, spec, level, folder):
-        super().__init__(spec)
-        if level is not None:
-            from sglang_dsv4.plugin.observe.checks import ServingChecks
-
-            self.backend.checks = ServingChecks(self.pool.cache, level, folder)
-
-    def step(self, items, decode=False):
-        batch = super().step(items, decode)
-        if self.backend.checks is not None:
-            self.backend.checks.after(self.pool.current_plan(), batch.rids)
-        return batch
+    make_checks = level and (lambda cache: ServingChecks(cache, level, folder))
+    return SmallServer(spec, heads=1, attention=Unattended, make_checks=make_checks)
 
 
 def serve(server, sequence, other):
@@ -46,20 +38,22 @@ def serve(server, sequence, other):
 @pytest.mark.parametrize("formats", FORMATS, ids="-".join)
 def test_a_right_run_passes(tmp_path, level, formats):
     spec = make_spec(formats)
-    server = CheckedServer(spec, level, tmp_path)
-    serve(server, random_sequence(spec, 900), random_sequence(spec, 900, seed=1))
+    server = checked_server(spec, level, tmp_path)
+    serve(server, Sequence(spec, 900, heads=1), Sequence(spec, 900, 1, heads=1))
     # The first step has nothing to read. The prefix hit is at 512 tokens; nothing else is at whole pages.
     assert server.backend.checks.num_run == {"boundary": 1, "step": 17}[level]
     assert server.backend.checks.num_failed == 0
     assert list(tmp_path.iterdir()) == []
 
 
-# Of a request of 301 tokens over history pages 3, 5 and window pages 13, 11: layer, kind, number, place, and the row.
+ENTRIES = 25 * PAGE  # the first row of history page 0 in a pool
+
+# Of a request of 301 tokens over history pages 3, 5 and window pages 22, 20: layer, kind, number, place, and the row.
 PLANTED = [
-    (0, "window row", 200, "window page 13", lambda layer: layer.pool[13 * 256 + 200]),
-    (2, "window row", 300, "window page 11", lambda layer: layer.pool[11 * 256 + 44]),
-    (1, "entry", 70, "history page 5", lambda layer: layer.pool[17 * 256 + 5 * 64 + 6]),
-    (2, "entry", 1, "history page 3", lambda layer: layer.pool[17 * 256 + 3 * 2 + 1]),
+    (0, "window row", 200, "window page 22", lambda layer: layer.pool[22 * 256 + 200]),
+    (2, "window row", 300, "window page 20", lambda layer: layer.pool[20 * 256 + 44]),
+    (1, "entry", 70, "history page 5", lambda layer: layer.pool[ENTRIES + 5 * 64 + 6]),
+    (2, "entry", 1, "history page 3", lambda layer: layer.pool[ENTRIES + 3 * 2 + 1]),
     (1, "index key", 9, "history page 3", lambda layer: layer.tensor(Kind.INDEX_KEY, Part.INDEX)[3 * 64 + 9]),
     (1, "main stream row", 300, "state slot 1", lambda layer: layer.tensor(Kind.STREAM, Part.MAIN)[1, 300 % 8]),
     (1, "index stream row", 299, "state slot 1", lambda layer: layer.tensor(Kind.STREAM, Part.INDEX)[1, 299 % 8]),
@@ -69,7 +63,7 @@ PLANTED = [
 
 def begin(level, folder, length=301):
     spec = make_spec()
-    server, sequence = CheckedServer(spec, level, folder), random_sequence(spec, 900)
+    server, sequence = checked_server(spec, level, folder), Sequence(spec, 900, heads=1)
     server.assign(1, [3, 5])
     server.step([(1, sequence, 0, length)])
     return server, sequence
@@ -97,9 +91,9 @@ def test_below_that_level_it_is_not_noticed(tmp_path, level, layer, what, index,
 @pytest.mark.parametrize(
     ("what", "row"),
     [
-        ("window row 130", lambda layer: layer.pool[13 * 256 + 130]),
-        ("entry 3", lambda layer: layer.pool[17 * 256 + 3 * 64 + 3]),
-        ("main boundary row 0", lambda layer: layer.tensor(Kind.BOUNDARY, Part.MAIN)[13].flatten()),
+        ("window row 130", lambda layer: layer.pool[22 * 256 + 130]),
+        ("entry 3", lambda layer: layer.pool[ENTRIES + 3 * 64 + 3]),
+        ("main boundary row 0", lambda layer: layer.tensor(Kind.BOUNDARY, Part.MAIN)[22].flatten()),
     ],
 )
 def test_at_a_prefix_hit_the_level_boundary_names_it(tmp_path, what, row):
@@ -122,7 +116,7 @@ def test_pages_in_another_order_and_pages_never_written_are_named(tmp_path):
 
 def test_a_nan_that_a_step_writes_is_named(tmp_path):
     server, sequence = begin("step", tmp_path)
-    sequence.cut(0, "window", 301, 302).kv.fill_(float("nan"))
+    sequence.inputs.cut(0, "window", 301, 302).kv.fill_(float("nan"))
     with pytest.raises(CacheInvariantError, match="^I6 rows: request r1: layer 0: window row 301"):
         server.step([(1, sequence, 301, 302)], decode=True)
 
@@ -148,18 +142,18 @@ def test_nan_in_pages_that_nobody_holds_never_surfaces(tmp_path):
                 entries[free] = float("nan")
 
     for length in range(301, 320):
-        poison({3, 5}, {13, 11})
+        poison({3, 5}, {22, 20})
         server.step([(1, sequence, length, length + 1)], decode=True)
     assert server.bytes_of(1, 320) == alone(spec, sequence, 320)
     # The twin: one page more.
-    poison({3}, {13, 11})
+    poison({3}, {22, 20})
     with pytest.raises(CacheInvariantError, match="I8 sums: .* entry 64 in history page 5"):
         server.step([(1, sequence, 320, 321)], decode=True)
 
 
 def test_the_dump_says_what_happened(tmp_path, capsys):
     server, sequence = begin("step", tmp_path)
-    server.pool.cache.storage.layers[1].pool[17 * 256 + 5 * 64 + 6][7] = float("inf")
+    server.pool.cache.storage.layers[1].pool[ENTRIES + 5 * 64 + 6][7] = float("inf")
     with pytest.raises(CacheInvariantError, match=r"; see `python -m sglang_dsv4 inspect (.*)`"):
         server.step([(1, sequence, 301, 302)], decode=True)
     (dump,) = tmp_path.iterdir()
@@ -177,7 +171,7 @@ def test_the_dump_says_what_happened(tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_finding(tmp_path):
     server, sequence = begin("step", tmp_path / "missing")
-    server.pool.cache.storage.layers[0].pool[13 * 256 + 200] = 0
+    server.pool.cache.storage.layers[0].pool[22 * 256 + 200] = 0
     with pytest.raises(CacheInvariantError, match="^I8 sums: request r1: .*; no dump, "):
         server.step([(1, sequence, 301, 302)], decode=True)
 
@@ -196,7 +190,7 @@ def test_something_else_is_no_dump(tmp_path, capsys):
 def test_the_digest_of_a_prefix_hit_is_that_of_a_cold_run(tmp_path):
     """The same tokens in other pages and another slot, in one step or behind a hit; and with one value changed."""
     spec = make_spec()
-    server, sequence = CheckedServer(spec, "step", tmp_path), random_sequence(spec, 900)
+    server, sequence = checked_server(spec, "step", tmp_path), Sequence(spec, 900, heads=1)
     digests = server.backend.checks.digests
     server.assign(1, [3, 5])
     server.step([(1, sequence, 0, 400)])
@@ -209,10 +203,10 @@ def test_the_digest_of_a_prefix_hit_is_that_of_a_cold_run(tmp_path):
     assert digests["r3"] != cold
     server.step([(3, sequence, 301, 400)])
     assert digests["r2"] == digests["r3"] == cold
-    plan, row = server.pool.current_plan(), 17 * 256 + 9 * 64 + 6
-    server.pool.cache.storage.layers[1].pool[17 * 256 + 8 * 64 + 6][7] += 1.0
-    server.backend.checks.after(plan, ["r3"])
+    plan, lengths, row = server.pool.step.plan, HostLengths([400], [99]), ENTRIES + 9 * 64 + 6
+    server.pool.cache.storage.layers[1].pool[ENTRIES + 8 * 64 + 6][7] += 1.0
+    server.backend.checks.after(plan, lengths, ["r3"])
     assert digests["r3"] == cold
     server.pool.cache.storage.layers[1].pool[row][7] += 1.0
-    server.backend.checks.after(plan, ["r3"])
+    server.backend.checks.after(plan, lengths, ["r3"])
     assert digests["r3"][0] == 400 and digests["r3"] != cold

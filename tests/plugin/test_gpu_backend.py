@@ -89,7 +89,7 @@ def test_long_prefills_attend_to_the_rows_that_they_should(formats, monkeypatch)
     hopper = torch.cuda.get_device_capability() == (9, 0)
     for items in ([(1, one, 0, 383), (2, two, 0, 250)], [(2, two, 250, 251), (1, one, 383, 700)]):
         found, count = server.step(items), sum(end - start for _, _, start, end in items)
-        plan, layers = server.pool.current_plan(), server.layers
+        plan, layers = server.pool.step.plan, server.layers
         numbered = server.backend.attention.numbering is not None
         assert numbered == (hopper and server.backend.attention.name == "flashmla")
         given = plan, layers.index_q[:count], layers.index_weights[:count]

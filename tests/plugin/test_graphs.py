@@ -9,8 +9,7 @@ import torch
 from dsv4_kernels.sparse_attention.bound import worst
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
 from tests.cache.driver import FORMATS, make_spec
-from tests.plugin.small_server import LONGEST, PAGE, Sequence, SmallServer
-from tests.plugin.test_backend import alone
+from tests.plugin.small_server import LONGEST, PAGE, Sequence, SmallServer, alone
 
 pytestmark = pytest.mark.sglang
 
@@ -79,8 +78,8 @@ def test_replays_store_the_bytes_of_cold_runs(formats):
         server.replay([(slot, one, at + offset, at + offset + 1) for slot, at in ((4, 514), (2, 126), (1, 519))])
     server.replay([(2, one, 131, 132)])
     for slot, length in ((1, 524), (4, 519), (2, 132)):
-        assert server.bytes_of(slot, length) == alone(spec, one.inputs, length), slot
-    assert server.bytes_of(1, 524) != alone(spec, two.inputs, 524)
+        assert server.bytes_of(slot, length) == alone(spec, one, length), slot
+    assert server.bytes_of(1, 524) != alone(spec, two, 524)
     for key, rows in changed(kept, contents(server.cache)).items():
         padding = padding_rows(server.cache, key)
         if key[1] != "stream_state":
@@ -188,7 +187,7 @@ def test_the_indexer_waits_for_queries_that_another_stream_makes(monkeypatch):
         head_dim=128,
         wq_b=lambda given: (done.append("wq_b"), given)[1:],
         compute_weights=lambda x, skip_scale: server.layers.index_weights[:8],
-        compressor=server.layers._compressor(1, "index"),
+        compressor=server.layers.parts[1]["index"],
     )
     q_lora = server.layers.index_q[:8].flatten(1)
     server.backend.forward_c4_indexer(q_lora, q_lora, indexer, batch, q_lora_ready="event")
@@ -203,7 +202,7 @@ def test_chosen_entries_are_numbered_as_the_attention_asks(monkeypatch):
     batch = server.batch(items, False)
     server.layers.load(items)
     server.backend.init_forward_metadata(batch)
-    plan, attention = server.backend.token_to_kv_pool.current_plan(), server.backend.attention
+    plan, attention = server.pool.step.plan, server.backend.attention
     other = replace(plan.step, num_window_rows=plan.step.num_window_rows + 7)
     monkeypatch.setattr(type(attention), "numbering", property(lambda _: other))
     q_lora = server.layers.index_q[:8].flatten(1)

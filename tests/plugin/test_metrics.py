@@ -12,7 +12,7 @@ from sglang_dsv4.plugin.observe.metrics import METRICS, CacheMetrics, around_ste
 from sglang_dsv4.plugin.observe.proof import describe
 from sglang_dsv4.plugin.observe.step_counts import StepCounter
 from tests.cache.driver import make_spec
-from tests.plugin.test_backend import make_pool
+from tests.plugin.small_server import make_pool
 
 pytestmark = pytest.mark.sglang
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_dsv4.attention import HostLengths
 from sglang_dsv4.cache import ExternalKVCache, StepPlan
 from sglang_dsv4.cache.inspect.checksums import Finding, RowSums
 from sglang_dsv4.cache.inspect.dump import SequenceFacts, write_dump
@@ -50,17 +51,18 @@ class ServingChecks:
         self.num_failed = 0
         self.digests: OrderedDict[str, tuple[int, str]] = OrderedDict()
 
-    def before(self, plan: StepPlan, names: Sequence[str]) -> None:
+    def before(self, plan: StepPlan, lengths: HostLengths, names: Sequence[str]) -> None:
         """Compare what a step is about to read.
 
         Args:
             plan (StepPlan): the step.
+            lengths (HostLengths): its lengths.
             names (Sequence[str]): its requests' ids.
 
         Raises:
             CacheInvariantError: names the invariant, the request and the page; a dump was written.
         """
-        begins, _ = _lengths(plan)
+        begins = _begins(lengths)
         page_tokens = self._cache.spec.page_tokens
         chosen = [
             number for number, length in enumerate(begins) if length and (self._level == "step" or length % page_tokens == 0)
@@ -73,17 +75,17 @@ class ServingChecks:
         if finding is not None:
             self._fail(finding, batch, [names[number] for number in chosen])
 
-    def after(self, plan: StepPlan, names: Sequence[str]) -> None:
-        """Keep the checksums of what a step wrote.
+    def after(self, plan: StepPlan, lengths: HostLengths, names: Sequence[str]) -> None:
+        """Keep the checksums of what a step wrote; arguments as in `before`.
 
         Raises:
             CacheInvariantError: some of it is not finite; a dump was written.
         """
-        begins, ends = _lengths(plan)
+        ends = list(lengths.seq_lens)
         batch = _batch_of(plan, list(range(len(ends))), ends)
         if self._level == "step":
             self._keep_digests(batch, names)
-        finding = self._sums.record(batch, begins)
+        finding = self._sums.record(batch, _begins(lengths))
         if finding is not None:
             self._fail(finding, batch, names)
 
@@ -120,11 +122,9 @@ class ServingChecks:
             self.digests.popitem(last=False)
 
 
-def _lengths(plan: StepPlan) -> tuple[list[int], list[int]]:
-    """Lengths before and after the step."""
-    ends = plan.step.seq_lens.tolist()
-    new = plan.step.extend_lens.tolist()
-    return [end - count for end, count in zip(ends, new, strict=True)], ends
+def _begins(lengths: HostLengths) -> list[int]:
+    """Lengths before the step."""
+    return [end - count for end, count in zip(lengths.seq_lens, lengths.extend_lens, strict=True)]
 
 
 def _batch_of(plan: StepPlan, chosen: list[int], lengths: list[int]) -> SequenceBatch:

@@ -7,15 +7,21 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_dsv4.attention import Attention
-from sglang_dsv4.cache import CompressorWeights, LayerCache
+from sglang_dsv4.cache.regions import Part
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
 from sglang_dsv4.plugin.observe.checks import ServingChecks
+from sglang_dsv4.plugin.serve.decode_graphs import DecodeGraphs, MakeAttention, check_captured
 from sglang_dsv4.plugin.serve.pool import CompressedTokenToKVPool
-from sglang_dsv4.plugin.serve.steps import DecodeGraphs, MakeAttention, StepPlanner, check_captured, host_lengths
+from sglang_dsv4.plugin.serve.step_planner import StepPlanner, batch_lengths
+
+# Steps in which a CSA layer's main compressor and indexer take one launch: "eager", "always" or "never". SGLang calls the
+# indexer first, and what it chooses depends on its keys; so it is the main compressor that is computed early, on the
+# indexer's stream. Eager steps have one stream anyway. A graph would lose the overlap of the two streams.
+ONE_LAUNCH = "eager"
 
 
 class CompressedKVBackend(AttentionBackend):
-    """Fills `CompressedKVCache` and attends over it, under SGLang's own DeepSeek-V4 model.
+    """Fills `ExternalKVCache` and attends over it, under SGLang's own DeepSeek-V4 model.
 
     A step's plan is made from `ForwardBatch` alone. A request starts at a page boundary, after a prefix hit or at 0, and
     the cache needs nothing but the page tables to continue there: there is no state to restore or to clear.
@@ -51,27 +57,23 @@ class CompressedKVBackend(AttentionBackend):
         self.attention = attention
         self.checks = checks
         self.graphs: DecodeGraphs | None = None
+        self.steps: Counter[str] = Counter()
         self._make = make
         self._planner = StepPlanner(pool, req_to_token)
-        self._running = attention  # the one that the next layer's `forward` asks
-        self._selected: dict[int, torch.Tensor] = {}
-        self._bound_parts: set[tuple[int, str]] = set()
-        self.steps: Counter[str] = Counter()
+        self._step = pool.step
+        self._main: dict[int, Any] = {}  # SGLang's main Compressors of CSA layers, as it has passed them
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan a step that runs without a graph."""
-        self._selected.clear()
+        self._step.end()
         self._count(forward_batch.forward_mode)
         if forward_batch.forward_mode.is_idle():
-            self.token_to_kv_pool.plan = None
             return
-        plan = self._planner.plan(forward_batch)
+        plan, lengths = self._planner.plan(forward_batch), batch_lengths(forward_batch)
         if self.checks is not None:
-            self.checks.before(plan, forward_batch.rids)
-        self.token_to_kv_pool.plan = plan
-        self._running = self.attention
-        lengths = host_lengths(forward_batch) if self.attention.needs_host_lengths else None
+            self.checks.before(plan, lengths, forward_batch.rids)
         self.attention.begin(plan, lengths)
+        self._step.begin(plan, self.attention)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make what all decode graphs share.
@@ -106,13 +108,11 @@ class CompressedKVBackend(AttentionBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Start the layers of a step that is being captured, or run once before that."""
-        self._selected.clear()
         graph = self._decode_graphs().step(forward_batch.batch_size)
         # A plan of its own for every run: each part of a layer is appended once to a plan.
         plan = self.cache.plan(graph.step)
-        self.token_to_kv_pool.plan = plan
-        self._running = graph.attention
         graph.attention.begin(plan)
+        self._step.begin(plan, graph.attention)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Length of the requests that pad a batch."""
@@ -123,7 +123,7 @@ class CompressedKVBackend(AttentionBackend):
         return forward_batch.out_cache_loc
 
     def forward_core_compressor(self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any) -> None:
-        """Take the new tokens into a layer's main compressor.
+        """Take the new tokens into a layer's main compressor, unless `forward_c4_indexer` has.
 
         Args:
             x (torch.Tensor): ``[T, hidden]``, the layer's normed input.
@@ -131,17 +131,32 @@ class CompressedKVBackend(AttentionBackend):
             layer_id (int): the layer.
             compressor (Any): SGLang's Compressor, whose weights are used.
         """
-        if not forward_batch.forward_mode.is_idle():
-            layer = self._bound(layer_id, "main", compressor)
-            kv_score = compressor.compute_kv_score(x, forward_batch)
-            layer.append(self.token_to_kv_pool.current_plan(), main=kv_score)
+        if forward_batch.forward_mode.is_idle():
+            return
+        if self._step.early is compressor:
+            self._step.early = None
+            return
+        self._main[layer_id] = compressor
+        layer = self.token_to_kv_pool.weights.compressor(layer_id, "main", compressor)
+        layer.append(self._step.plan, main=compressor.compute_kv_score(x, forward_batch))
 
     def forward_indexer_compressor(self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any) -> None:
-        """Take the new tokens into a CSA layer's indexer compressor; arguments as in `forward_core_compressor`."""
-        if not forward_batch.forward_mode.is_idle():
-            layer = self._bound(layer_id, "index", compressor)
-            kv_score = compressor.compute_kv_score(x, forward_batch)
-            layer.append(self.token_to_kv_pool.current_plan(), index=kv_score)
+        """Take the new tokens into a CSA layer's indexer compressor, and into its main one where they take one launch.
+
+        Arguments as in `forward_core_compressor`.
+        """
+        if forward_batch.forward_mode.is_idle():
+            return
+        step, weights = self._step, self.token_to_kv_pool.weights
+        layer, index = weights.compressor(layer_id, "index", compressor), compressor.compute_kv_score(x, forward_batch)
+        together = ONE_LAUNCH == "always" or (ONE_LAUNCH == "eager" and step.attention is self.attention)
+        main = self._main.get(layer_id)  # none in the layer's first step
+        if not together or main is None or (layer_id, Part.MAIN) in step.plan.appended:
+            layer.append(step.plan, index=index)
+            return
+        weights.compressor(layer_id, "main", main)
+        layer.append(step.plan, main=main.compute_kv_score(x, forward_batch), index=index)
+        step.early = main
 
     def forward_c4_indexer(
         self,
@@ -165,7 +180,8 @@ class CompressedKVBackend(AttentionBackend):
         """
         if forward_batch.forward_mode.is_idle():
             return
-        layer_id = c4_indexer.layer_id
+        layer_id, step = c4_indexer.layer_id, self._step
+        layer = self.cache.layers[layer_id]
         if not skip_compressor:
             self.forward_indexer_compressor(x, forward_batch, layer_id, c4_indexer.compressor)
         # Without the scale, which is one positive number for all scores: the order of entries does not depend on it.
@@ -173,11 +189,12 @@ class CompressedKVBackend(AttentionBackend):
         if q_lora_ready is not None:
             torch.cuda.current_stream().wait_event(q_lora_ready)
         index_q = c4_indexer.wq_b(q_lora)[0].view(-1, c4_indexer.n_heads, c4_indexer.head_dim)
-        plan = self.token_to_kv_pool.current_plan()
-        # In a graph straight into attention's lists; elsewhere their width depends on the step, and kernels with it.
-        running, layer = self._running, self.cache.layers[layer_id]
-        place = None if running is self.attention else running.selected_buffer(layer)
-        self._selected[layer_id] = layer.select(plan, index_q, weights, place, running.numbering)
+        # Straight into attention's lists; but a kernel is compiled for each width, and in short contexts theirs is the step's.
+        place = step.attention.selected_buffer(layer)
+        if place is not None and step.attention is self.attention and place.shape[1] != self.cache.spec.index_topk:
+            place = None
+        rows = layer.select(step.plan, index_q, weights, place, step.attention.numbering)
+        step.choose(layer_id, rows)
 
     def forward(
         self,
@@ -210,25 +227,16 @@ class CompressedKVBackend(AttentionBackend):
             return q.new_empty(q.shape)
         if save_kv_cache:
             raise StalePlanError(f"layer {layer.layer_id}: expected rows stored before attention, got save_kv_cache=True")
-        out = self._running.run(self.cache.layers[layer.layer_id], q, attn_sink, self._selected.pop(layer.layer_id, None))
+        step = self._step
+        out = step.attention.run(self.cache.layers[layer.layer_id], q, attn_sink, step.chosen(layer.layer_id))
         if self.checks is not None and layer.layer_id == len(self.cache.layers) - 1:
-            self.checks.after(self.token_to_kv_pool.current_plan(), forward_batch.rids)
+            self.checks.after(step.plan, batch_lengths(forward_batch), forward_batch.rids)
         return out
 
     def attention_bytes(self) -> int:
         """Bytes of attention's buffers and of the graphs' plans; they lie beside the cache."""
         graphs = 0 if self.graphs is None else self.graphs.nbytes
         return sum(self.attention.buffers().values()) + graphs
-
-    def _bound(self, layer_id: int, part: str, compressor: Any) -> LayerCache:
-        """A layer that knows the weights of one of SGLang's compressors."""
-        layer = self.cache.layers[layer_id]
-        if (layer_id, part) not in self._bound_parts:
-            # SGLang re-lays ``ape`` at load as [slots, D]: first the previous block's rows, then the own block's.
-            bias, norm = compressor.ape.view(-1, compressor.head_dim), compressor.norm
-            layer.bind(**{part: CompressorWeights(bias, norm.weight, norm.variance_epsilon)})
-            self._bound_parts.add((layer_id, part))
-        return layer
 
     def _count(self, mode: Any) -> None:
         self.steps[mode.name.lower()] += 1

@@ -10,11 +10,13 @@ from typing import Any, NoReturn
 import torch
 from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 
-from sglang_dsv4.cache import ExternalKVCache, NormWeights, StepPlan
+from sglang_dsv4.cache import ExternalKVCache
 from sglang_dsv4.cache.sizing import GIB
-from sglang_dsv4.errors import StalePlanError, UnsupportedError
+from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin.install.refusals import check_window_pool
+from sglang_dsv4.plugin.serve.bound_weights import BoundWeights
 from sglang_dsv4.plugin.serve.budget import PoolShape, shape_of
+from sglang_dsv4.plugin.serve.running_step import RunningStep
 from sglang_dsv4.spec import CacheSpec
 
 
@@ -36,7 +38,8 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
 
     Attributes:
         cache (ExternalKVCache): the rows, keys and state.
-        plan (StepPlan | None): the step that is running.
+        weights (BoundWeights): SGLang's weights in the cache's layers.
+        step (RunningStep): the step that is running.
         max_seq_len (int): tokens of the longest sequence.
     """
 
@@ -46,24 +49,13 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
         capacity = shape.capacity(tokens, native["swa_size"])
         self.max_seq_len = min(shape.max_seq_len, tokens)
         self.cache = ExternalKVCache(shape.spec, capacity, native["device"], index_heads=shape.index_heads)
-        self.plan: StepPlan | None = None
-        self._stored: torch.Tensor | None = None
-        self._bound: set[int] = set()
+        self.weights = BoundWeights(self.cache.layers)
+        self.step = RunningStep()
         self.mem_usage = self.get_kv_size_bytes() / GIB
 
     def get_kv_size_bytes(self) -> int:
         """Bytes of everything the cache allocated; SGLang reports it as its KV cache."""
         return self.cache.report().total_bytes
-
-    def current_plan(self) -> StepPlan:
-        """The running step's plan.
-
-        Raises:
-            StalePlanError: no step is running.
-        """
-        if self.plan is None:
-            raise StalePlanError("plan: expected init_forward_metadata before the first layer, got none")
-        return self.plan
 
     def set_swa_key_buffer_radix_fused_norm_rope(
         self,
@@ -77,13 +69,9 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
     ) -> None:
         """Store window rows. Slots and positions come from the plan, RoPE from the cache's own table."""
         del swa_loc, freqs_cis, positions
-        layer = self.cache.layers[layer_id]
-        if layer_id not in self._bound:
-            layer.bind(window=NormWeights(kv_weight, eps))
-            self._bound.add(layer_id)
-        layer.append(self.current_plan(), window=kv)
-        # SGLang drops its projections before it joins this stream; kept until the next layer, their memory is not reused by then.
-        self._stored = kv
+        self.weights.window(layer_id, kv_weight, eps).append(self.step.plan, window=kv)
+        # SGLang drops its projections before it joins this stream; kept, their memory is not reused by then.
+        self.step.kept = kv
 
     def get_ring_size(self, compress_ratio: int) -> int:
         """Rows of SGLang's native state ring; none, since stream state is ours."""

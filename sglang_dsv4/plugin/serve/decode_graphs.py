@@ -1,19 +1,17 @@
-"""A step's plan from SGLang's own tables, and the steps that CUDA graphs replay."""
+"""Decode steps of fixed shapes, which CUDA graphs replay."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
 from dsv4_kernels.memory import empty
 from dsv4_kernels.step import StepTensors
-from dsv4_kernels.step_plan import naive_step_plan, step_buffers, step_part
-from sglang_dsv4.attention import Attention, FixedShape, HostLengths
-from sglang_dsv4.cache import StepPlan
-from sglang_dsv4.errors import StalePlanError, UnsupportedError
-from sglang_dsv4.plugin.serve.pool import CompressedTokenToKVPool
+from dsv4_kernels.step_plan import step_part
+from sglang_dsv4.attention import Attention, FixedShape
+from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.plugin.serve.step_planner import StepPlanner
 
 # Rows of numbers that kernels read begin at multiples of this many int32: a launch is compiled once for all of them.
 _ALIGNED = 4
@@ -22,86 +20,6 @@ _MOST_LAUNCHES = 256
 
 # Makes the attention of one shape; the second argument lends its buffers, and takes turns with it.
 MakeAttention = Callable[[FixedShape, Attention | None], Attention]
-
-
-class StepPlanner:
-    """Makes plans on the device, in one launch, without asking it for anything.
-
-    SGLang's scheduler may change its tables as soon as a step's plan is made, while the step itself is still running: so
-    nothing but the plan reads them, and a plan is never part of a graph.
-
-    Args:
-        pool (CompressedTokenToKVPool): the cache, and the window slot of every token slot.
-        req_to_token (torch.Tensor): ``[R, L]`` int32, the token slots of every request.
-    """
-
-    def __init__(self, pool: CompressedTokenToKVPool, req_to_token: torch.Tensor) -> None:
-        self._pool = pool
-        self._req_to_token = req_to_token
-
-    @property
-    def window_slots(self) -> torch.Tensor:
-        """The window slot of every token slot, SGLang's table."""
-        table: torch.Tensor = self._pool.full_to_swa_index_mapping
-        return table
-
-    def pages(self, num_tokens: int) -> int:
-        """Pages that so many tokens take.
-
-        Raises:
-            StalePlanError: they are more than a sequence may have.
-        """
-        if num_tokens > self._pool.max_seq_len:
-            raise StalePlanError(
-                f"step: expected sequences of at most {self._pool.max_seq_len} tokens, got one of {num_tokens}"
-            )
-        return -(-num_tokens // self._pool.cache.spec.page_tokens)
-
-    def buffers(self, num_requests: int, num_tokens: int, num_pages: int) -> StepTensors:
-        """Tensors of a step of this size."""
-        cache = self._pool.cache
-        return step_buffers(
-            num_requests, num_tokens, num_pages, cache.spec.page_tokens, cache.storage.num_window_rows, cache.device
-        )
-
-    def plan(self, batch: Any) -> StepPlan:
-        """The plan of a batch of any mode.
-
-        Args:
-            batch (Any): SGLang's ForwardBatch.
-        """
-        seq_lens = batch.seq_lens
-        extend_lens = torch.ones_like(seq_lens) if batch.forward_mode.is_decode() else batch.extend_seq_lens.to(seq_lens.device)
-        pages = self.pages(int(batch.seq_lens_cpu.max()))
-        out = self.buffers(len(seq_lens), len(batch.positions), pages)
-        first_tokens = empty((len(seq_lens),), torch.int64, seq_lens.device)
-        self.launch(out, first_tokens, seq_lens, extend_lens, batch.req_pool_indices)()
-        return self._pool.cache.plan(out)
-
-    def launch(
-        self,
-        out: StepTensors,
-        first_tokens: torch.Tensor,
-        seq_lens: torch.Tensor,
-        extend_lens: torch.Tensor,
-        request_rows: torch.Tensor,
-    ) -> Callable[[], None]:
-        """What plans into ``out`` when it is called, any number of times; arguments as
-        `dsv4_kernels.step_plan.naive_step_plan` has them."""
-        arguments = (out, first_tokens, seq_lens, extend_lens, request_rows, self._req_to_token, self.window_slots)
-        if out.positions.is_cuda:
-            from dsv4_kernels.step_plan.fused import StepPlanLaunch
-
-            return StepPlanLaunch(*arguments)
-        return partial(naive_step_plan, *arguments)
-
-
-def host_lengths(batch: Any) -> HostLengths:
-    """A batch's lengths as SGLang's scheduler knows them, without asking the device."""
-    seq_lens = batch.seq_lens_cpu.tolist()
-    if batch.forward_mode.is_decode():
-        return HostLengths(seq_lens, [1] * len(seq_lens))
-    return HostLengths(seq_lens, [int(count) for count in batch.extend_seq_lens_cpu])
 
 
 @dataclass(frozen=True)
@@ -149,19 +67,8 @@ class DecodeGraphs:
     @property
     def nbytes(self) -> int:
         """Bytes of the plans' buffers and of every shape's attention; buffers that shapes share are counted once."""
-        step = self._buffers
-        plans = (
-            step.positions,
-            step.token_rows,
-            step.seq_lens,
-            step.extend_lens,
-            step.state_slots,
-            step.history_pages,
-            step.window_pages,
-            self._first_tokens,
-            self._extend_lens,
-        )
-        held: dict[int, int] = {tensor.data_ptr(): tensor.nbytes for tensor in plans}
+        plans = [tensor for tensor in vars(self._buffers).values() if isinstance(tensor, torch.Tensor)]
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*plans, self._first_tokens, self._extend_lens)}
         for shape in self._steps.values():
             held |= shape.attention.buffers()
         return sum(held.values())
