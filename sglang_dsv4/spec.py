@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import index
 from typing import Any
 
 from dsv4_kernels.layout import HEAD_DIM, INDEX_DIM, INDEX_FORMATS, ROPE_DIM, ROW_FORMATS, RowFormat
@@ -83,6 +85,8 @@ class CacheSpec:
     index_dim: int = INDEX_DIM
 
     def __post_init__(self) -> None:
+        for name in ("index_topk", "window", "page_tokens", "max_draft_tokens"):
+            _whole(name, getattr(self, name))
         for name, got, want in (
             ("head_dim", self.head_dim, HEAD_DIM),
             ("rope_dim", self.rope_dim, ROPE_DIM),
@@ -122,7 +126,7 @@ class CacheSpec:
             UnsupportedError: not a DeepSeek-V4 configuration, or a variant that is not implemented (V4.1).
         """
         reader = _ConfigReader(config)
-        count = reader.require("num_hidden_layers") if num_layers is None else num_layers
+        count = reader.whole("num_hidden_layers", least=1) if num_layers is None else _whole("num_layers", num_layers, least=1)
         ratios = reader.ratios(count)
         window_rope, compress_rope = reader.ropes()
         layers = tuple(
@@ -137,11 +141,11 @@ class CacheSpec:
         )
         return cls(
             layers=layers,
-            index_topk=reader.require("index_topk"),
-            window=reader.get("sliding_window", 128),
-            head_dim=reader.require("head_dim"),
+            index_topk=reader.whole("index_topk"),
+            window=reader.whole("sliding_window", 128),
+            head_dim=reader.whole("head_dim"),
             rope_dim=reader.rope_dim(),
-            index_dim=reader.require("index_head_dim"),
+            index_dim=reader.whole("index_head_dim"),
             **options,
         )
 
@@ -159,6 +163,30 @@ class CacheSpec:
         """Hash of every field; equal for two specs exactly when their caches are interchangeable."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+    """An integer of any type, numpy's among them; neither a float nor a bool."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        expected = "an integer" if least is None else f"an integer of {least} or more"
+        raise UnsupportedError(f"{name}: expected {expected}, got {value!r}")
+    return number
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UnsupportedError(f"{name}: expected a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def _listed(name: str, value: Any) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UnsupportedError(f"{name}: expected a list, got {value!r}")
+    return value
 
 
 class _ConfigReader:
@@ -181,13 +209,24 @@ class _ConfigReader:
             raise UnsupportedError(f"config.{name}: expected by DeepSeek-V4, but the configuration has none")
         return value
 
+    def whole(self, name: str, default: int | None = None, least: int | None = None) -> int:
+        """An integer; required where there is no default."""
+        value = self.require(name) if default is None else self.get(name, default)
+        return _whole(f"config.{name}", value, least)
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """A nested part of the configuration; empty where there is none."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise UnsupportedError(f"config.{name}: expected a mapping, got {value!r}")
+        return value
+
     def ratios(self, count: int) -> tuple[int, ...]:
         listed = self.get("compress_ratios", None)
-        if listed is None:
-            listed = self._ratios_of_layer_types()
+        listed = self._ratios_of_layer_types() if listed is None else _listed("compress_ratios", listed)
         if len(listed) < count:
             raise UnsupportedError(f"compress_ratios: expected at least {count} layers, got {len(listed)}")
-        ratios = tuple(int(ratio) for ratio in listed[:count])
+        ratios = tuple(_whole(f"compress_ratios[{layer_id}]", ratio) for layer_id, ratio in enumerate(listed[:count]))
         for layer_id, ratio in enumerate(ratios):
             if ratio in (1, 2):
                 raise UnsupportedError(
@@ -198,35 +237,39 @@ class _ConfigReader:
                 raise UnsupportedError(f"compress_ratios[{layer_id}]: expected 0, 4 or 128, got {ratio}")
         return ratios
 
-    def _ratios_of_layer_types(self) -> list[int]:
-        layer_types = self.require("layer_types")
-        unknown = sorted(set(layer_types) - set(_RATIO_OF_LAYER_TYPE))
+    def _ratios_of_layer_types(self) -> list[Any]:
+        layer_types = _listed("layer_types", self.require("layer_types"))
+        unknown = [kind for kind in layer_types if not isinstance(kind, str) or kind not in _RATIO_OF_LAYER_TYPE]
         if unknown:
             raise UnsupportedError(f"layer_types: expected {sorted(_RATIO_OF_LAYER_TYPE)}, got {unknown}")
-        rates = self.get("compress_rates", {})
-        return [int(rates.get(kind, _RATIO_OF_LAYER_TYPE[kind])) for kind in layer_types]
+        rates = self.mapping("compress_rates")
+        return [rates.get(kind, _RATIO_OF_LAYER_TYPE[kind]) for kind in layer_types]
 
     def rope_dim(self) -> int:
-        explicit = self.get("qk_rope_head_dim", None)
-        if explicit is not None:
-            return int(explicit)
-        return int(round(self.require("head_dim") * self.require("partial_rotary_factor")))
+        if self.get("qk_rope_head_dim", None) is not None:
+            return self.whole("qk_rope_head_dim")
+        share = _positive("config.partial_rotary_factor", self.require("partial_rotary_factor"))
+        return round(self.whole("head_dim") * share)
 
     def ropes(self) -> tuple[RopeSpec, RopeSpec]:
         """RoPE of window-only layers (never scaled), and of compressing layers (YaRN)."""
         dim = self.rope_dim()
         # Transformers nests {"main": {..}, "compress": {..}}; SGLang's configuration is flat; a checkpoint has neither.
-        parameters = self.get("rope_parameters", {})
+        parameters = self.mapping("rope_parameters")
         main, compress = parameters.get("main", parameters), parameters.get("compress", parameters)
-        scaling = compress or self.get("rope_scaling", {})
-        window_theta = main.get("rope_theta") or self.require("rope_theta")
-        compress_theta = self.require("compress_rope_theta")
+        for name, part in (("main", main), ("compress", compress)):
+            if not isinstance(part, Mapping):
+                raise UnsupportedError(f"config.rope_parameters.{name}: expected a mapping, got {part!r}")
+        scaling = compress or self.mapping("rope_scaling")
         scaled = RopeSpec(
-            theta=float(compress_theta),
+            theta=_positive("config.compress_rope_theta", self.require("compress_rope_theta")),
             dim=dim,
-            factor=float(scaling.get("factor", 1.0)),
-            original_positions=int(scaling.get("original_max_position_embeddings", 0)),
-            beta_fast=float(scaling.get("beta_fast", 32)),
-            beta_slow=float(scaling.get("beta_slow", 1)),
+            factor=_positive("rope scaling's factor", scaling.get("factor", 1.0)),
+            original_positions=_whole(
+                "rope scaling's original_max_position_embeddings", scaling.get("original_max_position_embeddings", 0)
+            ),
+            beta_fast=_positive("rope scaling's beta_fast", scaling.get("beta_fast", 32)),
+            beta_slow=_positive("rope scaling's beta_slow", scaling.get("beta_slow", 1)),
         )
-        return RopeSpec(theta=float(window_theta), dim=dim), scaled
+        window_theta = main.get("rope_theta") or self.require("rope_theta")
+        return RopeSpec(theta=_positive("config.rope_theta", window_theta), dim=dim), scaled
