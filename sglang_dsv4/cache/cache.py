@@ -1,8 +1,10 @@
 """The compressed KV cache as one object."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from operator import index
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +25,7 @@ from sglang_dsv4.cache.storage import CacheStorage, Capacity
 from sglang_dsv4.spec import CacheSpec
 
 CHECK_LEVELS = ("off", "pages", "memory")
+Held = TypeVar("Held", Request, Snapshot)
 
 
 class CompressedKVCache:
@@ -36,9 +39,10 @@ class CompressedKVCache:
     it holds its pages: whatever happens to other requests, it can be finished. Its own requests can only be closed then,
     or rewound to a snapshot. No operation harms a step of other requests that is under way.
 
-    An operation that fails or is interrupted changes nothing, with three exceptions that the object remembers: an append has
-    to be taken back by ``abandon``, an ``abandon`` and a ``rewind`` have to be called again (or the request closed); until then
-    the requests concerned are refused.
+    An operation that is cut off at any tensor operation, because memory runs out or the user interrupts, changes nothing, with
+    three exceptions that the object remembers: an append has to be taken back by ``abandon``; an ``abandon`` and a ``rewind``
+    have to be called again, or their requests closed. Until then these requests are refused. If a check that ``checks`` asked
+    for fails, what the operation made is gone again, and anything else that it did is done.
 
     Args:
         spec (CacheSpec): from `CacheSpec.from_hf`.
@@ -92,9 +96,7 @@ class CompressedKVCache:
         Raises:
             OutOfPagesError: every state slot is taken; nothing was changed.
         """
-        request = self.requests.open()
-        self._after()
-        return request
+        return self._handed_out(self.requests.open())
 
     def close(self, held: Request | Snapshot) -> None:
         """End a sequence, or drop a snapshot, and free what it alone holds.
@@ -104,10 +106,7 @@ class CompressedKVCache:
         Raises:
             UnknownRequestError: not open, not taken, or closed already, or another cache's; nothing was changed.
         """
-        if isinstance(held, Snapshot):
-            self.requests.release(held)
-        else:
-            self.requests.close(held)
+        self._end(held)
         self._after()
 
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
@@ -162,9 +161,7 @@ class CompressedKVCache:
         slot = self.requests.next_slot()
         for state in self.storage.stream_state:  # into a free slot: nothing is changed until the books are
             state[slot] = state[request.state_slot]
-        twin = self.requests.fork(request)
-        self._after("fork")
-        return twin
+        return self._handed_out(self.requests.fork(request), "fork")
 
     def truncate(self, request: Request, seq_len: int) -> None:
         """Cut a sequence back by draft tokens; moves nothing.
@@ -209,13 +206,9 @@ class CompressedKVCache:
         """
         self.requests.check_settled(request)
         if pages_only:
-            taken = self.requests.keep_page_cut(request)
-            self._after()
-            return taken
+            return self._handed_out(self.requests.keep_page_cut(request))
         state = tuple(state[request.state_slot].clone() for state in self.storage.stream_state)
-        taken = self.requests.keep(request, state)
-        self._after("snapshot")
-        return taken
+        return self._handed_out(self.requests.keep(request, state), "snapshot")
 
     def restore(self, snapshot: Snapshot) -> Request:
         """Start a sequence that continues from a snapshot; the snapshot stays.
@@ -226,9 +219,7 @@ class CompressedKVCache:
         """
         self.requests.check_kept(snapshot)
         self._put_state(self.requests.next_slot(), snapshot)
-        request = self.requests.open(snapshot.seq_len, snapshot.min_len, snapshot.pages)
-        self._after("restore")
-        return request
+        return self._handed_out(self.requests.open(snapshot.seq_len, snapshot.min_len, snapshot.pages), "restore")
 
     def save(self, request: Request, path: Path | str, extra: dict[str, str] | None = None) -> None:
         """Write a sequence to disk: the manifest at ``path``, its pages in the folder ``dsv4kv-pages`` beside it.
@@ -261,9 +252,7 @@ class CompressedKVCache:
             SavedFileError: missing, damaged, of a newer format or of another spec; nothing was changed.
             OutOfPagesError: no room; nothing was changed.
         """
-        request = load_request(self.spec, self.requests, self._transfer(), Path(path))
-        self._after()
-        return request
+        return self._handed_out(load_request(self.spec, self.requests, self._transfer(), Path(path)))
 
     def report(self) -> CacheReport:
         """Where the bytes are; equal to what is really allocated."""
@@ -301,6 +290,20 @@ class CompressedKVCache:
         if snapshot.state:  # one of pages alone needs none
             for state, kept in zip(self.storage.stream_state, snapshot.state, strict=True):
                 state[slot] = kept
+
+    def _end(self, held: Request | Snapshot) -> None:
+        if isinstance(held, Snapshot):
+            self.requests.release(held)
+        else:
+            self.requests.close(held)
+
+    def _handed_out(self, made: Held, copied_state_by: str | None = None) -> Held:
+        """`_after` an operation that makes something, which is gone again if a check fails or is interrupted."""
+        with ExitStack() as otherwise:
+            otherwise.callback(self._end, made)
+            self._after(copied_state_by)
+            otherwise.pop_all()
+        return made
 
     def _after(self, copied_state_by: str | None = None) -> None:
         """Count a copy of one request's stream state, and check what the user asked to have checked."""

@@ -47,6 +47,7 @@ class StepPlan:
         copied (set[int]): layers whose shared rows were copied.
         started (set[tuple[int, Part]]): what layers have begun to write.
         appended (set[tuple[int, Part]]): what they have written whole.
+        is_given_up (bool): an abandon of it has begun, so that its requests' state may be that of before.
     """
 
     step: StepTensors
@@ -58,6 +59,7 @@ class StepPlan:
     copied: set[int] = field(default_factory=set)
     started: set[tuple[int, Part]] = field(default_factory=set)
     appended: set[tuple[int, Part]] = field(default_factory=set)
+    is_given_up: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@ from dsv4_kernels.memory import set_poison
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.errors import OutOfPagesError, StalePlanError, TruncateError, UnknownRequestError
 from tests.cache.driver import (
+    FORMATS,
     CompressorInput,
     TokenInputs,
     WindowInput,
@@ -22,11 +23,11 @@ DRAFT = 5
 VOCABULARY = 7
 
 
-def make_cache(formats=("bf16", "bf16"), num_pages=24, max_requests=6, draft=DRAFT):
+def make_cache(formats=("bf16", "bf16"), num_pages=24, max_requests=6, draft=DRAFT, checks="off"):
     """Small pages, poisoned memory."""
     set_poison(True)
     spec = make_spec(formats, page_tokens=128, max_draft_tokens=draft)
-    return CompressedKVCache(spec, num_pages=num_pages, max_requests=max_requests)
+    return CompressedKVCache(spec, num_pages=num_pages, max_requests=max_requests, checks=checks)
 
 
 class Words:
@@ -125,6 +126,30 @@ def test_truncate_and_go_on(cache, length):
         feed(cache, list(items))
     for branch, mine in zip(branches, texts, strict=True):
         assert reachable_bytes(cache, branch) == text.expected(cache, mine)
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+@pytest.mark.parametrize("length", [450, 386])
+def test_a_fork_that_writes_and_is_cut_back_has_the_rows_of_the_shorter_length(formats, length):
+    """The first write copies what the request needs at any length that it may be cut back to, not at its own alone.
+
+    Pages of 256 tokens are longer than a window: the oldest row that a cut needs lies in the page that is copied.
+    """
+    set_poison(True)
+    cache = CompressedKVCache(make_spec(formats, max_draft_tokens=DRAFT), num_pages=6, max_requests=3)
+    text = Words(cache.spec)
+    trunk = cache.open()
+    tokens = text.append(cache, trunk, [], words(length))
+    for back in range(1, DRAFT):
+        twin = cache.fork(trunk)
+        text.append(cache, twin, tokens, [3])
+        assert twin.pages.window[-1] != trunk.pages.window[-1]
+        cache.truncate(twin, length - back)
+        cache.check_integrity(memory=True)
+        assert reachable_bytes(cache, twin) == text.expected(cache, tokens[: length - back])
+        both = text.append(cache, twin, tokens[: length - back], words(7, 2))
+        assert reachable_bytes(cache, twin) == text.expected(cache, both)
+        cache.close(twin)
 
 
 def test_truncate_too_far_says_where_it_could_go(cache):

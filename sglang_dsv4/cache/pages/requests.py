@@ -222,10 +222,7 @@ class Requests:
     def check_settled(self, request: Request) -> None:
         """Raise unless the request is open here, whole, and no appended plan of it waits for its commit."""
         self.check_open(request)
-        if request.is_damaged:
-            raise DamagedRequestError(
-                f"{request}: its stream state was left half written by a rewind that failed; expected rewind or close first"
-            )
+        _check_whole(request)
         if self._step_of(request) is not None:
             raise StalePlanError(f"{request}: its last plan was appended; expected commit, abandon or close first")
 
@@ -241,6 +238,10 @@ class Requests:
     def check_plan(self, plan: StepPlan) -> None:
         """Raise unless a plan can be appended, or appended further, and committed."""
         if plan in self._steps:
+            for item in self._steps[plan].values():
+                _check_whole(item.request)
+            if plan.is_given_up:
+                raise StalePlanError("plan: an abandon of it was cut off; expected abandon again")
             if len(self._steps[plan]) < len(plan.items):
                 raise StalePlanError(
                     "plan: one of its requests was closed or cut back; expected abandon, then a new plan of the others"
@@ -295,3 +296,10 @@ class Requests:
             self.allocator.withdraw(self._steps[plan].pop(request.req_id).grant)
             if not self._steps[plan]:
                 del self._steps[plan]
+
+
+def _check_whole(request: Request) -> None:
+    if request.is_damaged:
+        raise DamagedRequestError(
+            f"{request}: a rewind that failed left its stream state half written; expected rewind or close first"
+        )

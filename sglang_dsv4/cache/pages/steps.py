@@ -92,6 +92,7 @@ class OwnedSteps:
                 )
             return
         items = self._requests.items_of(plan)
+        plan.is_given_up = True
         put_back = [self.undo.put_back(plan, item) for item in items]
         self._requests.abandon(plan)
         for item, was_overwritten in zip(items, put_back, strict=True):
