@@ -210,12 +210,16 @@ class RegionTable:
     Attributes:
         layers (tuple[tuple[Region, ...], ...]): by layer.
         page_tokens (int): tokens per page.
+        most_window_pages (int): window pages that a sequence holds at most while no step of it crosses a page boundary.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
         self.layers = tuple(layer_regions(spec, layer) for layer in spec.layers)
         self.page_tokens = spec.page_tokens
         self._places = {region.places: region for region in self}
+        # At a page boundary the next page is taken before the oldest one can be given up.
+        far = spec.page_tokens * (spec.window + spec.max_draft_tokens + 1)
+        self.most_window_pages = 1 + len(self.window_pages(far, far - spec.max_draft_tokens))
 
     def __iter__(self) -> Iterator[Region]:
         return (region for regions in self.layers for region in regions)

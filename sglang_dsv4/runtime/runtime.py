@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sglang_dsv4.cache import CompressedKVCache, Request, Snapshot, prune_saved
+from sglang_dsv4.cache.pages.room import Growth
 from sglang_dsv4.cache.persist.prune import Pruned
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError
 from sglang_dsv4.runtime.checkpoint import load_checkpoint
@@ -14,7 +15,7 @@ from sglang_dsv4.runtime.handle import Handle, HandleSnapshot, Sink
 from sglang_dsv4.runtime.job import Job
 from sglang_dsv4.runtime.model import CachedModel
 from sglang_dsv4.runtime.output import Completion, Output, Stop, StopRule
-from sglang_dsv4.runtime.prefix_cache.eviction import make_room
+from sglang_dsv4.runtime.prefix_cache.eviction import check_room, make_room
 from sglang_dsv4.runtime.prefix_cache.index import PrefixIndex
 from sglang_dsv4.runtime.sampling import Sampler
 from sglang_dsv4.runtime.saved import pack_sequence, unpack_sequence
@@ -103,6 +104,7 @@ class Runtime:
         """
         self.collect()
         sequence = LiveSequence(self.text.encode(text_or_ids))
+        self._check_prompt(sequence)
         self._run([Job(sequence, self._silent(), Sampler(0.0, 0), stays_open=True)], progress=False)
         return self.adopt(sequence, stream)
 
@@ -153,6 +155,9 @@ class Runtime:
                 jobs.append(Job(LiveSequence(self.text.encode(prompt)), output, sampler))
         if len({id(job.sequence) for job in jobs}) != len(jobs):
             raise ValueError("prompts: expected each handle once")
+        for job in jobs:
+            if not job.is_owned:
+                self._check_prompt(job.sequence)
         owned = [job.sequence for job in jobs if job.is_owned]
         self._make_room([(s, s.num_pending + max_new_tokens) for s in owned])
         self._run(jobs, progress)
@@ -272,9 +277,15 @@ class Runtime:
     def _silent(self) -> Output:
         return Output(self.text, StopRule((), ()), max_new_tokens=0)
 
+    def _check_prompt(self, sequence: LiveSequence) -> None:
+        """Raise unless a new sequence can fit beside what is held now, the index aside."""
+        check_room(self.cache, self.index, [self.index.growth(sequence.tokens, self._live)])
+
     def _make_room(self, growth: Sequence[tuple[LiveSequence, int]]) -> None:
-        requests = [(s.request, count) for s, count in growth if s.request is not None]
-        make_room(self.cache, self.index, requests)
+        requests = ((sequence.request, count) for sequence, count in growth)
+        make_room(
+            self.cache, self.index, [Growth(r.pages, r.seq_len, r.seq_len + count) for r, count in requests if r is not None]
+        )
 
     def _run(self, jobs: Sequence[Job], progress: bool) -> None:
         started = sum(job.left for job in jobs)

@@ -204,7 +204,7 @@ def test_generate_that_does_not_fit_changes_nothing(small_checkpoint):
         handle.append(make_tokens(300))
     assert handle.seq_len == 340 and fingerprint(runtime, handle) == before
     assert handle.generate(44, stop=()).finish == "length"  # the last token of the third page
-    with pytest.raises(OutOfPagesError, match="does not fit beside what is held"):
+    with pytest.raises(OutOfPagesError, match="1 more tokens need 1 history pages"):
         runtime.open(make_tokens(1, salt=1))
     handle.close()
     assert_nothing_held(runtime)

@@ -37,7 +37,7 @@ def test_a_prompt_that_does_not_fit_alone(small_checkpoint):
     runtime = make_runtime(small_checkpoint, num_pages=3, debug=True)
     with pytest.raises(OutOfPagesError, match="does not fit beside what is held: .* free, got 0 of 3"):
         runtime.generate([make_tokens(380), make_tokens(20)], 20, stop=())
-    with pytest.raises(OutOfPagesError, match="a sequence of 400 tokens does not fit"):
+    with pytest.raises(OutOfPagesError, match="400 more tokens need 4 history pages"):
         runtime.open(make_tokens(400))
     assert_nothing_held(runtime)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageGrant, PageList
+from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.cache.storage import Capacity
 from sglang_dsv4.errors import OutOfPagesError
 
@@ -80,6 +81,10 @@ class PageAllocator:
     def capacity(self) -> Capacity:
         return self._capacity
 
+    def pool(self, owner: Owner) -> FreeList:
+        """The free list of a kind of page, or of state slots."""
+        return {Owner.HISTORY_PAGE: self.history, Owner.WINDOW_PAGE: self.window, Owner.STATE_SLOT: self.slots}[owner]
+
     def counts(self) -> dict[str, int]:
         return {
             "history_pages": self.history.size,
@@ -103,10 +108,6 @@ class PageAllocator:
         """
         history, window = _Reservation(self.history), _Reservation(self.window)
         return [self._grant(pages, seq_len, new_len, history, window) for pages, seq_len, new_len in sequences]
-
-    def history_pages_for(self, pages: PageList, seq_len: int, new_len: int) -> int:
-        """How many history pages a sequence takes when it grows from ``seq_len`` to ``new_len`` tokens."""
-        return self._new_pages(pages, new_len) + self._copies(self.history, pages.history, seq_len, new_len)
 
     def _grant(self, pages: PageList, seq_len: int, new_len: int, history: _Reservation, window: _Reservation) -> PageGrant:
         count = self._new_pages(pages, new_len)

@@ -6,9 +6,10 @@ import torch
 
 from sglang_dsv4.cache.pages.allocator import PageAllocator
 from sglang_dsv4.cache.pages.request import Request, Snapshot
+from sglang_dsv4.cache.pages.room import Growth, Held, Room, room_for
 from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageGrant, PageList
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
-from sglang_dsv4.cache.regions import RegionTable
+from sglang_dsv4.cache.regions import Owner, RegionTable
 from sglang_dsv4.errors import DamagedRequestError, StalePlanError, TruncateError, UnknownRequestError
 
 
@@ -147,9 +148,18 @@ class Requests:
         grants = self.allocator.grant([(request.pages, request.seq_len, request.seq_len + new) for request, new in items])
         return tuple(PlannedRequest(request, new, grant) for (request, new), grant in zip(items, grants, strict=True))
 
-    def history_pages_for(self, growth: Sequence[tuple[Request, int]]) -> int:
-        """How many history pages requests take when each grows by so many tokens."""
-        return sum(self.allocator.history_pages_for(r.pages, r.seq_len, r.seq_len + count) for r, count in growth)
+    def room_for(self, growth: Sequence[Growth], without: Held | None = None) -> tuple[Room, Room]:
+        """History and window pages that sequences take while they grow, and how many are free; see `Growth`.
+
+        Args:
+            growth (Sequence[Growth]): open requests, or sequences that would begin with the pages of others.
+            without (Held | None): owners to leave out, such as all entries of a prefix index.
+        """
+        return room_for(self._table, self.allocator, growth, without or {})
+
+    def num_owners(self, owner: Owner, page: int) -> int:
+        """How many sequences and snapshots hold a page."""
+        return self.allocator.pool(owner).owners[page]
 
     def begin(self, plan: StepPlan) -> None:
         """Hold a plan's pages from its first write on."""

@@ -1,12 +1,13 @@
 """Which beginnings of sequences the cache still holds, so that a new one continues from there."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from sglang_dsv4.cache import CompressedKVCache, Request
-from sglang_dsv4.cache.pages.allocator import FreeList
-from sglang_dsv4.cache.pages.tables import NULL_PAGE
+from sglang_dsv4.cache.pages.room import Growth
+from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageList
+from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.runtime.prefix_cache.tree import Entry, PrefixTree
 from sglang_dsv4.runtime.sequence import LiveSequence
 
@@ -43,6 +44,10 @@ class PrefixIndex:
     Args:
         cache (CompressedKVCache): owns its pages.
         max_ends (int): ends kept, at most.
+
+    Attributes:
+        counters (IndexCounters): how often it helped.
+        held (dict[Owner, Counter[int]]): of each history and window page, how many entries hold it.
     """
 
     def __init__(self, cache: CompressedKVCache, max_ends: int) -> None:
@@ -51,7 +56,7 @@ class PrefixIndex:
         self._max_ends = max_ends
         self._tree = PrefixTree(self.page_tokens)
         self._entries: dict[int, Entry] = {}  # by snapshot, least recently used first
-        self._held = {"history": Counter[int](), "window": Counter[int]()}
+        self.held = {Owner.HISTORY_PAGE: Counter[int](), Owner.WINDOW_PAGE: Counter[int]()}
 
     @property
     def page_tokens(self) -> int:
@@ -71,7 +76,7 @@ class PrefixIndex:
     @property
     def num_pages(self) -> int:
         """History pages that an entry holds, each counted once."""
-        return len(self._held["history"])
+        return len(self.held[Owner.HISTORY_PAGE])
 
     @property
     def state_bytes(self) -> int:
@@ -84,6 +89,15 @@ class PrefixIndex:
         best = self._best(tokens)
         return 0 if best is None else best.snapshot.seq_len
 
+    def growth(self, tokens: list[int], others: Iterable[LiveSequence] = ()) -> Growth:
+        """What a new sequence of these tokens adds to what it would begin with; arguments as in `begin`."""
+        entry, twin = self._source(tokens, others)
+        if twin is not None and twin.request is not None:
+            pages, length = twin.request.pages, twin.num_fed
+        else:
+            pages, length = (PageList(), 0) if entry is None else (entry.snapshot.pages, entry.snapshot.seq_len)
+        return Growth(pages, length, len(tokens), is_open=False)
+
     def begin(self, sequence: LiveSequence, others: Iterable[LiveSequence] = ()) -> None:
         """Give a sequence a request that holds as many of its tokens as possible.
 
@@ -95,9 +109,7 @@ class PrefixIndex:
             OutOfPagesError: every state slot is taken; nothing was changed.
         """
         tokens = sequence.tokens
-        entry = self._best(tokens)
-        length = 0 if entry is None else entry.snapshot.seq_len
-        twin = self._best_other(tokens, others, length)
+        entry, twin = self._source(tokens, others)
         if twin is not None and twin.request is not None:
             sequence.request = self._cache.fork(twin.request)
             sequence.logits = twin.logits
@@ -149,9 +161,13 @@ class PrefixIndex:
         Returns:
             bool: whether there was one; several may have to go until a page is free.
         """
-        entries = self._entries.values()
-        for is_in_the_way in (self._holds_history, lambda entry: entry.tail, self._holds_window):
-            entry = next((entry for entry in entries if is_in_the_way(entry)), None)
+        stands_in_the_way: tuple[Callable[[Entry], object], ...] = (
+            lambda entry: self._frees(Owner.HISTORY_PAGE, entry),
+            lambda entry: entry.tail,
+            lambda entry: self._frees(Owner.WINDOW_PAGE, entry),
+        )
+        for rule in stands_in_the_way:
+            entry = next(filter(rule, self._entries.values()), None)
             if entry is not None:
                 self._drop(entry)
                 self.counters.evictions += 1
@@ -171,7 +187,12 @@ class PrefixIndex:
                 best = entry
         return best
 
-    def _best_other(self, tokens: list[int], others: Iterable[LiveSequence], longer_than: int) -> LiveSequence | None:
+    def _source(self, tokens: Sequence[int], others: Iterable[LiveSequence]) -> tuple[Entry | None, LiveSequence | None]:
+        """The entry that begins the tokens with the longest part, and an open sequence that does so with a longer one."""
+        entry = self._best(tokens)
+        return entry, self._best_other(tokens, others, 0 if entry is None else entry.snapshot.seq_len)
+
+    def _best_other(self, tokens: Sequence[int], others: Iterable[LiveSequence], longer_than: int) -> LiveSequence | None:
         best = None
         for other in others:
             request, length = other.request, other.num_fed
@@ -207,31 +228,26 @@ class PrefixIndex:
         self._tree.add(entry)
         self._entries[entry.snapshot.snapshot_id] = entry
         for kind, pages in self._pages(entry).items():
-            self._held[kind].update(pages)
+            self.held[kind].update(pages)
         self._use(entry)
 
     def _drop(self, entry: Entry) -> None:
         self._tree.remove(entry)
         del self._entries[entry.snapshot.snapshot_id]
         for kind, pages in self._pages(entry).items():
-            self._held[kind].subtract(pages)
+            self.held[kind].subtract(pages)
             for page in pages:
-                if not self._held[kind][page]:
-                    del self._held[kind][page]
+                if not self.held[kind][page]:
+                    del self.held[kind][page]
         self._cache.close(entry.snapshot)
 
-    def _holds_history(self, entry: Entry) -> bool:
-        return self._is_alone("history", entry, self._cache.requests.allocator.history)
-
-    def _holds_window(self, entry: Entry) -> bool:
-        return self._is_alone("window", entry, self._cache.requests.allocator.window)
-
-    def _is_alone(self, kind: str, entry: Entry, pages: FreeList) -> bool:
+    def _frees(self, kind: Owner, entry: Entry) -> bool:
         """Whether entries are the only owners of one of its pages."""
-        held = self._held[kind]
-        return any(pages.owners[page] == held[page] for page in self._pages(entry)[kind])
+        books = self._cache.requests
+        return any(books.num_owners(kind, page) == self.held[kind][page] for page in self._pages(entry)[kind])
 
     @staticmethod
-    def _pages(entry: Entry) -> dict[str, list[int]]:
+    def _pages(entry: Entry) -> dict[Owner, list[int]]:
         pages = entry.snapshot.pages
-        return {"history": pages.history, "window": [page for page in pages.window if page != NULL_PAGE]}
+        window = [page for page in pages.window if page != NULL_PAGE]
+        return {Owner.HISTORY_PAGE: pages.history, Owner.WINDOW_PAGE: window}

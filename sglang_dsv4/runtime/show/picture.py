@@ -5,7 +5,7 @@ from typing import Any
 
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cache.pages.tables import NULL_PAGE
-from sglang_dsv4.cache.regions import Owner
+from sglang_dsv4.cache.regions import Owner, layer_regions
 from sglang_dsv4.runtime.sequence import LiveSequence
 from sglang_dsv4.runtime.show.figure import draw_figure, draw_svg
 from sglang_dsv4.runtime.show.layout import BlockLane, PageBox, SequenceLayout
@@ -55,7 +55,8 @@ def draw_sequence(cache: CompressedKVCache, sequence: LiveSequence, text: Text) 
     lanes = []
     for ratio, kind in kinds:
         length, tail = request.seq_len, request.tail_len(ratio)
-        rows = next(r.rows_per_owner for r in cache.storage.table.owned_by(Owner.STATE_SLOT) if r.ratio == ratio)
+        layer = next(layer for layer in spec.layers if layer.ratio == ratio)
+        rows = next(region.rows_per_owner for region in layer_regions(spec, layer) if region.owner is Owner.STATE_SLOT)
         held = f"rows of the last {rows} tokens" if kind == "csa" else f"sums after the last {rows}"
         lanes.append(
             BlockLane(
@@ -82,7 +83,7 @@ def draw_sequence(cache: CompressedKVCache, sequence: LiveSequence, text: Text) 
 def _page_boxes(cache: CompressedKVCache, sequence: LiveSequence) -> list[PageBox]:
     request, page_tokens = sequence.request, cache.spec.page_tokens
     assert request is not None, "an open sequence has a request"
-    allocator = cache.requests.allocator
+    num_owners = cache.requests.num_owners
     boxes = []
     for index, (history, window) in enumerate(zip(request.pages.history, request.pages.window, strict=True)):
         held = window != NULL_PAGE
@@ -91,9 +92,9 @@ def _page_boxes(cache: CompressedKVCache, sequence: LiveSequence) -> list[PageBo
                 begin=index * page_tokens,
                 end=min(request.seq_len, (index + 1) * page_tokens),
                 history=history,
-                history_owners=allocator.history.owners[history],
+                history_owners=num_owners(Owner.HISTORY_PAGE, history),
                 window=window if held else None,
-                window_owners=allocator.window.owners[window] if held else 0,
+                window_owners=num_owners(Owner.WINDOW_PAGE, window) if held else 0,
             )
         )
     return boxes
