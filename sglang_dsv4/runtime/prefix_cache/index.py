@@ -187,12 +187,12 @@ class PrefixIndex:
                 best = entry
         return best
 
-    def _source(self, tokens: Sequence[int], others: Iterable[LiveSequence]) -> tuple[Entry | None, LiveSequence | None]:
+    def _source(self, tokens: list[int], others: Iterable[LiveSequence]) -> tuple[Entry | None, LiveSequence | None]:
         """The entry that begins the tokens with the longest part, and an open sequence that does so with a longer one."""
         entry = self._best(tokens)
         return entry, self._best_other(tokens, others, 0 if entry is None else entry.snapshot.seq_len)
 
-    def _best_other(self, tokens: Sequence[int], others: Iterable[LiveSequence], longer_than: int) -> LiveSequence | None:
+    def _best_other(self, tokens: list[int], others: Iterable[LiveSequence], longer_than: int) -> LiveSequence | None:
         best = None
         for other in others:
             request, length = other.request, other.num_fed
