@@ -17,7 +17,7 @@ class Attention(ABC):
 
     Args:
         cache (CompressedKVCache | ExternalKVCache): whose layers ``run`` gets.
-        num_heads (int | None): query heads, for kernels that take bf16 queries of so many heads; None for any queries.
+        bf16_heads (int | None): for kernels that take bf16 queries of one number of heads: that number; None for any queries.
 
     Attributes:
         kinds (tuple[ListKind, ...]): by layer, which rows its queries attend to.
@@ -27,10 +27,10 @@ class Attention(ABC):
 
     name: str
 
-    def __init__(self, cache: CompressedKVCache | ExternalKVCache, num_heads: int | None = None) -> None:
+    def __init__(self, cache: CompressedKVCache | ExternalKVCache, bf16_heads: int | None = None) -> None:
         self.spec = cache.spec
         self.device = cache.device
-        self.num_heads = num_heads
+        self._bf16_heads = bf16_heads
         self.kinds = tuple(kind_of(cache.spec, layer) for layer in cache.spec.layers)
         self.distinct_kinds = tuple(dict.fromkeys(self.kinds))
         self.sm_scale: float = cache.spec.head_dim**-0.5
@@ -117,9 +117,9 @@ class Attention(ABC):
         for what, tensor in (("q", q), ("selected rows", selected)):
             if tensor is not None and tensor.shape[0] != plan.num_tokens:
                 raise ValueError(f"{name} {what}: expected {plan.num_tokens} tokens, got {tensor.shape[0]}")
-        if self.num_heads is None:
+        if self._bf16_heads is None:
             return
-        if q.dtype != torch.bfloat16 or q.shape[1:] != (self.num_heads, self.spec.head_dim):
+        if q.dtype != torch.bfloat16 or q.shape[1:] != (self._bf16_heads, self.spec.head_dim):
             raise ValueError(
-                f"{name} q: expected bfloat16 [T, {self.num_heads}, {self.spec.head_dim}], got {q.dtype} {tuple(q.shape)}"
+                f"{name} q: expected bfloat16 [T, {self._bf16_heads}, {self.spec.head_dim}], got {q.dtype} {tuple(q.shape)}"
             )

@@ -116,7 +116,8 @@ class FlashInferAttention(Attention):
         fixed: FixedShape | None = None,
         workspace: Workspace | None = None,
     ) -> None:
-        super().__init__(cache, num_heads)
+        super().__init__(cache, bf16_heads=num_heads)
+        self.num_heads = num_heads
         found = device.device_of(cache.device)
         fault = FLASHINFER.why_not(found, cache.spec.row_format, num_heads)
         if fault:

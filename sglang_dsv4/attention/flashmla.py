@@ -48,7 +48,8 @@ class FlashMLAAttention(Attention):
     name = "flashmla"
 
     def __init__(self, cache: CompressedKVCache | ExternalKVCache, num_heads: int, *, fixed: FixedShape | None = None) -> None:
-        super().__init__(cache, num_heads)
+        super().__init__(cache, bf16_heads=num_heads)
+        self.num_heads = num_heads
         fault = FLASHMLA.why_not(device_of(cache.device), cache.spec.row_format, num_heads)
         if fault:
             raise UnsupportedError(f"attention flashmla: {fault}")
