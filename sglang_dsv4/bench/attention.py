@@ -220,7 +220,7 @@ def attend(case: AttentionCase, row_format: str, device: torch.device) -> Iterat
         eager["torch"] = partial(naive_sparse_attention, *operands)
     shape = f"{len(case.starts)} requests, {case.num_tokens} tokens, {len(work.q)} layers"
     checked = partial(check, work, calls, planned)
-    yield Job("attention", case.name, shape, row_format, "bfloat16", work.bytes_needed(), checked, calls, eager)
+    yield Job("attention", case.name, shape, row_format, "", work.bytes_needed(), checked, calls, eager)
 
 
 def jobs(quick: bool, device: torch.device) -> Iterator[Named]:

@@ -23,7 +23,7 @@ class Job:
         case (str): the case, by name.
         shape (str): its shape, for people.
         row_format (str): format of the rows or keys that are written or read.
-        input_dtype (str): type of the new tokens' rows.
+        input_dtype (str): type of the new tokens' rows; empty where there is but one.
         moved (int): fewest bytes that a call can move.
         check (Callable[[], dict]): raises unless ours gives what the reference gives; returns further columns of the row, by
             variant where each has a row of its own.
