@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs.generate import PAGES, PICTURE, PICTURE_TOKENS, filled
+from sglang_dsv4.cli import main
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -69,6 +70,22 @@ def test_messages_that_are_quoted_are_in_the_code():
     assert len(quoted) > 20
     assert [message for message in quoted if not is_said(message, said)] == []
     assert not is_said("window pool: expected … pages or more", said)
+
+
+def quick_start(page):
+    """Its program, and what it prints."""
+    section = page.partition("## Quick start")[2]
+    return re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", section, re.DOTALL).groups()
+
+
+def test_the_quick_start_prints_what_the_page_says(tmp_path, monkeypatch, capsys):
+    program, printed = quick_start((ROOT / "README.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["make-tiny", "tiny"]) == 0
+    capsys.readouterr()
+    exec(compile(program, "README.md", "exec"), {})
+    found = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert len(found) > 5 and found == printed.splitlines()
 
 
 def missing_paths(text):
