@@ -15,7 +15,7 @@ from rich.table import Table
 from sglang_dsv4.bench import attention, cuts, diff, flush, index, serve_command, step_plan
 from sglang_dsv4.bench.job import load, measure
 from sglang_dsv4.bench.timing import copy_bandwidth, need_cuda
-from sglang_dsv4.check.compare.machine import environment
+from sglang_dsv4.check.machine import environment
 
 Parsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _COLUMNS = ("op", "case", "row_format", "input_dtype", "variant", "us", "p10_us", "p90_us", "bytes", "copy_percent")

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from sglang_dsv4.check.compare.ask import Scorer, make_questions
-from sglang_dsv4.check.compare.client import ServeClient
+from sglang_dsv4.check.bound import Spread, spread_of
+from sglang_dsv4.check.client import Client
+from sglang_dsv4.check.compare.answers import Passes, Scorer, write_answers
 from sglang_dsv4.check.compare.exact import exact_differences, expect_of_checkpoint
-from sglang_dsv4.check.compare.judge import Spread, Verdict, judge, spread_of
-from sglang_dsv4.check.compare.machine import environment
-from sglang_dsv4.check.compare.runs import Passes, write_answers
-from sglang_dsv4.check.compare.side import OURS, ROUNDED, THEIRS
-from sglang_dsv4.check.compare.verdicts import bound_of
+from sglang_dsv4.check.compare.questions import make_questions
+from sglang_dsv4.check.compare.result import Runs
+from sglang_dsv4.check.judge import Verdict, judge
+from sglang_dsv4.check.machine import environment
+from sglang_dsv4.check.server import OURS, ROUNDED, THEIRS
 
 CONCURRENCY = 8
 NUM_EXACT = 8  # answers that transformers computes: on a CPU a second or two each
@@ -38,7 +39,7 @@ async def check(
     Raises:
         ValueError: an answer is wrong; names it.
     """
-    clients = {name: ServeClient(url) for name, url in urls.items()}
+    clients = {name: Client(url) for name, url in urls.items()}
     passes = Passes(make_questions(count, longest, 1), CONCURRENCY)
     found = {name: await passes.run(client, name) for name, client in clients.items()}
     every = [run for runs in found.values() for run in runs]
@@ -56,7 +57,7 @@ async def check(
         differences = exact_differences(checkpoint, passes.questions, cold.answers, NUM_EXACT, device)
         exact = spread_of(differences)
         expect_of_checkpoint(exact, cold.answers, checkpoint)
-    bound = bound_of(found[reference], judged, found.get(ROUNDED), scored, exact)
+    bound = Runs(passes.questions, found[reference], judged or found[reference], found.get(ROUNDED)).bound(scored, exact)
     verdict = Verdict()
     for run in judged:
         for number, answer in enumerate(run.answers):

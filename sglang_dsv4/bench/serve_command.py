@@ -5,37 +5,24 @@ import asyncio
 import json
 import os
 import shlex
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
-from rich.text import Text
 
 from sglang_dsv4.bench.serve_check import check
 from sglang_dsv4.bench.serve_cores import Cores, pin, pin_client, share_out
 from sglang_dsv4.bench.serve_report import rows, summarize, table
+from sglang_dsv4.bench.serve_start import start_at_once, start_in_turn
 from sglang_dsv4.bench.serve_work import Work, all_work, chats
-from sglang_dsv4.check.compare.checkpoint import ready_checkpoint
-from sglang_dsv4.check.compare.client import ServeClient
-from sglang_dsv4.check.compare.machine import environment
-from sglang_dsv4.check.compare.options import add_server_options, begin, check_model
-from sglang_dsv4.check.compare.side import (
-    NATIVE_ROWS,
-    OURS,
-    ROUNDED,
-    THEIRS,
-    Side,
-    SideServer,
-    facts_of,
-    naming_the_dead,
-    start_at_once,
-    start_in_turn,
-    starting,
-    wait_until_ready,
-)
-from sglang_dsv4.check.demo.server import ServerDiedError
+from sglang_dsv4.bench.timed_stream import TimedClient
+from sglang_dsv4.check.checkpoint import ready_checkpoint, shaped_spec
+from sglang_dsv4.check.command_line import add_server_options, check_arguments, device_of, run_guarded
+from sglang_dsv4.check.compare.fleet import starting
+from sglang_dsv4.check.machine import environment
+from sglang_dsv4.check.server import NATIVE_ROWS, OURS, ROUNDED, THEIRS, Server, Side, naming_the_dead, wait_until_ready
+from sglang_dsv4.check.server_facts import facts_of
 from sglang_dsv4.tiny.command import read_ratios
 
 NO_PEER = "SGLang 0.5.17's own DeepSeek-V4 cache does not run on a CPU: ours alone was measured"
@@ -86,56 +73,57 @@ def add_parser(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
-    console, device = begin(args)
+    console = Console(width=160)
+    return run_guarded(lambda: _run(args, console), console)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    check_arguments(args)
+    device = device_of(args)
     shape = "flash" if device == "cuda" else "tiny"
-    try:
-        check_model(args.model)
-        chosen = chosen_work(args, device)
-        sides, rounded = make_sides(args, device), make_rounded(args, device)
-        checkpoint = args.model or ready_checkpoint(
-            args.build_dir, shape, console.print, args.layers or read_ratios(LAYERS[device])
-        )
-        model = json.loads((checkpoint / "config.json").read_text()) | {"weights": "random"}
-        report: dict[str, Any] = {
-            "environment": environment(device),
-            "model": model,
-            "not_run": [NO_PEER] if device == "cpu" else [],
-            "rounds": [],
-        }
-        with ExitStack() as stack:
-            folder = args.build_dir / "bench-serve"
-            console.print(starting(len(sides) + bool(rounded), folder, device))
+    chosen = chosen_work(args, device)
+    sides, rounded = make_sides(args, device), make_rounded(args, device)
+    checkpoint = args.model or ready_checkpoint(
+        args.build_dir / f"checkpoint-{shape}", shaped_spec(shape, args.layers or read_ratios(LAYERS[device])), console.print
+    )
+    model = json.loads((checkpoint / "config.json").read_text()) | {"weights": "random"}
+    report: dict[str, Any] = {
+        "environment": environment(device),
+        "model": model,
+        "not_run": [NO_PEER] if device == "cpu" else [],
+        "rounds": [],
+    }
+    with ExitStack() as stack:
+        folder = args.build_dir / "bench-serve"
+        console.print(starting(len(sides) + bool(rounded), folder, device))
 
-            def enter(side: Side, owner: ExitStack = stack) -> SideServer:
-                return owner.enter_context(SideServer(side, checkpoint, folder, device))
+        def enter(side: Side, owner: ExitStack = stack) -> Server:
+            return owner.enter_context(Server(side, checkpoint, folder, device))
 
-            with ExitStack() as short:
-                third = None
-                if args.tokens:
-                    third = rounded and enter(rounded, short)
-                    servers = start_at_once(sides, args.tokens, enter)
-                else:
-                    share = args.mem_fraction if device == "cuda" else 0.5
-                    servers = start_in_turn(sides, share, device, enter)
-                    third = rounded and enter(rounded, short)
-                report["servers"] = {server.side.name: facts_of(server) for server in servers}
-                urls = {server.side.name: server.url for server in servers}
-                if third is not None:
-                    wait_until_ready([third])
-                    urls[third.side.name] = third.url
-                # A checkpoint of one's own may be too large for the CPU.
-                written = None if args.model else checkpoint
-                answers = folder / "answers.json"
-                with naming_the_dead([*servers, *([third] if third else [])]):
-                    report["check"] = asyncio.run(check(urls, *CHECKED[device], written, answers, device))
-            console.print(f"Checked: {report['check']}")
-            cores = None if args.any_core else share_out(os.sched_getaffinity(0))
-            report["cores"] = bind(servers, cores, console)
-            with naming_the_dead(servers):
-                asyncio.run(_measure(args, chosen, device, servers, report, console))
-    except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
-        console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
-        return 1
+        with ExitStack() as short:
+            third = None
+            if args.tokens:
+                third = rounded and enter(rounded, short)
+                servers = start_at_once(sides, args.tokens, enter)
+            else:
+                share = args.mem_fraction if device == "cuda" else 0.5
+                servers = start_in_turn(sides, share, device, enter)
+                third = rounded and enter(rounded, short)
+            report["servers"] = {server.side.name: facts_of(server) for server in servers}
+            urls = {server.side.name: server.url for server in servers}
+            if third is not None:
+                wait_until_ready([third])
+                urls[third.side.name] = third.url
+            # A checkpoint of one's own may be too large for the CPU.
+            written = None if args.model else checkpoint
+            answers = folder / "answers.json"
+            with naming_the_dead([*servers, *([third] if third else [])]):
+                report["check"] = asyncio.run(check(urls, *CHECKED[device], written, answers, device))
+        console.print(f"Checked: {report['check']}")
+        cores = None if args.any_core else share_out(os.sched_getaffinity(0))
+        report["cores"] = bind(servers, cores, console)
+        with naming_the_dead(servers):
+            asyncio.run(_measure(args, chosen, device, servers, report, console))
     console.print(table(report["rows"]))
     for name, facts in report["servers"].items():
         console.print(
@@ -146,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def bind(servers: list[SideServer], cores: Cores | None, console: Console) -> dict[str, Any] | None:
+def bind(servers: list[Server], cores: Cores | None, console: Console) -> dict[str, Any] | None:
     """Give both sides the same cores, and this program one; for the report."""
     if cores is None:
         console.print("Not bound to cores")
@@ -225,15 +213,23 @@ def make_rounded(args: argparse.Namespace, device: str) -> Side | None:
 
 
 async def _measure(
+    args: argparse.Namespace, chosen: list[Work], device: str, servers: list[Server], report: dict[str, Any], console: Console
+) -> None:
+    """Let the sides take turns, the others paused; the report is written after every round."""
+    async with AsyncExitStack() as stack:
+        clients = {s.side.name: await stack.enter_async_context(TimedClient(s.url)) for s in servers}
+        await _take_turns(args, chosen, device, servers, clients, report, console)
+
+
+async def _take_turns(
     args: argparse.Namespace,
     chosen: list[Work],
     device: str,
-    servers: list[SideServer],
+    servers: list[Server],
+    clients: dict[str, TimedClient],
     report: dict[str, Any],
     console: Console,
 ) -> None:
-    """Let the sides take turns, the others paused; the report is written after every round."""
-    clients = {server.side.name: ServeClient(server.url) for server in servers}
     quick = args.quick or device == "cpu"
     for work in chosen:
         for client in clients.values():  # compiles what this scenario needs
@@ -255,10 +251,8 @@ async def _measure(
                 report["rows"] = rows(report["rounds"])
                 if args.json:
                     args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for client in clients.values():
-        await client.close()
 
 
-async def _round(client: ServeClient, work: Work) -> dict[str, Any]:
+async def _round(client: TimedClient, work: Work) -> dict[str, Any]:
     await client.flush()
     return summarize([stream.reply() for stream in await work.send(client)])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import psutil
 
-from sglang_dsv4.check.compare.side import SideServer
+from sglang_dsv4.check.server import Server
 
 _SCHEDULER, _DETOKENIZER = "sglang::scheduler", "sglang::detokenizer"
 
@@ -57,7 +57,7 @@ def share_out(available: Iterable[int], siblings_of: Callable[[int], set[int]] =
     return Cores(*chosen, others) if len(others) >= 4 else None
 
 
-def pin(server: SideServer, cores: Cores) -> None:
+def pin(server: Server, cores: Cores) -> None:
     """Bind every thread of a server; those that it starts later stay where their parent is.
 
     Raises:

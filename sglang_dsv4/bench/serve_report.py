@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from sglang_dsv4.check.compare.client import Reply
-from sglang_dsv4.check.compare.side import OURS, THEIRS
+from sglang_dsv4.bench.timed_stream import TimedReply
+from sglang_dsv4.check.server import OURS, THEIRS
 
 # Metric, unit for a reader, and whether more of it is better.
 METRICS = (
@@ -26,7 +26,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def summarize(replies: Sequence[Reply]) -> dict[str, Any]:
+def summarize(replies: Sequence[TimedReply]) -> dict[str, Any]:
     """One round's numbers.
 
     Raises:

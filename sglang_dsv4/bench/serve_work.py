@@ -5,8 +5,9 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from sglang_dsv4.check.compare.client import ServeClient, Stream
-from sglang_dsv4.check.compare.prompts import Ids, random_ids
+from sglang_dsv4.bench.timed_stream import Stream, TimedClient
+from sglang_dsv4.check.compare.questions import random_ids
+from sglang_dsv4.check.reply import Ids
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,12 @@ class Work:
     Attributes:
         name (str): for reports.
         about (str): what it is, in a few words.
-        send (Callable[[ServeClient], Awaitable[list[Stream]]]): sends all of it.
+        send (Callable[[TimedClient], Awaitable[list[Stream]]]): sends all of it.
     """
 
     name: str
     about: str
-    send: Callable[[ServeClient], Awaitable[list[Stream]]] = field(repr=False)
+    send: Callable[[TimedClient], Awaitable[list[Stream]]] = field(repr=False)
 
 
 def chats(concurrency: int, requests: int, prompt_tokens: int, new_tokens: int) -> Work:
@@ -30,13 +31,13 @@ def chats(concurrency: int, requests: int, prompt_tokens: int, new_tokens: int) 
     lengths = [rng.randint(prompt_tokens // 2, 3 * prompt_tokens // 2) for _ in range(requests)]
     prompts = [random_ids(rng, length) for length in lengths]
 
-    async def send(client: ServeClient) -> list[Stream]:
+    async def send(client: TimedClient) -> list[Stream]:
         waiting = iter(prompts)
         found: list[Stream] = []
 
         async def one_client() -> None:
             for prompt in waiting:
-                found.append(await client.stream(prompt, new_tokens))
+                found.append(await client.timed_stream(prompt, new_tokens))
 
         await asyncio.gather(*(one_client() for _ in range(concurrency)))
         return found
@@ -49,8 +50,8 @@ def long_prompt(prompt_tokens: int, new_tokens: int) -> Work:
     """One request with a long prompt, alone on a cold cache."""
     prompt = random_ids(random.Random(prompt_tokens), prompt_tokens)
 
-    async def send(client: ServeClient) -> list[Stream]:
-        return [await client.stream(prompt, new_tokens)]
+    async def send(client: TimedClient) -> list[Stream]:
+        return [await client.timed_stream(prompt, new_tokens)]
 
     return Work(f"long-{prompt_tokens}", f"one prompt of {prompt_tokens:,} tokens, {new_tokens} new", send)
 
@@ -61,12 +62,12 @@ def agents(count: int, turns: int, system_tokens: int, turn_tokens: int, new_tok
     system = random_ids(rng, system_tokens)
     said = [[random_ids(rng, turn_tokens) for _ in range(turns)] for _ in range(count)]
 
-    async def send(client: ServeClient) -> list[Stream]:
+    async def send(client: TimedClient) -> list[Stream]:
         async def one_agent(lines: Sequence[Ids]) -> list[Stream]:
             history, found = list(system), []
             for line in lines:
                 history += line
-                answer = await client.stream(history, new_tokens)
+                answer = await client.timed_stream(history, new_tokens)
                 history += answer.token_ids()
                 found.append(answer)
             return found

@@ -120,24 +120,6 @@ class Oracle:
         return self._models[dtype]
 
 
-# A server's fp32 arithmetic is another order of the same operations. Its error against exact arithmetic has the size of
-# the oracle's own, which is measured; the two may add up (2), and both are maxima over a sample of positions (2).
-ARITHMETIC_FACTOR = 4.0
-# The server's rounding errors have the size of the calibrated ones, in other places.
-ROUNDING_FACTOR = 2.0
-
-
-def comparison_bound(rounding: float, arithmetic: float) -> float:
-    """How far a right server's log-probabilities may be from the oracle's.
-
-    Args:
-        rounding (float): largest `Oracle.rounding_error` over the positions compared; 0 where the oracle's rows are
-            rounded as the server's are.
-        arithmetic (float): largest `Oracle.arithmetic_error` over the positions compared, with the oracle's row format.
-    """
-    return ROUNDING_FACTOR * rounding + ARITHMETIC_FACTOR * arithmetic
-
-
 def _load(checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     loaded_in = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     with _quiet():

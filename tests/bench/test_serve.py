@@ -6,20 +6,17 @@ import contextlib
 import io
 import json
 import math
-import sys
-import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from sglang_dsv4.bench import serve_command, serve_report
+from sglang_dsv4.bench import serve_command, serve_report, serve_start
+from sglang_dsv4.bench.serve_start import same_share
 from sglang_dsv4.bench.serve_work import agents, all_work, chats
-from sglang_dsv4.check.compare import side as side_module
-from sglang_dsv4.check.compare.client import Reply, ServeClient, Stream, StreamError
-from sglang_dsv4.check.compare.side import OURS, THEIRS, Side, SideServer, same_share
+from sglang_dsv4.bench.timed_stream import Stream, StreamError, TimedClient, TimedReply
+from sglang_dsv4.check.server import OURS, THEIRS, Server, Side
 from sglang_dsv4.cli import main
 
 
@@ -61,7 +58,7 @@ def test_an_error_in_a_stream_is_raised():
 
 
 def reply_at(sent_s, *arrivals, prompt=100, cached=0):
-    return Reply((1,) * arrivals[-1][1], prompt, cached, sent_s, tuple(arrivals))
+    return TimedReply((1,) * arrivals[-1][1], prompt, cached, sent_s, tuple(arrivals))
 
 
 def test_a_round_is_summed_up():
@@ -129,12 +126,8 @@ def sent_to_a_server(work, reply):
 
     async def send():
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        client = ServeClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        try:
+        async with server, TimedClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
             return await work.send(client)
-        finally:
-            await client.close()
-            server.close()
 
     return asyncio.run(send()), asked
 
@@ -157,7 +150,7 @@ def test_chats_send_each_prompt_once():
 
 def test_a_refusal_is_raised_with_what_the_server_says():
     refusal = b"HTTP/1.1 400 Bad Request\r\n\r\ninput_ids: too long"
-    with pytest.raises(ValueError, match="expected status 200, got .*400.*too long"):
+    with pytest.raises(StreamError, match="expected status 200, got 400.*too long"):
         sent_to_a_server(chats(1, 1, 30, 2), lambda _: refusal)
 
 
@@ -183,11 +176,14 @@ def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
         return serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
 
     class Client(str):
-        async def close(self):
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
             pass
 
     monkeypatch.setattr(serve_command, "_round", one_round)
-    monkeypatch.setattr(serve_command, "ServeClient", Client)
+    monkeypatch.setattr(serve_command, "TimedClient", Client)
     servers = [SimpleNamespace(side=Side(name, True, ()), url=name, paused=partial(paused, name)) for name in (OURS, THEIRS)]
     args = argparse.Namespace(quick=False, only="chat-8", rounds=None, json=None)
     report = {"rounds": []}
@@ -216,13 +212,13 @@ def test_sides_start_at_the_same_time_where_the_size_of_their_pools_is_given(mon
         done.append(side.name)
         return SimpleNamespace(side=side)
 
-    monkeypatch.setattr(side_module, "wait_until_ready", lambda servers: done.append(len(servers)))
+    monkeypatch.setattr(serve_start, "wait_until_ready", lambda servers: done.append(len(servers)))
     sides = [Side(name, True, ("--x",)) for name in (OURS, THEIRS)]
     if tokens is None:
-        servers = side_module.start_in_turn(sides, 0.2, "cpu", enter)
+        servers = serve_start.start_in_turn(sides, 0.2, "cpu", enter)
         assert done == [OURS, 1, THEIRS, 1]
     else:
-        servers = side_module.start_at_once(sides, tokens, enter)
+        servers = serve_start.start_at_once(sides, tokens, enter)
         assert done == [OURS, THEIRS, 2]
     for server, side in zip(servers, sides, strict=True):
         assert server.side.name == side.name and server.side.options[0] == "--x"
@@ -235,9 +231,8 @@ def test_the_sides_differ_by_the_flag_alone(tmp_path):
     args = parser.parse_args(["serve", "--options", "--dtype bfloat16"])
     sides = serve_command.make_sides(args, "cuda")
     assert [side.name for side in sides] == [OURS, THEIRS]
-    commands = [
-        [part for part in SideServer(side, tmp_path, tmp_path, "cuda")._command if not part.isdigit()] for side in sides
-    ]
+    (tmp_path / "config.json").write_text("{}")
+    commands = [[part for part in Server(side, tmp_path, tmp_path, "cuda").command if not part.isdigit()] for side in sides]
     assert [part for part in commands[0] if part != "--enable-dsv4-compressed-kv"] == commands[1]
     assert [side.name for side in serve_command.make_sides(args, "cpu")] == [OURS]
     args.sides = "mine"
@@ -245,54 +240,12 @@ def test_the_sides_differ_by_the_flag_alone(tmp_path):
         serve_command.make_sides(args, "cuda")
 
 
-def test_a_server_on_a_gpu_is_not_told_that_it_is_on_a_cpu(tmp_path):
-    side = Side(OURS, True, ())
-    config = tmp_path / "config.json"
-    for quantization, wanted in (({}, "0"), ({"quant_method": "fp8"}, None)):
-        config.write_text(json.dumps({"quantization_config": quantization}))
-        variables = SideServer(side, tmp_path, tmp_path, "cuda").variables()
-        assert "SGLANG_USE_CPU_ENGINE" not in variables
-        assert variables.get("SGLANG_OPT_FP8_WO_A_GEMM") == wanted
-    assert SideServer(side, tmp_path, tmp_path, "cpu").variables()["SGLANG_USE_CPU_ENGINE"] == "1"
-
-
-def test_a_paused_server_stands_still_with_its_children(tmp_path):
-    """A server that waits for requests spins; while another is measured it must not."""
-    (tmp_path / "config.json").write_text("{}")
-    server = SideServer(Side(OURS, True, ()), tmp_path, tmp_path, "cuda")
-    child = "while True: pass"
-    program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
-    server._command = [sys.executable, "-c", program]
-
-    def states():
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                fields = path.read_text().rsplit(")", 1)[1].split()
-                if int(fields[2]) == server.group:
-                    found[path.parent.name] = fields[0]
-        return found
-
-    def wait_until(reached):
-        deadline = time.monotonic() + 10
-        while not reached(states()):
-            assert time.monotonic() < deadline, states()
-            time.sleep(0.02)
-
-    with server:
-        wait_until(lambda found: len(found) == 2)
-        with server.paused():
-            wait_until(lambda found: set(found.values()) == {"T"})
-        wait_until(lambda found: "R" in found.values() and "T" not in found.values())
-    assert not states()
-
-
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
         (["--model", "none"], "--model none: expected a folder with config.json, got none"),
         (["--only", "nothing"], "--only nothing: expected a part of one of chat-1, chat-4, long-1024, agents-4"),
-        (["--rounds", "0"], "--rounds: expected 1 or more, got 0"),
+        (["--rounds", "0"], "--rounds: expected more than 0, got 0"),
         (["--sides", "mine"], "--sides: expected some of ours,sglang, got mine"),
     ],
 )

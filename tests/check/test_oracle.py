@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4ForCausalLM
 
+from sglang_dsv4.check.bound import comparison_bound
 from sglang_dsv4.check.faults import DroppedBStream, Fault, SwappedStreams
-from sglang_dsv4.check.oracle import Oracle, comparison_bound
+from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.tiny.tokenizer import VOCAB_SIZE, byte_id
 
 PROMPT = 266

@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
 import torch
 
-from sglang_dsv4.check.demo.client import Client
-from sglang_dsv4.check.demo.server import Server
+from sglang_dsv4.check.server import TINY_CAPACITY, Server, Side, is_healthy, processes
 from tests.plugin.warm import COPIES, Program, Warm
 
 NEW_TOKENS = 9
@@ -35,31 +33,22 @@ def serving(
     before: str = COPIES,
 ) -> Iterator[Server]:
     """A server whose command runs in a copy of a process with SGLang imported. Killed at the end, as a crash would."""
-    server = Server(checkpoint, Path("unused"), arguments, port=port)
-    group, server.log = warm.start(Program(server._command[1:], variables or {}, before=before))
+    server = Server(Side("unused", True, (*TINY_CAPACITY, *arguments)), checkpoint, Path("unused"), port=port)
+    group, server.log = warm.start(Program(server.command[1:], variables or {}, before=before))
     server.pid = group
     try:
-        client = Client(server.url, 264)
         deadline = time.monotonic() + START_S
-        while not client.is_healthy():
+        while not is_healthy(server.url):
             assert is_running(group) and time.monotonic() < deadline, server.log_lines()[-20:]
             time.sleep(0.2)
-        client.close()
         yield server
     finally:
         os.killpg(group, signal.SIGKILL)
 
 
 def running_in(group: int) -> list[int]:
-    """Processes of a group that have not ended; one that has may be a zombie still."""
-    found = []
-    for pid in psutil.pids():
-        try:
-            if os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                found.append(pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return found
+    """Processes of a group that have not ended."""
+    return [process.pid for process in processes(group)]
 
 
 def wait_until_ended(group: int, patience_s: float = 60) -> None:

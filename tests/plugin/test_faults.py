@@ -15,10 +15,12 @@ import psutil
 import pytest
 from rich.progress import Progress
 
-from sglang_dsv4.check.demo.server import free_port
-from sglang_dsv4.check.oracle import Oracle, comparison_bound
-from sglang_dsv4.check.stress.drive import Load
-from sglang_dsv4.check.stress.session import stress_server
+from sglang_dsv4.check.bound import comparison_bound
+from sglang_dsv4.check.oracle import Oracle
+from sglang_dsv4.check.server import free_port
+from sglang_dsv4.check.stress import session
+from sglang_dsv4.check.stress.load import Load
+from sglang_dsv4.check.stress.server_target import ServerTarget
 from sglang_dsv4.cli import main
 from tests.plugin.serving import generate, post, prompt, request_body, running_in, serving, wait_for_log, wait_until_ended
 from tests.plugin.test_server import check
@@ -105,8 +107,8 @@ def stress(server, requests, seed=0, bound=None):
     """A checked run."""
     load = Load(seed, 0, requests, 0.0, concurrency=16)
     with Progress(disable=True) as progress:
-        run = asyncio.run(stress_server(server.url, load, progress, target="URL", bound=bound, memory_bytes=None))
-    assert run.findings.num_answers >= requests // 2
+        run = asyncio.run(session.stress(ServerTarget(server.url), load, progress, bound=bound))
+    assert run.verdict.answers >= requests // 2
     return run
 
 

@@ -3,7 +3,8 @@
 import httpx
 import pytest
 
-from sglang_dsv4.check.oracle import Oracle, comparison_bound
+from sglang_dsv4.check.bound import comparison_bound
+from sglang_dsv4.check.oracle import Oracle
 from tests.plugin.serving import generate, prompt, request_body, serving
 
 pytestmark = [pytest.mark.sglang, pytest.mark.long]

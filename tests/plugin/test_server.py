@@ -14,8 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_dsv4 import env
 from sglang_dsv4.cache.sizing import ServerSize, size_of
-from sglang_dsv4.check.demo.server import active_line
-from sglang_dsv4.check.oracle import Oracle, comparison_bound
+from sglang_dsv4.check.bound import comparison_bound
+from sglang_dsv4.check.oracle import Oracle
+from sglang_dsv4.check.server import active_line
 from sglang_dsv4.spec import CacheSpec
 from tests.plugin.serving import NEW_TOKENS, generate, post, prompt, read, request_body, serving
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sglang_dsv4.check.bound import comparison_bound
 from sglang_dsv4.check.faults import DroppedBStream
-from sglang_dsv4.check.oracle import comparison_bound
 from sglang_dsv4.runtime.sampling import Sampler
 from sglang_dsv4.tiny.tokenizer import EOS_ID
 from tests.runtime.worlds import (

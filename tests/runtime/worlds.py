@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from sglang_dsv4 import Runtime
-from sglang_dsv4.check.oracle import Oracle, comparison_bound
+from sglang_dsv4.check.bound import comparison_bound
+from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.tiny import TinySpec
 from sglang_dsv4.tiny.tokenizer import byte_id
 

@@ -8,28 +8,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.text import Text
 
+from dsv4_kernels.layout import ROW_FORMATS
+from sglang_dsv4.check.checkpoint import ready_checkpoint, shaped_spec
+from sglang_dsv4.check.command_line import add_server_options, check_arguments, device_of, run_guarded
 from sglang_dsv4.check.compare import hit_bytes
-from sglang_dsv4.check.compare.ask import make_questions
-from sglang_dsv4.check.compare.checkpoint import ready_checkpoint
-from sglang_dsv4.check.compare.machine import environment
-from sglang_dsv4.check.compare.options import add_server_options, begin, check_model
-from sglang_dsv4.check.compare.runs import Passes, Way, read_way
+from sglang_dsv4.check.compare.answers import Passes
+from sglang_dsv4.check.compare.fleet import Way, read_way
+from sglang_dsv4.check.compare.questions import make_questions
+from sglang_dsv4.check.compare.result import Result, judge_kept, kept_runs
 from sglang_dsv4.check.compare.session import Plan, run_session
-from sglang_dsv4.check.compare.side import NATIVE_ROWS, OURS, ROUNDED, THEIRS, Side
-from sglang_dsv4.check.compare.verdicts import Result, judge_kept, kept_runs
-from sglang_dsv4.check.demo.server import ServerDiedError
+from sglang_dsv4.check.machine import environment
+from sglang_dsv4.check.server import NATIVE_ROWS, OURS, ROUNDED, THEIRS, Side
 
 # Three ways show both modes and all chunk sizes; each is two servers.
 WAYS = {"cuda": ("graph-8192", "eager-512", "graph-256"), "cpu": ("eager-8192", "eager-512", "eager-256")}
 POOL_TOKENS = {"cuda": 262144, "cpu": 16384}
 NUM_EXACT = 32
-# SGLang's head gives bf16 logits, 1/32 apart: the two best would often be equal, and rounding there hide the cache's.
+# SGLang's head gives bf16 logits, 1/32 apart: the two best would often be equal, and rounding there would hide the cache's.
 FINE = ("--enable-fp32-lm-head",)
-# One scheduler that waits must not take a core from another that works.
+# A scheduler that waits must not take a core from one that works.
 EXACT = ("--dtype", "float32", "--sleep-on-idle")
 
 
@@ -57,13 +57,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--ways", help="such as graph-8192,eager-512 (default: three that show both and all chunk sizes)")
-    parser.add_argument("--rows", help="--dsv4-kv-format of ours (default: SGLang's own on a GPU, fp32 on a CPU)")
+    parser.add_argument(
+        "--rows", choices=sorted(ROW_FORMATS), help="--dsv4-kv-format of ours (default: SGLang's own on a GPU, fp32 on a CPU)"
+    )
     parser.add_argument(
         "--answers",
         type=Path,
         metavar="FILE",
-        help="judge what servers answered before, kept in BUILD_DIR/compare/answers.json, and start none; what follows a token at "
-        "which two answers part is then not compared, and no fault is planted",
+        help="judge earlier answers of servers, kept in BUILD_DIR/compare/answers.json, and start none; nothing is compared behind "
+        "a token at which two answers part, and no fault is planted",
     )
     parser.add_argument("--at-once", type=int, help="servers that start at the same time (default: all on a GPU, 1 on a CPU)")
     add_server_options(parser)
@@ -73,28 +75,28 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Compare; the exit status."""
-    console, device = begin(args)
-    try:
-        check_model(args.model)
-        if args.answers is not None and not args.answers.is_file():
-            raise ValueError(f"--answers {args.answers}: expected a file, got none")
-        kept = kept_runs(args.answers) if args.answers is not None else None
-        # Only on a GPU have both backends answered, whatever the device on which they are judged.
-        shape = "heads64" if device == "cuda" or kept is not None else "tiny"
-        checkpoint = args.model or ready_checkpoint(args.build_dir, shape, console.print)
-        if kept is not None:
-            runs, where = kept
-            count = args.exact
-            if count is None:
-                count = 0 if args.model else NUM_EXACT
-            result = asyncio.run(judge_kept(runs, checkpoint, count, device, console.print))
-            return finish(console, args.json, result, {"environment": where})
-        plan = None if args.only == "bytes" else make_plan(args, device)
-        bytes_side = None if args.only == "tokens" else make_bytes_side(args, device)
-        result, facts = run_session(checkpoint, args.build_dir / "compare", device, plan, bytes_side, console.print)
-    except (ServerDiedError, OSError, httpx.HTTPError, ValueError) as error:
-        console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
-        return 1
+    console = Console(width=160)
+    return run_guarded(lambda: _compare(args, console), console)
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    check_arguments(args)
+    device = device_of(args)
+    kept = kept_runs(args.answers) if args.answers else None
+    plan = None if args.only == "bytes" else make_plan(args, device)
+    bytes_side = None if args.only == "tokens" else make_bytes_side(args, device)
+    # Only on a GPU have both backends answered, whatever the device on which they are judged.
+    shape = "heads64" if device == "cuda" or kept is not None else "tiny"
+    path = args.build_dir / f"checkpoint-{shape}"
+    checkpoint = args.model or ready_checkpoint(path, shaped_spec(shape), console.print)
+    if kept is not None:
+        runs, where = kept
+        count = args.exact
+        if count is None:
+            count = 0 if args.model else NUM_EXACT
+        result = asyncio.run(judge_kept(runs, checkpoint, count, device, console.print))
+        return finish(console, args.json, result, {"environment": where})
+    result, facts = run_session(checkpoint, args.build_dir / "compare", device, plan, bytes_side, console.print)
     return finish(console, args.json, result, {"environment": environment(device), "servers": facts})
 
 
@@ -118,16 +120,9 @@ def make_side(args: argparse.Namespace, device: str, name: str, way: Way | None,
         rows = rows or args.rows or (NATIVE_ROWS if device == "cuda" else "fp32")
         formats = ("--dsv4-kv-format", rows, *shlex.split(args.our_options))
     options = (
-        "--max-total-tokens",
-        str(POOL_TOKENS[device]),
-        "--swa-full-tokens-ratio",
-        "0.5",
-        "--max-running-requests",
-        str(2 * args.concurrency),
-        "--mem-fraction-static",
-        fraction,
-        "--grammar-backend",
-        "none",
+        *("--max-total-tokens", str(POOL_TOKENS[device]), "--swa-full-tokens-ratio", "0.5"),
+        *("--max-running-requests", str(2 * args.concurrency), "--mem-fraction-static", fraction),
+        *("--grammar-backend", "none"),
         *arithmetic,
         *formats,
         *shlex.split(args.options),
@@ -140,10 +135,8 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
     """Which servers answer; on a CPU the last way is judged by the others.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: a way is unknown, or on a CPU the only one.
     """
-    if min(args.requests, args.longest, args.concurrency) < 1:
-        raise ValueError("expected --requests, --longest and --concurrency of 1 or more")
     ways = [read_way(text) for text in (args.ways.split(",") if args.ways else WAYS[device])]
     if device == "cpu" and len(ways) < 2:
         raise ValueError("--ways: expected two or more on a CPU, where the last is judged by the others")
@@ -158,7 +151,7 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
             rounded = make_side(args, device, ROUNDED, ways[0], NATIVE_ROWS)
     questions = make_questions(args.requests, args.longest, args.seed)
     passes = Passes(questions, args.concurrency)
-    # The rounded side and the one whose bytes are compared are at most two more.
+    # At most two more: the rounded side, and the one whose bytes are compared.
     at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways) + 2)
     num_exact = args.exact
     if num_exact is None:
@@ -174,40 +167,38 @@ def make_bytes_side(args: argparse.Namespace, device: str) -> Side:
 
 def show(console: Console, result: Result) -> None:
     """Print what was found."""
-    if result.bound:
+    if bound := result.bound:
         console.print(
-            f"Bound of a log-probability {result.bound['bound']:.3g}: twice the reference's own {result.bound['own_rounding']:.3g}"
-            f" or its {result.bound['from_exact']:.3g} from exact arithmetic, and twice {result.bound['row_rounding']:.3g} for"
-            f" rows; as a rule {result.bound['typical_bound']:.3g}"
+            f"A log-probability may differ by {bound['bound']:.3g} (typically by {bound['typical_bound']:.3g}): twice the larger of "
+            f"the reference's own rounding, {bound['own_rounding']:.3g}, and its distance from exact arithmetic, "
+            f"{bound['from_exact']:.3g}, plus twice what the row format does, {bound['row_rounding']:.3g}"
         )
     for name, spread in result.from_exact.items():
-        console.print(f"From exact arithmetic, {name}: largest {spread['largest']:.3g}, as a rule {spread['typical']:.3g}")
+        console.print(f"Distance from exact arithmetic, {name}: {_spread(spread)}")
     for name, reason in result.lost.items():
         console.print(Text(f"Not compared with {name}, which crashed: {reason}", style="bold yellow"))
     for name, own in result.own.items():
-        hit, again = own["hit"], own["again"]
-        console.print(
-            f"{name}, from its own cold run: at hits largest {hit['largest']:.3g}, as a rule {hit['typical']:.3g}; cold again "
-            f"largest {again['largest']:.3g}, as a rule {again['typical']:.3g}"
-        )
+        console.print(f"{name}, from its own cold run: at hits {_spread(own['hit'])}; cold again {_spread(own['again'])}")
     for name, verdict in result.verdicts.items():
         console.print(f"{name}: {_sentence(verdict)}")
     for planted in result.planted:
-        console.print(f"Planted: {planted['fault']}: noticed {planted['noticed']} of {planted['tried']} times")
+        console.print(f"Control, {planted['fault']} changed: noticed {planted['noticed']} of {planted['tried']} times")
     if result.bytes is not None:
-        console.print(
-            f"Bytes: {result.bytes['compared']} comparisons of hits with cold runs, {len(result.bytes['faults'])} differ"
-        )
+        count, wrong = result.bytes["compared"], len(result.bytes["faults"])
+        console.print(f"Bytes: hits compared with cold runs {count} times, {wrong} differ")
     for fault in result.faults:
         console.print(Text(f"FAULT  {fault}", style="bold red"))
     if not result.faults:
         console.print(Text("PASSED", style="bold green"))
 
 
+def _spread(spread: dict[str, float]) -> str:
+    return f"largest {spread['largest']:.3g}, typical {spread['typical']:.3g}"
+
+
 def _sentence(verdict: dict[str, Any]) -> str:
     return (
-        f"{verdict['answers']} answers, {verdict['identical']} identical, {verdict['partings']} parted at a close call; "
-        f"{verdict['tokens']} tokens, {verdict['certain']} certain, {verdict['uncompared']} not compared behind a parting, "
-        f"largest difference {verdict['largest']:.3g}, as a rule {verdict['typical']:.3g}, "
-        f"{verdict['num_faults']} faults"
+        f"{verdict['answers']} answers, {verdict['identical']} identical, {verdict['partings']} diverged at a near-tie; "
+        f"{verdict['tokens']} tokens compared, {verdict['certain']} certain, {verdict['uncompared']} not compared after a "
+        f"divergence; {_spread(verdict)}; {verdict['num_faults']} faults"
     )

@@ -3,9 +3,9 @@
 import random
 from typing import Any
 
-from sglang_dsv4.check.compare.ask import Question, generate_body
-from sglang_dsv4.check.compare.client import ServeClient
-from sglang_dsv4.check.compare.prompts import random_ids
+from sglang_dsv4.check.client import Client
+from sglang_dsv4.check.compare.questions import random_ids
+from sglang_dsv4.check.reply import Ids
 
 # With chunks of one page a cold run's last chunk and a hit's only one are the same matrix products, so that the model hands
 # the same bytes to both; and without graphs every step can be looked at.
@@ -14,11 +14,11 @@ LENGTHS = {"cuda": (257, 259, 300, 384, 511, 513, 700, 1023, 1030), "cpu": (259,
 NEW_TOKENS = 6
 
 
-async def check_bytes(client: ServeClient, lengths: tuple[int, ...]) -> dict[str, Any]:
+async def check_bytes(client: Client, lengths: tuple[int, ...]) -> dict[str, Any]:
     """Ask cold, at a hit, cold again and at a hit of another request's prefix, and compare digests of all rows.
 
     Args:
-        client (ServeClient): of a server with `OPTIONS`.
+        client (Client): of a server with `OPTIONS`.
         lengths (tuple[int, ...]): of the prompts, more than a page each.
 
     Returns:
@@ -40,15 +40,14 @@ async def check_bytes(client: ServeClient, lengths: tuple[int, ...]) -> dict[str
             ("cold again", prompt, True),
             ("twin", other, True),
         )
-        found: dict[str, tuple[list[Any], int, list[int]]] = {}
+        found: dict[str, tuple[list[Any], int, Ids]] = {}
         for name, ids, is_cold in plan:
             if is_cold:
                 await client.flush()
             rid = f"{name} {length}"
-            reply = await client.post(generate_body(Question(ids, NEW_TOKENS), rid=rid))
-            digests = (await client.server_info())["sglang_dsv4"]["digests"]
-            cached = reply["meta_info"]["cached_tokens"]
-            found[name] = (digests[rid], cached, reply["output_ids"])
+            reply = await client.generate(ids, NEW_TOKENS, rid=rid)
+            digests = (await client.plugin_facts())["digests"]
+            found[name] = (digests[rid], reply.cached_tokens, reply.token_ids)
         for name in ("hit", "cousin's"):
             if found[name][1] < 256:
                 faults.append(f"{name} {length}: expected a prefix hit, got {found[name][1]} cached tokens")

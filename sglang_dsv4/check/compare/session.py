@@ -1,4 +1,4 @@
-"""A whole comparison: answers, their bound, the verdict, and faults that must be noticed."""
+"""A whole comparison: answers, their bound, the verdict, and planted faults that must be noticed."""
 
 import asyncio
 import math
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_dsv4.check.bound import Spread
+from sglang_dsv4.check.client import Client
 from sglang_dsv4.check.compare import hit_bytes
-from sglang_dsv4.check.compare.ask import Question, Scorer, Token, ask_all
-from sglang_dsv4.check.compare.client import ServeClient
-from sglang_dsv4.check.compare.judge import Spread, Verdict, judge
-from sglang_dsv4.check.compare.machine import environment
-from sglang_dsv4.check.compare.prompts import random_ids
-from sglang_dsv4.check.compare.runs import ANSWERS, Fleet, Passes, Run, write_answers
-from sglang_dsv4.check.compare.side import Side, SideServer, naming_the_dead, starting
-from sglang_dsv4.check.compare.verdicts import Result, Runs, Say, find_exact, judge_runs
-from sglang_dsv4.check.demo.server import ServerDiedError
+from sglang_dsv4.check.compare.answers import ANSWERS, Passes, Run, Scorer, ask, write_answers
+from sglang_dsv4.check.compare.fleet import Fleet, starting
+from sglang_dsv4.check.compare.questions import PLANTED, SHARP_BOUND, wrong_question
+from sglang_dsv4.check.compare.result import Result, Runs, Say, find_exact, judge_runs
+from sglang_dsv4.check.judge import Verdict, judge
+from sglang_dsv4.check.machine import environment
+from sglang_dsv4.check.reply import Question, Token
+from sglang_dsv4.check.server import Server, ServerDiedError, Side, naming_the_dead
 
 NUM_SCORED = 24
 NUM_PLANTED = 4
-# Faults that are planted, and what share of them must be noticed.
-PLANTED = {"the first page": 1.0, "most of the window": 1.0, "a token of the window": 0.5}
-# One token moves an answer by about 1, as bf16 and fp8 rows may; it is planted only where rounding is much less.
-SHARP_BOUND = 0.1
+# The passes of every side that answered, and the two servers that still run: one is asked for scores, the other with planted
+# faults.
+Asked = tuple[dict[str, list[Run]], Server, Server]
 
 
 @dataclass(frozen=True)
@@ -55,35 +55,22 @@ class Plan:
         return [*self.reference, *self.judged, *([self.rounded] if self.rounded else [])]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What servers answered, by side, and the two that still run.
-
-    Attributes:
-        found (dict[str, list[Run]]): the passes of every side that answered.
-        anchor (SideServer): of the reference; it is asked for scores.
-        last (SideServer): of what is judged; it is asked with planted faults.
-    """
-
-    found: dict[str, list[Run]]
-    anchor: SideServer
-    last: SideServer
-
-
 async def ask_servers(fleet: Fleet, plan: Plan, result: Result, say: Say) -> Asked:
-    """Ask every side everything; servers of SGLang's own cache may crash, but one, which goes to ``result.lost``.
+    """Ask every side everything. Servers of SGLang's own cache may crash, all but one; they go to ``result.lost``.
 
     Raises:
         ServerDiedError: a server of ours crashed, wherever it stands, or all of the reference.
     """
     questions = plan.passes.questions
     found: dict[str, list[Run]] = {}
-    anchor: SideServer | None = None
-    last: SideServer | None = None
+    anchor: Server | None = None
+    last: Server | None = None
 
-    async def ask(server: SideServer) -> None:
+    async def ask_one(server: Server) -> None:
         try:
-            found[server.side.name] = await _ask(server, plan.passes)
+            with naming_the_dead([server]):
+                async with Client(server.url) as client:
+                    found[server.side.name] = await plan.passes.run(client, server.side.name)
         except ServerDiedError:
             if server.side.is_ours:
                 raise
@@ -98,7 +85,7 @@ async def ask_servers(fleet: Fleet, plan: Plan, result: Result, say: Say) -> Ask
     for begin in range(0, len(plan.sides), plan.at_once):
         servers = fleet.start(plan.sides[begin : begin + plan.at_once])
         # At the same time: the first steps of every server compile, and nothing is timed.
-        await asyncio.gather(*map(ask, servers))
+        await asyncio.gather(*map(ask_one, servers))
         for server in servers:
             if anchor is None and server.side in plan.reference and server.side.name in found:
                 anchor = server
@@ -107,16 +94,13 @@ async def ask_servers(fleet: Fleet, plan: Plan, result: Result, say: Say) -> Ask
         fleet.end([server for server in servers if server not in (anchor, last)])
     if anchor is None or last is None:
         raise ServerDiedError(f"reference: expected one server that answers, got {result.lost}")
-    return Asked(found, anchor, last)
+    return found, anchor, last
 
 
 async def compare_tokens(fleet: Fleet, checkpoint: Path, plan: Plan, result: Result, say: Say) -> None:
     """Compare greedy tokens and their log-probabilities; findings go to ``result``."""
     questions = plan.passes.questions
-    asked = await ask_servers(fleet, plan, result, say)
-    found, anchor, last = asked.found, asked.anchor, asked.last
-    client = ServeClient(anchor.url)
-    scorer = Scorer(client, plan.passes.concurrency)
+    found, anchor, last = await ask_servers(fleet, plan, result, say)
     runs = Runs(
         questions,
         [run for side in plan.reference for run in found.get(side.name, ())],
@@ -124,35 +108,26 @@ async def compare_tokens(fleet: Fleet, checkpoint: Path, plan: Plan, result: Res
         found.get(plan.rounded.name) if plan.rounded else None,
     )
     with naming_the_dead([anchor, last]):
-        scored = await _scores(questions, runs.right, scorer)
-        exact = Spread()
-        if plan.num_exact:
-            exact = find_exact(result, runs, checkpoint, plan.num_exact, plan.device, say)
-        await judge_runs(result, runs, scored, exact, scorer)
-        await _plant(last, questions, runs.right, result.bound["bound"], scorer, result)
-    await client.close()
+        async with Client(anchor.url) as client, Client(last.url) as judged:
+            scorer = Scorer(client, plan.passes.concurrency)
+            scored = await _scores(questions, runs.right, scorer)
+            exact = Spread()
+            if plan.num_exact:
+                exact = find_exact(result, runs, checkpoint, plan.num_exact, plan.device, say)
+            await judge_runs(result, runs, scored, exact, scorer)
+            await _plant(judged, runs, scorer, result)
     fleet.end([anchor, last])
 
 
 async def compare_bytes(fleet: Fleet, side: Side, lengths: tuple[int, ...], result: Result) -> None:
     """Compare the bytes of hits and cold runs on a server of its own, with `hit_bytes.OPTIONS`."""
     (server,) = fleet.start([side])
-    client = ServeClient(server.url)
-    result.bytes = await hit_bytes.check_bytes(client, lengths)
+    async with Client(server.url) as client:
+        result.bytes = await hit_bytes.check_bytes(client, lengths)
     result.faults += result.bytes["faults"][:3]
-    await client.close()
 
 
-async def _ask(server: SideServer, passes: Passes) -> list[Run]:
-    client = ServeClient(server.url)
-    try:
-        with naming_the_dead([server]):
-            return await passes.run(client, server.side.name)
-    finally:
-        await client.close()
-
-
-async def _scores(questions: Sequence[Question], run: Run, scorer: Any) -> dict[int, list[Token]]:
+async def _scores(questions: Sequence[Question], run: Run, scorer: Scorer) -> dict[int, list[Token]]:
     """The reference's scores of its own tokens, for some questions."""
     step = max(1, len(questions) // NUM_SCORED)
     return {
@@ -161,43 +136,25 @@ async def _scores(questions: Sequence[Question], run: Run, scorer: Any) -> dict[
     }
 
 
-async def _plant(
-    server: SideServer, questions: Sequence[Question], reference: Run, bound: float, scorer: Any, result: Result
-) -> None:
+async def _plant(client: Client, runs: Runs, scorer: Scorer, result: Result) -> None:
     """Answers to prompts with a fault must be noticed: wrong tokens in the window, and a wrong page far behind it."""
-    most = sorted(range(len(questions)), key=lambda number: (questions[number].new_tokens, len(questions[number].prompt_ids)))
-    chosen = most[-NUM_PLANTED:]
-    client, rng = ServeClient(server.url), random.Random(0)
-    kinds = [kind for kind in PLANTED if kind != "a token of the window" or bound < SHARP_BOUND]
-    for kind in kinds:
-        share = PLANTED[kind]
+    bound, questions, rng = result.bound["bound"], runs.questions, random.Random(0)
+    longest = sorted(range(len(questions)), key=lambda i: (questions[i].new_tokens, len(questions[i].prompt_ids)))
+    chosen = longest[-NUM_PLANTED:]
+    for kind, share in PLANTED.items():
+        if kind == "a token of the window" and bound >= SHARP_BOUND:
+            continue
         noticed, wanted = 0, math.ceil(share * len(chosen))
         for number in chosen:
-            question = questions[number]
-            wrong = wrong_question(question, kind, rng)
-            (answer,) = await ask_all(client, [wrong], 1, [0])
+            answer = await ask(client, wrong_question(questions[number], kind, rng))
             verdict = Verdict()
-            await judge(verdict, kind, question, reference.answers[number], answer, bound, scorer)
+            await judge(verdict, kind, questions[number], runs.right.answers[number], answer, bound, scorer)
             noticed += bool(verdict.faults)
-        found = {"fault": kind, "tried": len(chosen), "noticed": noticed, "wanted": wanted}
-        result.planted.append(found)
+        result.planted.append({"fault": kind, "tried": len(chosen), "noticed": noticed, "wanted": wanted})
         if noticed < wanted:
             result.faults.append(
-                f"planted fault, {kind}: expected to be noticed {wanted} times of {len(chosen)}, was {noticed} times"
+                f"planted fault, {kind}: expected to be noticed {wanted} times of {len(chosen)}, was noticed {noticed} times"
             )
-    await client.close()
-
-
-def wrong_question(question: Question, kind: str, rng: random.Random) -> Question:
-    """A prompt with one of `PLANTED` in it."""
-    prompt = question.prompt_ids
-    if kind == "the first page":
-        size = min(256, len(prompt) // 2)
-        return Question((*random_ids(rng, size), *prompt[size:]), question.new_tokens)
-    end = max(1, len(prompt) - 4)
-    begin = max(0, end - (96 if kind == "most of the window" else 1))
-    wrong = (token_id ^ 1 for token_id in prompt[begin:end])
-    return Question((*prompt[:begin], *wrong, *prompt[end:]), question.new_tokens)
 
 
 def run_session(

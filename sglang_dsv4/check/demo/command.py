@@ -1,24 +1,24 @@
 """``python -m sglang_dsv4 demo``."""
 
 import argparse
-import signal
-from pathlib import Path
+import asyncio
+from typing import Any
 
-import httpx
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from sglang_dsv4.check.demo.client import Client
+from sglang_dsv4.check.checkpoint import ready_checkpoint
+from sglang_dsv4.check.client import Client
+from sglang_dsv4.check.command_line import add_build_dir, check_arguments, run_guarded, steps_progress
 from sglang_dsv4.check.demo.report import print_answers, print_memory, print_verdict
-from sglang_dsv4.check.demo.server import Server, ServerDiedError, active_line, leave
 from sglang_dsv4.check.demo.standards import build_standards, num_steps
-from sglang_dsv4.check.demo.start import ready_checkpoint, steps_progress, wait_until_healthy
-from sglang_dsv4.check.demo.verdict import check_lengths, check_prefix_hits, check_proof, judge
-from sglang_dsv4.check.demo.workload import NEW_TOKENS, plan_requests
+from sglang_dsv4.check.demo.workload import NEW_TOKENS, Answer, ask_waves, check_answers, plan_requests
 from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.check.rounding import ROUNDINGS
+from sglang_dsv4.check.server import TINY_CAPACITY, Server, Side, active_line, wait_until_ready
+from sglang_dsv4.tiny import TinySpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,44 +33,29 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="arithmetic (default: %(default)s)")
     parser.add_argument("--dsv4-kv-format", choices=sorted(ROUNDINGS), default="bf16", help="row format (default: %(default)s)")
-    parser.add_argument(
-        "--build-dir",
-        type=Path,
-        metavar="DIR",
-        default=Path("build"),
-        help="for the checkpoint and the log (default: %(default)s)",
-    )
+    add_build_dir(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; the exit status."""
-    # A `kill` must end the server too: as an exception it passes through the `with` block that owns it.
-    signal.signal(signal.SIGTERM, leave)
     console = Console()
-    try:
-        with steps_progress(console) as progress:
-            return _demonstrate(args, console, progress)
-    except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError, OSError) as error:
-        console.print(Text(f"FAILED  {type(error).__name__}: {error}", style="bold red"))
-        return 1
-    except KeyboardInterrupt:
-        console.print("Stopped.")
-        return 128 + signal.SIGINT
+    with steps_progress(console) as progress:
+        return run_guarded(lambda: _demonstrate(args, console, progress), console)
 
 
 def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress) -> int:
-    checkpoint = ready_checkpoint(args.build_dir / "tiny", progress)
+    check_arguments(args)
+    task = progress.add_task("checkpoint", total=1)
+    checkpoint = ready_checkpoint(args.build_dir / "tiny", TinySpec())
+    progress.advance(task)
     oracle = Oracle(checkpoint)
-    requests = plan_requests()
-    log = args.build_dir / "demo-server.log"
-    with Server(checkpoint, log, ("--dtype", args.dtype, "--dsv4-kv-format", args.dsv4_kv_format)) as server:
-        client = Client(server.url, oracle.vocab_size)
-        wait_until_healthy(server, client, progress)
-        task = progress.add_task("requests", total=len(requests))
-        answers = client.run(requests, NEW_TOKENS, lambda: progress.advance(task))
-        facts = client.plugin_facts()
-        client.close()
+    options = (*TINY_CAPACITY, "--dtype", args.dtype, "--dsv4-kv-format", args.dsv4_kv_format)
+    with Server(Side("demo-server", True, options), checkpoint, args.build_dir) as server:
+        task = progress.add_task("server starts", total=1)
+        wait_until_ready([server])
+        progress.advance(task)
+        answers, facts = asyncio.run(_ask(server.url, oracle.vocab_size, progress))
         server.check_alive()
         line = active_line(server.log_lines())
     dtype = _DTYPES[args.dtype]
@@ -80,16 +65,22 @@ def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress)
     )
     progress.stop()
 
-    faults = check_proof(line, facts)
-    faults += check_lengths(answers, NEW_TOKENS)
-    faults += check_prefix_hits(answers, [request.min_cached_tokens for request in requests])
-    for standard in standards:
-        faults += judge(standard)
+    faults = [] if line is not None else ["the server's log has no line that says `sglang_dsv4 active:`"]
+    faults += check_answers(answers, NEW_TOKENS)
+    faults += [fault for standard in standards for fault in standard.faults()]
     print_answers(console, answers)
     if line is not None:
         console.print(Text(line))
-    if facts is not None:
-        print_memory(console, facts)
+    print_memory(console, facts)
     print_verdict(console, standards, faults)
-    console.print(f"The server's log is {log}.")
+    console.print(f"The server's log is {server.log}.")
     return 1 if faults else 0
+
+
+async def _ask(url: str, vocab_size: int, progress: Progress) -> tuple[list[Answer], dict[str, Any]]:
+    """The answers to all requests, and what the plug-in says about itself."""
+    requests = plan_requests()
+    task = progress.add_task("requests", total=len(requests))
+    async with Client(url) as client:
+        answers = await ask_waves(client, requests, NEW_TOKENS, vocab_size, lambda: progress.advance(task))
+        return answers, await client.plugin_facts()

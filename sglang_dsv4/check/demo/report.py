@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sglang_dsv4.check.demo.answers import Answer
-from sglang_dsv4.check.demo.verdict import Standard, largest_difference
+from sglang_dsv4.check.demo.standards import Standard
+from sglang_dsv4.check.demo.workload import Answer
 
 _MIB = 1 << 20
 _TEXT_COLUMNS = 24
@@ -24,10 +24,8 @@ def print_answers(console: Console, answers: Sequence[Answer]) -> None:
     for answer in answers:
         table.add_row(
             answer.name,
-            Text(printable(answer.text)),
-            str(len(answer.prompt_ids)),
-            str(len(answer.output_ids)),
-            str(answer.cached_tokens),
+            Text(printable(answer.reply.text)),
+            *map(str, (len(answer.request.prompt_ids), len(answer.reply.token_ids), answer.reply.cached_tokens)),
             f"{answer.seconds:.2f}",
         )
     console.print(table)
@@ -58,17 +56,15 @@ def print_memory(console: Console, facts: dict[str, Any]) -> None:
 
 
 def print_verdict(console: Console, standards: Sequence[Standard], faults: Sequence[str]) -> None:
-    """Measured errors beside their bounds and controls, then everything that is wrong."""
+    """Measured errors beside their bounds and controls (planted faults that must exceed the bound), then everything wrong."""
     console.print("Against transformers, full forward, fp32 (differences of log-probabilities):")
     for standard in standards:
-        error = max(largest_difference(item.answer.logprobs, item.expected) for item in standard.comparisons)
-        console.print(f"  {standard.name}: largest {error:.2e}, allowed {standard.bound:.2e}")
-        console.print(f"    a planted fault gives {standard.control_error:.2e}:")
-        console.print(f"    {standard.control_name}")
+        console.print(f"  {standard.name}: largest {standard.largest:.2e}, allowed {standard.bound:.2e}")
+        console.print(f"    control, {standard.control_error:.2e}: {standard.control_name}")
     for fault in faults:
         console.print(Text(f"WRONG  {fault}", style="bold red"))
     if faults:
         console.print(Text("FAILED", style="bold red"))
     else:
-        num_tokens = sum(len(item.answer.output_ids) for item in standards[0].comparisons)
-        console.print(Text(f"RIGHT  all {num_tokens} generated tokens; prefix hits where they must be", style="bold green"))
+        num_tokens = sum(len(answer.reply.token_ids) for answer, _ in standards[0].comparisons)
+        console.print(Text(f"RIGHT  all {num_tokens} generated tokens; prefix hits where they must occur", style="bold green"))

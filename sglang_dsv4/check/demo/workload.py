@@ -1,7 +1,15 @@
-"""What the demonstration asks the server."""
+"""What the demonstration asks the server, and what it answers."""
 
+import asyncio
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+import torch
+
+from sglang_dsv4.check.client import Client
+from sglang_dsv4.check.reply import Ids, Reply
 from sglang_dsv4.tiny.tokenizer import byte_id
 
 PAGE_TOKENS = 256
@@ -27,7 +35,7 @@ class PlannedRequest:
     Attributes:
         name (str): what is special about it.
         prompt_ids (tuple[int, ...]): token ids.
-        wave (int): requests of one wave are sent at the same time, and a wave begins when the one before has ended.
+        wave (int): requests of one wave are sent at the same time; a wave begins when the one before has ended.
         min_cached_tokens (int): tokens that the prefix cache must serve.
     """
 
@@ -35,6 +43,88 @@ class PlannedRequest:
     prompt_ids: tuple[int, ...]
     wave: int
     min_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request and its reply.
+
+    Attributes:
+        request (PlannedRequest): what was asked.
+        reply (Reply): the greedy continuation, with ``distributions``.
+        seconds (float): from sending the request to having the whole reply.
+    """
+
+    request: PlannedRequest
+    reply: Reply
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """The request's."""
+        return self.request.name
+
+    @property
+    def distributions(self) -> torch.Tensor:
+        """``[new_tokens, vocab_size]`` fp32 log-probabilities that each token was taken from."""
+        assert self.reply.distributions is not None, "asked for"
+        return self.reply.distributions
+
+    @property
+    def token_ids(self) -> Ids:
+        """Every token the server read: the prompt, and the output without its last token."""
+        return self.request.prompt_ids + self.reply.token_ids[:-1]
+
+    @property
+    def generated(self) -> slice:
+        """Positions of `token_ids` whose next token was generated."""
+        first = len(self.request.prompt_ids) - 1
+        return slice(first, first + len(self.reply.token_ids))
+
+
+async def ask_waves(
+    client: Client, requests: Sequence[PlannedRequest], new_tokens: int, vocab_size: int, step: Callable[[], None]
+) -> list[Answer]:
+    """Send each wave's requests at the same time; ``step`` is called as each answer arrives.
+
+    Returns:
+        list[Answer]: in the order of ``requests``.
+
+    Raises:
+        httpx.HTTPError: the server did not answer, or refused.
+        ValueError: a reply is incomplete.
+    """
+
+    async def ask(request: PlannedRequest) -> Answer:
+        started = time.monotonic()
+        reply = await client.generate(request.prompt_ids, new_tokens, token_ids_logprob=list(range(vocab_size)))
+        if reply.distributions is None:
+            raise ValueError(f"{request.name}: expected log-probabilities of the whole vocabulary, got none")
+        step()
+        return Answer(request, reply, time.monotonic() - started)
+
+    found: dict[PlannedRequest, Answer] = {}
+    by_wave = sorted(requests, key=lambda request: request.wave)
+    for _, wave in groupby(by_wave, key=lambda request: request.wave):
+        together = list(wave)
+        found |= zip(together, await asyncio.gather(*map(ask, together)), strict=True)
+    return [found[request] for request in requests]
+
+
+def check_answers(answers: Sequence[Answer], new_tokens: int) -> list[str]:
+    """Answers of another length than was asked for, or that the prefix cache served less of than it must, or more than it may.
+
+    The last token of a prompt is never served from the cache: it has to be computed.
+    """
+    faults = []
+    for answer in answers:
+        count, cached = len(answer.reply.token_ids), answer.reply.cached_tokens
+        least, most = answer.request.min_cached_tokens, len(answer.request.prompt_ids) - 1
+        if count != new_tokens:
+            faults.append(f"{answer.name}: expected {new_tokens} generated tokens, got {count}")
+        if not least <= cached <= most:
+            faults.append(f"{answer.name}: expected {least} .. {most} tokens from the prefix cache, got {cached}")
+    return faults
 
 
 def plan_requests() -> tuple[PlannedRequest, ...]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from sglang_dsv4.check.client import GENERATE
 from sglang_dsv4.check.demo.workload import PAGE_TOKENS
 from sglang_dsv4.tiny.tokenizer import byte_id
 
-GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 EDGES = (4, 128, PAGE_TOKENS)
 # A stop string of one ASCII character cannot begin in one token and end in the next.
 STOPS = tuple("aeiou 019AEO")

@@ -4,41 +4,30 @@ import argparse
 import asyncio
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 from rich.console import Console
 from rich.progress import Progress
-from rich.text import Text
 
-from sglang_dsv4.check.demo.client import Client
-from sglang_dsv4.check.demo.server import Server, ServerDiedError, leave
-from sglang_dsv4.check.demo.start import ready_checkpoint, steps_progress, wait_until_healthy
-from sglang_dsv4.check.stress.drive import Load
-from sglang_dsv4.check.stress.memory import group_bytes
+from sglang_dsv4.check.checkpoint import ready_checkpoint
+from sglang_dsv4.check.command_line import add_build_dir, check_arguments, run_guarded, steps_progress
+from sglang_dsv4.check.server import Server, Side, group_bytes, wait_until_ready
+from sglang_dsv4.check.stress.load import Load
 from sglang_dsv4.check.stress.report import draw_run, print_run
-from sglang_dsv4.check.stress.session import stress_runtime, stress_server
+from sglang_dsv4.check.stress.runtime_target import RuntimeTarget
+from sglang_dsv4.check.stress.server_target import ServerTarget
+from sglang_dsv4.check.stress.session import stress
 from sglang_dsv4.check.stress.summary import Run
-from sglang_dsv4.tiny.tokenizer import VOCAB_SIZE
+from sglang_dsv4.tiny import TinySpec
 
 REQUESTS = 200
-# Pages enough to keep prefixes, and few enough that a burst outgrows them and requests are sent back to the queue in the
-# middle; and exact rows, so that one wrong entry among many shows. SGLang gives up prefixes to have a page free for each
-# request that runs, before every step; so a pool of twice as many pages as requests keeps next to nothing.
+# Enough pages to keep prefixes, and few enough that a burst outgrows them and requests are sent back to the queue half way;
+# and exact rows, so that one wrong entry among many shows. Before every step SGLang gives up prefixes to have a page free for
+# each running request; so a pool of twice as many pages as requests keeps next to nothing.
 TINY_SERVER = (
-    "--dtype",
-    "float32",
-    "--dsv4-kv-format",
-    "fp32",
-    "--max-total-tokens",
-    "15360",
-    "--swa-full-tokens-ratio",
-    "0.9",
-    "--max-running-requests",
-    "40",
-    "--schedule-conservativeness",
-    "0.01",
+    *("--dtype", "float32", "--dsv4-kv-format", "fp32", "--max-total-tokens", "15360", "--swa-full-tokens-ratio", "0.9"),
+    *("--max-running-requests", "40", "--schedule-conservativeness", "0.01", "--mem-fraction-static", "0.5"),
     "--enable-cache-report",
 )
 RUNTIME_PAGES = 64
@@ -50,8 +39,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "stress",
         help="send a server many requests at once and check every answer",
         description="Send many mixed requests at once, and compare every answer with the same request alone on a cold "
-        "cache. The server's cache is emptied for that, so nobody else may use it meanwhile. Exit status 0 only if all "
-        "is right.",
+        "cache. That empties the server's cache again and again, so nobody else may use it meanwhile. Exit status 0 only if "
+        "all is right.",
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("url", nargs="?", help="a running server, such as http://127.0.0.1:30000")
@@ -71,53 +60,47 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=float,
         help="largest difference of log-probabilities between two right runs (default: measured with transformers where "
         "the checkpoint is a folder of this machine and served in float32 on a CPU; else by the server itself, which "
-        "reads again in one prefill what it has decoded)",
+        "scores in one prefill what it has decoded)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput and pool use")
-    parser.add_argument(
-        "--build-dir",
-        type=Path,
-        default=Path("build"),
-        help="for the tiny checkpoint and the server's log (default: %(default)s)",
-    )
+    add_build_dir(parser)
     parser.set_defaults(func=run)
 
 
 class Interrupt:
-    """What Ctrl-C does: the first ends the load, and what came is judged; the second ends all."""
+    """What Ctrl-C does: during the load the first ends it, and what came back is judged; any other ends the command."""
 
     def __init__(self, console: Console) -> None:
-        self.is_set = False
+        self._is_set = self._is_loading = False
         self._console = console
         signal.signal(signal.SIGINT, self._note)
 
+    def __call__(self) -> bool:
+        """Whether the load must end; the load asks before every request."""
+        self._is_loading = True
+        return self._is_set
+
     def _note(self, *_: object) -> None:
-        if self.is_set:
+        if self._is_set or not self._is_loading:
             raise KeyboardInterrupt
-        self.is_set = True
-        self._console.print("No more requests; what came is compared. Ctrl-C again stops at once.")
+        self._is_set = True
+        self._console.print("No more requests; the answers so far are compared. Ctrl-C again stops at once.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stress test; the exit status."""
-    signal.signal(signal.SIGTERM, leave)
     console = Console()
-    interrupt = Interrupt(console)
-    if (args.requests or 1) < 1 or args.concurrency < 1:
-        raise SystemExit(f"expected --requests and --concurrency of 1 or more, got {args.requests} and {args.concurrency}")
+    return run_guarded(lambda: _stress(args, console), console, f"{args.url}: " if args.url else "")
+
+
+def _stress(args: argparse.Namespace, console: Console) -> int:
+    check_arguments(args)
     requests = None if args.minutes is not None else args.requests
     load = Load(args.seed, args.first, requests, args.minutes or 0.0, args.concurrency)
-    try:
-        with steps_progress(console) as progress:
-            result = _stress(args, load, progress, lambda: interrupt.is_set)
-    except (ServerDiedError, TimeoutError, httpx.HTTPError, ValueError, OSError) as error:
-        where = f"{args.url}: " if args.url else ""
-        console.print(Text(f"FAILED  {where}{type(error).__name__}: {error}", style="bold red"))
-        return 1
-    except KeyboardInterrupt:
-        console.print("Stopped.")
-        return 128 + signal.SIGINT
+    interrupt = Interrupt(console)
+    with steps_progress(console) as progress:
+        result = _stress_tiny(args, load, progress, interrupt) if args.tiny else _stress_other(args, load, progress, interrupt)
     print_run(console, result)
     if args.json is not None:
         args.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -126,32 +109,23 @@ def run(args: argparse.Namespace) -> int:
     return 1 if result.faults else 0
 
 
-def _stress(args: argparse.Namespace, load: Load, progress: Progress, is_stopped: Callable[[], bool]) -> Run:
-    if args.runtime is not None:
-        return asyncio.run(stress_runtime(args.runtime, load, progress, RUNTIME_PAGES, is_stopped))
-    if not args.tiny:
-        return asyncio.run(
-            stress_server(args.url, load, progress, target=args.url, bound=args.bound, memory_bytes=None, is_stopped=is_stopped)
-        )
-    checkpoint = ready_checkpoint(args.build_dir / "tiny", progress)
-    with Server(checkpoint, args.build_dir / "stress-server.log", TINY_SERVER) as server:
-        client = Client(server.url, VOCAB_SIZE)
-        wait_until_healthy(server, client, progress)
-        client.close()
+def _stress_other(args: argparse.Namespace, load: Load, progress: Progress, interrupt: Interrupt) -> Run:
+    """A server that runs already, or a runtime in this process."""
+    if args.runtime is None:
+        return asyncio.run(stress(ServerTarget(args.url, args.url), load, progress, bound=args.bound, is_stopped=interrupt))
+    target = RuntimeTarget(args.runtime, RUNTIME_PAGES, max_requests=load.concurrency)
+    return asyncio.run(stress(target, load, progress, bound=args.bound, is_stopped=interrupt))
+
+
+def _stress_tiny(args: argparse.Namespace, load: Load, progress: Progress, interrupt: Interrupt) -> Run:
+    checkpoint = ready_checkpoint(args.build_dir / "tiny", TinySpec())
+    with Server(Side("stress-server", True, TINY_SERVER), checkpoint, args.build_dir) as server:
+        task = progress.add_task("server starts", total=1)
+        wait_until_ready([server])
+        progress.advance(task)
+        target = ServerTarget(server.url, "--tiny", lambda: group_bytes(server.group))
         try:
-            result = asyncio.run(
-                stress_server(
-                    server.url,
-                    load,
-                    progress,
-                    target="--tiny",
-                    bound=args.bound,
-                    memory_bytes=lambda: group_bytes(server.group),
-                    is_stopped=is_stopped,
-                )
-            )
+            return asyncio.run(stress(target, load, progress, bound=args.bound, is_stopped=interrupt))
         except (ConnectionError, httpx.TransportError):
             server.check_alive()  # its log says why
             raise
-        server.check_alive()
-        return result

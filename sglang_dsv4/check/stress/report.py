@@ -30,8 +30,8 @@ def print_run(console: Console, run: Run) -> None:
         "workloads": kinds,
         "compared": f"{facts['answers_compared']} answers, {facts['tokens_compared']} tokens, with {facts['references']} "
         "requests alone on a cold cache",
-        "in doubt": f"{facts['doubts']} answers compared anew behind a token that was too close to tell; "
-        f"{facts['uncompared_tails']} texts not compared behind one",
+        "near-ties": f"{facts['doubts']} answers diverged at one and were compared anew from there; "
+        f"{facts['uncompared_tails']} texts were not compared after one",
         "log-probabilities": f"largest difference {facts['largest_difference']:.2e}, allowed {run.bound:.2e} "
         f"({run.bound_origin})",
         "control": run.control[0] if run.control else "noticed nothing",
@@ -94,7 +94,7 @@ def _percentiles(values: dict[str, float]) -> str:
 
 
 def _memory(facts: dict[str, Any], kind: str) -> str:
-    """What grows until half time and not after it was warming up."""
+    """What grows until half way and not after that was warming up."""
     half = facts["memory_half"].get(kind, facts["memory_start"][kind])
     start, end = facts["memory_start"][kind], facts["memory_end"][kind]
     return f"{start / _MIB:.1f} MiB at the start, {half / _MIB:.1f} half way, {end / _MIB:.1f} at the end"

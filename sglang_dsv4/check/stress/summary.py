@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import quantiles
 from typing import Any
 
-from sglang_dsv4.check.stress.answers import Outcome
-from sglang_dsv4.check.stress.cases import GENERATE
-from sglang_dsv4.check.stress.drive import Load, Sample
-from sglang_dsv4.check.stress.references import Findings
+import numpy as np
+
+from sglang_dsv4.check.client import GENERATE
+from sglang_dsv4.check.judge import Verdict
+from sglang_dsv4.check.stress.control import has_logprobs, is_served
+from sglang_dsv4.check.stress.load import Load, Sample
+from sglang_dsv4.check.stress.replies import Outcome
 
 GIVEN = "given"
 
@@ -21,11 +23,12 @@ class Run:
     Attributes:
         target (str): ``URL``, ``--tiny`` or ``--runtime CHECKPOINT``: how the command names it.
         load (Load): what was asked.
-        outcomes (Sequence[Outcome]): what came.
-        findings (Findings): of the comparison.
+        outcomes (Sequence[Outcome]): what came back.
+        verdict (Verdict): of the comparison.
+        mismatches (Sequence[tuple[Outcome, str]]): everything wrong, with the outcome it belongs to.
         bound (float): largest allowed difference of a log-probability.
         bound_origin (str): how that was found.
-        control (Sequence[str]): what the judge said of an answer to another prompt; empty if it noticed nothing.
+        control (Sequence[str]): what the judge said of an answer to a wrong prompt; empty if it noticed nothing.
         leaks (Sequence[str]): what was still held at the end.
         start (dict[str, Any]): the plug-in's facts before the load.
         end (dict[str, Any]): and after it.
@@ -37,7 +40,8 @@ class Run:
     target: str
     load: Load
     outcomes: Sequence[Outcome]
-    findings: Findings
+    verdict: Verdict
+    mismatches: Sequence[tuple[Outcome, str]]
     bound: float
     bound_origin: str
     control: Sequence[str]
@@ -53,14 +57,14 @@ class Run:
         """Everything wrong, one line each; a mismatch with the command that sends its request again."""
         faults = [
             f"request {outcome.case.number} ({outcome.case.workload}): {fault}; again: {self.again(outcome)}"
-            for outcome, fault in self.findings.mismatches
+            for outcome, fault in self.mismatches
         ]
         faults += self.leaks
         before, after = (facts["report"]["total_bytes"] for facts in (self.start, self.end))
         if before != after:
             faults.append(f"leak: the cache had {before} bytes at the start, and has {after}")
         if not self.control:
-            faults.append("control: no answer to another prompt was found wrong; the comparison proves nothing")
+            faults.append("control: an answer to a wrong prompt was not noticed; the comparison proves nothing")
         return faults
 
     def again(self, outcome: Outcome) -> str:
@@ -88,19 +92,21 @@ class Run:
             "load": asdict(self.load),
             "requests": len(self.outcomes),
             "requests_by_workload": dict(Counter(o.case.workload for o in self.outcomes)),
-            "answers_compared": self.findings.num_answers,
-            "tokens_compared": self.findings.num_tokens,
+            "answers_compared": self.verdict.answers,
+            "tokens_compared": self.verdict.tokens,
             "references": self.num_references,
-            "doubts": self.findings.num_doubts,
-            "uncompared_tails": self.findings.num_uncompared,
+            "doubts": self.verdict.partings,
+            "uncompared_tails": self.verdict.uncompared,
             "bound": self.bound,
             "bound_origin": self.bound_origin,
-            "largest_difference": self.findings.largest,
+            "largest_difference": self.verdict.largest,
             "control": list(self.control),
             "finish": dict(Counter(str(answer.finish) for answer in answers)),
             "cached_share": cached / prompt_tokens if prompt_tokens else 0.0,
             "retractions": sum(answer.retractions for answer in answers),
-            "lost_logprobs": sum(None in (answer.logprobs or ()) for answer in answers),
+            "lost_logprobs": sum(
+                has_logprobs(answer) and any(token.logprob is None for token in answer.tokens or ()) for answer in answers
+            ),
             "load_s": self.load_s,
             "seconds": percentiles([o.seconds for o in self.outcomes if is_served(o) and not o.case.pause_s]),
             "first_token_s": percentiles([o.first_s for o in self.outcomes if o.first_s]),
@@ -115,16 +121,8 @@ class Run:
         }
 
 
-def is_served(outcome: Outcome) -> bool:
-    """Whether all of an answer was asked for: a latency of one that left says nothing."""
-    return outcome.case.invalid is None and outcome.case.leave_after is None
-
-
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 90th, 99th and largest; empty without values."""
     if not seconds:
         return {}
-    if len(seconds) == 1:
-        return dict.fromkeys(("p50", "p90", "p99", "max"), seconds[0])
-    cuts = quantiles(seconds, n=100, method="inclusive")
-    return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98], "max": max(seconds)}
+    return dict(zip(("p50", "p90", "p99", "max"), np.quantile(seconds, (0.5, 0.9, 0.99, 1.0)).tolist(), strict=True))

@@ -1,21 +1,19 @@
 """How far answers are from exact arithmetic."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from sglang_dsv4.check.compare.ask import Answer, Token, make_questions
-from sglang_dsv4.check.compare.checkpoint import ready_checkpoint
+from sglang_dsv4.check.bound import spread_of
+from sglang_dsv4.check.checkpoint import ready_checkpoint, shaped_spec
 from sglang_dsv4.check.compare.exact import exact_differences, expect_of_checkpoint
-from sglang_dsv4.check.compare.judge import spread_of
+from sglang_dsv4.check.compare.questions import make_questions
 from sglang_dsv4.check.oracle import Oracle
+from sglang_dsv4.check.reply import Reply, Token
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return ready_checkpoint(tmp_path_factory.mktemp("exact"), "tiny", print, (0, 4))
+    return ready_checkpoint(tmp_path_factory.mktemp("exact") / "tiny", shaped_spec("tiny", (0, 4)))
 
 
 def answers_of(oracle, questions, dtype, shift=0):
@@ -25,7 +23,7 @@ def answers_of(oracle, questions, dtype, shift=0):
         ids = (*question.prompt_ids, *range(20, 20 + question.new_tokens))
         rows = oracle.logprobs(ids, dtype=dtype)[len(question.prompt_ids) - 1 - shift :]
         chosen = zip(ids[len(question.prompt_ids) :], rows, strict=False)
-        found.append(Answer(tuple(Token(i, float(row[i]), i, 0.0) for i, row in chosen), 0))
+        found.append(Reply(tuple(Token(i, float(row[i]), i) for i, row in chosen)))
     return found
 
 
@@ -48,7 +46,7 @@ def test_exact_answers_are_exact_rounded_ones_are_not_and_wrong_ones_are_far_awa
 def test_answers_of_another_model_give_no_bound(checkpoint, tmp_path):
     oracle, questions = Oracle(checkpoint), make_questions(4, 40, 0)
     answers = answers_of(oracle, questions, torch.bfloat16)
-    other = ready_checkpoint(tmp_path, "tiny", print, (0, 128))
+    other = ready_checkpoint(tmp_path / "tiny", shaped_spec("tiny", (0, 128)))
     expect_of_checkpoint(spread_of(exact_differences(checkpoint, questions, answers, 4)), answers, checkpoint)
     with pytest.raises(ValueError, match="expected the model that answered"):
         expect_of_checkpoint(spread_of(exact_differences(other, questions, answers, 4)), answers, other)
@@ -72,15 +70,6 @@ def test_only_some_answers_are_computed(checkpoint):
 
 def test_questions_that_leave_entries_out_are_refused(checkpoint):
     questions = make_questions(1, 9, 0)
-    answers = [Answer((Token(1, 0.0, 1, 0.0),) * 1024, 0)]
+    answers = [Reply((Token(1, 0.0, 1),) * 1024)]
     with pytest.raises(ValueError, match="expected a prompt and answer of at most 1024 tokens"):
         exact_differences(checkpoint, questions, answers, 1)
-
-
-def test_commands_load_without_transformers():
-    code = """
-import sys
-sys.modules["transformers"] = None
-import sglang_dsv4.bench.command, sglang_dsv4.check.compare.command
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,17 +1,22 @@
-"""The servers of a comparison: they start and end together, and end whatever happens."""
+"""The servers of a comparison: they start and end together, end whatever happens, and some may crash."""
 
 import argparse
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
-from sglang_dsv4.check.compare import runs
+from sglang_dsv4.check.compare import fleet as fleet_module
+from sglang_dsv4.check.compare import session
+from sglang_dsv4.check.compare.answers import Passes, Run
 from sglang_dsv4.check.compare.command import add_parser, make_bytes_side, make_plan
-from sglang_dsv4.check.compare.side import OURS, THEIRS, Side, SideServer
+from sglang_dsv4.check.reply import Question, Reply, Token
+from sglang_dsv4.check.server import OURS, THEIRS, Server, ServerDiedError, Side
 
 # Told to end, it waits until all three were told so.
 POLITE = """
@@ -30,12 +35,12 @@ time.sleep(60)
 SIDES = [Side(name, True, ()) for name in "abc"]
 
 
-class SmallServer(SideServer):
+class SmallServer(Server):
     """A process that is no server."""
 
     def __init__(self, side, checkpoint, folder, device):
         super().__init__(side, checkpoint, folder, device)
-        self._command = [sys.executable, "-c", POLITE, side.name]
+        self.command = [sys.executable, "-c", POLITE, side.name]
 
     def is_ready(self):
         self.check_alive()
@@ -44,9 +49,9 @@ class SmallServer(SideServer):
 
 @pytest.fixture
 def fleet(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "SideServer", SmallServer)
-    monkeypatch.setattr(runs, "facts_of", lambda server: {})
-    return runs.Fleet(tmp_path, tmp_path, "cpu")
+    monkeypatch.setattr(fleet_module, "Server", SmallServer)
+    monkeypatch.setattr(fleet_module, "facts_of", lambda server: {})
+    return fleet_module.Fleet(tmp_path, tmp_path, "cpu")
 
 
 def last_lines(tmp_path):
@@ -88,11 +93,11 @@ def test_all_servers_of_a_comparison_start_at_once_on_a_gpu():
 # A command whose servers would run for minutes; the test of another process sees what is left of them.
 TERMINATED = """
 import sys
-from sglang_dsv4.check.compare import runs
+from sglang_dsv4.check.compare import fleet
 from tests.check.compare.test_fleet import SmallServer
 from sglang_dsv4.cli import main
 SmallServer.is_ready = lambda self: False
-runs.SideServer = SmallServer
+fleet.Server = SmallServer
 main(["compare", "--device", "cpu", "--model", sys.argv[1], "--build-dir", sys.argv[1], "--requests", "1"])
 """
 
@@ -107,3 +112,94 @@ def test_servers_end_with_a_comparison_that_is_terminated(tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     assert log.read_text().split() == ["here", "alone"]
+
+
+REFERENCE = [Side("theirs-1", False, ()), Side("theirs-2", False, ())]
+JUDGED = Side("ours", True, ())
+QUESTIONS = [Question((1, 2, 3), 2)]
+ANSWER = Reply((Token(5, -1.0, 5, 2.0), Token(6, -1.0, 6, 2.0)))
+LAST_WORDS = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
+
+
+class CrashingServer(Server):
+    """A process that is no server, and ends after its side was asked, where the side's name is among `crashing`."""
+
+    crashing: set[str] = set()
+
+    def __init__(self, side, checkpoint, folder, device):
+        super().__init__(side, checkpoint, folder, device)
+        program = "import time; print('here', flush=True); time.sleep(60)"
+        if side.name in self.crashing:
+            program = f"import sys; print('here'); print({LAST_WORDS!r}); print('terminate called'); sys.exit(3)"
+        self.command = [sys.executable, "-c", program]
+
+    def is_ready(self):
+        return True
+
+
+async def run_passes(passes, client, name):
+    """What `Passes.run` does, for servers that are none."""
+    if name in CrashingServer.crashing:
+        raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+    hit = dataclasses.replace(ANSWER, cached_tokens=2)
+    return [Run(f"{name} {kind}", [hit if kind == "hit" else ANSWER]) for kind in ("cold", "hit", "again")]
+
+
+async def no_scores(*_):
+    return {0: list(ANSWER.tokens)}
+
+
+async def no_plant(*_):
+    return None
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet_module, "Server", CrashingServer)
+    monkeypatch.setattr(fleet_module, "facts_of", lambda server: {})
+    monkeypatch.setattr(Passes, "run", run_passes)
+    monkeypatch.setattr(session, "_scores", no_scores)
+    monkeypatch.setattr(session, "_plant", no_plant)
+
+    def run(*crashing, at_once=3):
+        monkeypatch.setattr(CrashingServer, "crashing", set(crashing))
+        plan = session.Plan(REFERENCE, [JUDGED], None, Passes(QUESTIONS, 1), at_once, 0)
+        said = []
+        result, _ = session.run_session(tmp_path, tmp_path, "cpu", plan, None, said.append)
+        return result, said
+
+    return run
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("lost", ["theirs-1", "theirs-2"])
+def test_what_is_judged_is_compared_with_the_servers_that_are_left(compare, lost, at_once):
+    result, said = compare(lost, at_once=at_once)
+    assert result.lost == {lost: LAST_WORDS}
+    assert f"{lost}: CRASHED, {LAST_WORDS}" in said
+    assert set(result.verdicts) == {f"ours {kind}" for kind in ("cold", "hit", "again")}
+    assert set(result.own) == {side.name for side in (*REFERENCE, JUDGED)} - {lost}
+    assert not result.faults
+
+
+def test_nothing_is_lost_where_none_crashed(compare):
+    result, _ = compare()
+    assert result.lost == {} and len(result.own) == 3
+
+
+def test_a_reference_that_crashed_as_a_whole_compares_nothing(compare):
+    with pytest.raises(ServerDiedError, match="expected one server that answers, got .*theirs-1"):
+        compare("theirs-1", "theirs-2")
+
+
+def test_a_server_of_ours_may_not_crash_as_the_reference_either(compare, monkeypatch):
+    """On a CPU ours is both."""
+    ours_first = [dataclasses.replace(REFERENCE[0], is_ours=True), REFERENCE[1]]
+    monkeypatch.setattr(sys.modules[__name__], "REFERENCE", ours_first)
+    with pytest.raises(ServerDiedError, match="the end of .*theirs-1.log"):
+        compare("theirs-1")
+
+
+def test_a_judged_server_that_crashed_ends_the_comparison_and_is_named(compare):
+    with pytest.raises(ServerDiedError, match="status 3; the end of .*ours.log"):
+        compare("ours")

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from sglang_dsv4.check.compare.hit_bytes import check_bytes
+from sglang_dsv4.check.reply import Reply, Token
 
 
 class MadeUp:
@@ -17,15 +18,14 @@ class MadeUp:
     async def flush(self):
         self._pages.clear()
 
-    async def post(self, body):
-        ids = tuple(body["input_ids"])
+    async def generate(self, ids, new_tokens, rid):
         cached = 256 if self._has_cache and ids[:256] in self._pages else 0
         self._pages.add(ids[:256])
-        self._digests[body["rid"]] = [len(ids), self._digest(ids, cached)]
-        return {"meta_info": {"cached_tokens": cached}, "output_ids": [1]}
+        self._digests[rid] = [len(ids), self._digest(ids, cached)]
+        return Reply((Token(1),), cached_tokens=cached)
 
-    async def server_info(self):
-        return {"sglang_dsv4": {"digests": self._digests}}
+    async def plugin_facts(self):
+        return {"digests": self._digests}
 
 
 def faults_of(digest, **options):

@@ -13,15 +13,15 @@ import httpx
 import pytest
 from rich.progress import Progress
 
+from sglang_dsv4.check.client import GENERATE, Client
 from sglang_dsv4.check.stress import session
-from sglang_dsv4.check.stress.answers import Outcome
-from sglang_dsv4.check.stress.answers import request_body as request_body_of
-from sglang_dsv4.check.stress.cases import GENERATE, Case
-from sglang_dsv4.check.stress.client import StressClient, read_stream
+from sglang_dsv4.check.stress.cases import Case
 from sglang_dsv4.check.stress.command import TINY_SERVER
-from sglang_dsv4.check.stress.drive import Load
-from sglang_dsv4.check.stress.references import Judge
-from sglang_dsv4.check.stress.session import stress_server
+from sglang_dsv4.check.stress.judging import Judge
+from sglang_dsv4.check.stress.load import Load
+from sglang_dsv4.check.stress.replies import Outcome, read_stream
+from sglang_dsv4.check.stress.replies import request_body as request_body_of
+from sglang_dsv4.check.stress.server_target import ServerTarget
 from tests.plugin.serving import post, prompt, request_body, serving, wait_for_log
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.long]
@@ -34,7 +34,7 @@ RETRACTED = "Retract requests"
 def stress(server, requests=40, seed=3):
     load = Load(seed, 0, requests, 0.0, concurrency=8)
     with Progress(disable=True) as progress:
-        return asyncio.run(stress_server(server.url, load, progress, target="URL", bound=None, memory_bytes=None))
+        return asyncio.run(session.stress(ServerTarget(server.url), load, progress))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def server(warm, tiny):
 def test_a_short_run_is_right(server):
     run = stress(server)
     assert run.faults == []
-    assert run.findings.num_answers > 35 and run.findings.largest <= run.bound < 1e-2
+    assert run.verdict.answers > 35 and run.verdict.largest <= run.bound < 1e-2
     assert run.control and run.end["usage"]["history_pages"]["total"] == PAGES
 
 
@@ -99,7 +99,7 @@ def test_a_server_elsewhere_is_judged_by_its_own_rounding(server, monkeypatch):
     monkeypatch.setattr(session, "_checkpoint_of", lambda facts: None)
     run = stress(server, requests=24, seed=6)
     assert run.faults == [] and run.bound_origin == "by the server's own rounding"
-    assert 0 < run.findings.largest <= run.bound < 1e-2
+    assert 0 < run.verdict.largest <= run.bound < 1e-2
     assert {"resident_bytes", "device_bytes"} <= run.end["memory"].keys()
 
 
@@ -118,18 +118,17 @@ def test_a_request_retracted_before_its_first_token_came_is_whole(small_server):
     burst = Case(0, "burst", GENERATE, prompts, new_tokens=6)
 
     async def ask(url):
-        client = StressClient(url)
-        target = session.ServerTarget(client)
+        target = ServerTarget(url)
         checker = Judge(target.ask, target.tokenize, bound=1e-3)
         lost = 0
         try:
             for _ in range(5):  # which are sent back depends on which came first
-                outcome = await client.send(burst)
+                outcome = await target.send(burst)
                 assert sum(answer.retractions for answer in outcome.answers) > 0
                 assert await checker.add(outcome) == []
-                lost += sum(answer.logprobs[0] is None for answer in outcome.answers)
+                lost += sum(answer.tokens[0].logprob is None for answer in outcome.answers)
         finally:
-            await client.close()
+            await target.close()
         return lost
 
     # Should SGLang lose none any more, the client need not know of it.
@@ -145,23 +144,17 @@ def test_a_retracted_request_that_is_aborted_while_it_waits_is_right(small_serve
     ]
     seen = sum(RETRACTED in line for line in small_server.log_lines())
 
-    async def follow(http, case):
-        events = []
-        body = request_body_of(case, f"waiting-{case.number}")
-        async with http.stream("POST", "/generate", json=body) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    events.append(json.loads(line.removeprefix("data: ")))
-        return events
+    async def follow(client, case):
+        async with client.stream(GENERATE, request_body_of(case, f"waiting-{case.number}")) as (_, events):
+            return [event async for event in events if event is not None]
 
     async def run():
-        async with httpx.AsyncClient(base_url=small_server.url, timeout=240, trust_env=False) as http:
-            streams = [asyncio.create_task(follow(http, case)) for case in cases]
+        async with Client(small_server.url) as client:
+            streams = [asyncio.create_task(follow(client, case)) for case in cases]
             await asyncio.to_thread(wait_for_log, small_server, RETRACTED, times=seen + 1)
-            await http.post("/abort_request", json={"rid": "", "abort_all": True})
+            await client.send("/abort_request", {"rid": "", "abort_all": True})
             replies = await asyncio.gather(*streams)
-        client = StressClient(small_server.url)
-        target = session.ServerTarget(client)
+        target = ServerTarget(small_server.url)
         checker = Judge(target.ask, target.tokenize, bound=1e-3)
         try:
             for case, events in zip(cases, replies, strict=True):
@@ -170,7 +163,7 @@ def test_a_retracted_request_that_is_aborted_while_it_waits_is_right(small_serve
                 asked = replace(case, new_tokens=max(1, len(answers[0].token_ids)))
                 assert await checker.add(Outcome(asked, 200, answers)) == []
         finally:
-            await client.close()
+            await target.close()
         return [events[-1]["meta_info"] for events in replies if len(events) > 1]
 
     # Should SGLang give the counts one day, the client need not know of it.
@@ -195,7 +188,5 @@ def test_a_load_that_is_ended_early_is_judged(server):
 
     load = Load(3, 0, 2000, 0.0, concurrency=4)
     with Progress(disable=True) as progress:
-        run = asyncio.run(
-            stress_server(server.url, load, progress, target="URL", bound=1e-3, memory_bytes=None, is_stopped=is_stopped)
-        )
+        run = asyncio.run(session.stress(ServerTarget(server.url), load, progress, bound=1e-3, is_stopped=is_stopped))
     assert run.faults == [] and len(run.outcomes) == 8

@@ -1,4 +1,4 @@
-"""Where something was measured, and with what."""
+"""Where something was measured, with which versions."""
 
 import importlib.metadata
 import platform
@@ -12,13 +12,7 @@ _PACKAGES = ("sglang", "torch", "triton", "flashinfer-python", "sgl-flash-mla", 
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The device and all versions; what is not there is None."""
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    """The device and all versions; None for what is not installed."""
     on_gpu = device == "cuda"
     return {
         "device": device,
@@ -28,5 +22,12 @@ def environment(device: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "sglang-dsv4": __version__,
-        "versions": versions,
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,15 +1,16 @@
-"""Judges what servers answered: how far apart right answers may be, and whether these are."""
+"""The result of a comparison: how far apart right answers may be, and whether these are closer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_dsv4.check.compare.ask import Question, Scorer, Token
+from sglang_dsv4.check.bound import Spread, backend_bound, run_spread, spread_of
+from sglang_dsv4.check.compare.answers import Run, Scorer, read_answers
 from sglang_dsv4.check.compare.exact import exact_differences, expect_of_checkpoint
-from sglang_dsv4.check.compare.judge import Spread, Verdict, judge, own_rounding, run_spread, spread_of
-from sglang_dsv4.check.compare.runs import Run, read_answers
-from sglang_dsv4.check.compare.side import OURS, ROUNDED, THEIRS
+from sglang_dsv4.check.judge import Verdict, judge
+from sglang_dsv4.check.reply import Question, Token
+from sglang_dsv4.check.server import OURS, ROUNDED, THEIRS
 
 Say = Callable[[str], None]
 
@@ -35,10 +36,16 @@ class Runs:
         """What every judged run is compared with."""
         return self.reference[0]
 
+    def bound(self, scored: dict[int, list[Token]], exact: Spread) -> dict[str, float]:
+        """`backend_bound` of these runs."""
+        reference, judged = ([run.answers for run in runs] for runs in (self.reference, self.judged))
+        rounded = None if self.rounded is None else [run.answers for run in self.rounded]
+        return backend_bound(reference, judged, rounded, scored, exact)
+
 
 @dataclass
 class Result:
-    """What came out; ``faults`` empty means that all is right.
+    """What a comparison found; no ``faults`` means that all is right.
 
     ``lost`` has the reference's servers that crashed, and how: what is judged is compared with the others.
     """
@@ -77,9 +84,9 @@ async def judge_runs(result: Result, runs: Runs, scored: dict[int, list[Token]],
         runs (Runs): the answers.
         scored (dict[int, list[Token]]): the reference's scores of its own tokens, by question; they widen its own rounding.
         exact (Spread): how far the reference is from exact arithmetic; zero where that is not known.
-        scorer (Scorer | None): scores of the reference's server; without it nothing is compared behind a parting.
+        scorer (Scorer | None): scores of the reference's server; None: nothing is compared behind a parting.
     """
-    result.bound = bound_of(runs.reference, runs.judged, runs.rounded, scored, exact)
+    result.bound = runs.bound(scored, exact)
     every = [*runs.reference, *runs.judged, *(runs.rounded or ())]
     sides: dict[str, list[Run]] = {}
     for run in every:
@@ -150,49 +157,11 @@ async def _judge_run(runs: Runs, run: Run, bound: dict[str, float], scorer: Scor
     verdict = Verdict()
     if scorer is not None:
         await scorer.prepare(runs.questions, runs.right.answers, run.answers)
-    for number, answer in enumerate(run.answers):
-        await judge(
-            verdict,
-            f"{run.name}: question {number}",
-            runs.questions[number],
-            runs.right.answers[number],
-            answer,
-            bound["bound"],
-            scorer,
-        )
+    triples = zip(runs.questions, runs.right.answers, run.answers, strict=True)
+    for number, (question, right, answer) in enumerate(triples):
+        name = f"{run.name}: question {number}"
+        await judge(verdict, name, question, right, answer, bound["bound"], scorer)
     if verdict.typical > bound["typical_bound"]:
-        verdict.faults.insert(
-            0,
-            f"{run.name}: log-probabilities are {verdict.typical:.3g} away as a rule, expected at most "
-            f"{bound['typical_bound']:.3g}",
-        )
+        text = f"log-probabilities are typically {verdict.typical:.3g} off, expected at most {bound['typical_bound']:.3g}"
+        verdict.faults.insert(0, f"{run.name}: {text}")
     return verdict
-
-
-def bound_of(
-    reference: Sequence[Run],
-    judged: Sequence[Run],
-    rounded: Sequence[Run] | None,
-    scored: dict[int, list[Token]],
-    exact: Spread,
-) -> dict[str, float]:
-    """Differences that are allowed, of one token and of all as a rule (the root of their mean square), and whence they come.
-
-    Two backends round in other places, so each may be as far from exact arithmetic as the reference is, and the two twice
-    that apart. The reference's own ways round in the same places, and are closer to each other than to exact arithmetic;
-    where nothing exact is known, they have to do. Another row format adds what it does to the judged backend, twice for the
-    same reason.
-    """
-    own = own_rounding([run.answers for run in reference], scored)
-    rows = Spread() if rounded is None else run_spread(judged[0].answers, rounded[0].answers)
-    least = own.or_more(exact)
-    return {
-        "own_rounding": own.largest,
-        "from_exact": exact.largest,
-        "row_rounding": rows.largest,
-        "bound": 2 * least.largest + 2 * rows.largest,
-        "typical_own_rounding": own.typical,
-        "typical_from_exact": exact.typical,
-        "typical_row_rounding": rows.typical,
-        "typical_bound": 2 * least.typical + 2 * rows.typical,
-    }

@@ -6,10 +6,11 @@ import json
 import httpx
 import pytest
 
-from sglang_dsv4.check.stress.answers import read_native
-from sglang_dsv4.check.stress.cases import CHAT, COMPLETIONS, EDGES, GENERATE, INVALID, NUM_TURNS, Case, make_case
-from sglang_dsv4.check.stress.client import StressClient
-from sglang_dsv4.check.stress.drive import Load, drive
+from sglang_dsv4.check.client import GENERATE
+from sglang_dsv4.check.reply import Question
+from sglang_dsv4.check.stress.cases import CHAT, COMPLETIONS, EDGES, INVALID, NUM_TURNS, Case, make_case
+from sglang_dsv4.check.stress.load import Load, drive
+from sglang_dsv4.check.stress.server_target import ServerTarget
 
 PROMPT = (9, 10, 11)
 
@@ -31,27 +32,6 @@ def native(text, ids, finish=None):
 WHOLE = [native("a", [5]), native("ab", [5, 6]), native("abc", [5, 6, 7], "length")]
 
 
-@pytest.mark.parametrize("retractions", [0, 1])
-def test_tokens_are_whole_where_a_retraction_lost_log_probabilities(retractions):
-    """The list of a retracted request may begin one late. Without a retraction that is a fault, and stays one."""
-    reply = native("abc", [5, 6, 7], "length")
-    del reply["meta_info"]["output_token_logprobs"][0]
-    reply["meta_info"]["num_retractions"] = retractions
-    (answer,) = read_native(Case(0, "short", GENERATE, (PROMPT,), 3), reply)
-    if retractions:
-        assert (answer.token_ids, answer.logprobs) == ((5, 6, 7), (None, -0.5, -0.5))
-    else:
-        assert (answer.token_ids, answer.logprobs) == ((6, 7), (-0.5, -0.5))
-
-
-@pytest.mark.parametrize("lost", [1, 2])
-def test_a_retraction_excuses_no_other_loss(lost):
-    reply = native("abc", [5, 6, 7], "length")
-    del reply["meta_info"]["output_token_logprobs"][1 : 1 + lost]
-    (answer,) = read_native(Case(0, "short", GENERATE, (PROMPT,), 3), reply)
-    assert answer.token_ids == (5, 7)[: 3 - lost]
-
-
 def sse(events, end="data: [DONE]\n\n"):
     return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
 
@@ -62,10 +42,10 @@ def send(case, content, status=200):
 
     def handle(request):
         bodies.append((request.url.path, json.loads(request.content)))
-        return httpx.Response(status, text=content)
+        return httpx.Response(status, text=content, headers={"content-type": "text/event-stream"})
 
     async def run():
-        client = StressClient("http://server", httpx.MockTransport(handle))
+        client = ServerTarget("http://server", transport=httpx.MockTransport(handle))
         try:
             return await client.send(case)
         finally:
@@ -135,7 +115,8 @@ def test_an_abort_in_the_queue_leaves_out_counts(lost):
     outcome, _ = send(left, sse([WHOLE[0], before, aborted_in_the_queue("abort", lost)]))
     (answer,) = outcome.answers
     assert outcome.faults == () and answer.finish == "abort" and answer.text == "abc"
-    assert answer.token_ids == (5, 6, 7) and answer.logprobs == (None,) * lost + (-0.5,) * (3 - lost)
+    assert answer.token_ids == (5, 6, 7)
+    assert [token.logprob for token in answer.tokens] == [None] * lost + [-0.5] * (3 - lost)
     assert (answer.prompt_tokens, answer.cached_tokens, answer.retractions) == (3, 0, 1)
     # The twins: any other end must have its counts, and a loss that no event before shows stays one.
     outcome, _ = send(left, sse([WHOLE[0], before, aborted_in_the_queue("length", lost)]))
@@ -161,7 +142,7 @@ def test_many_prompts_and_many_continuations():
     replies = json.dumps([WHOLE[2]] * 4)
     burst = Case(0, "burst", GENERATE, (PROMPT, (9,)), new_tokens=3, n=2)
     outcome, ((_, body),) = send(burst, replies)
-    assert [answer.prompt for answer in outcome.answers] == [0, 0, 1, 1]
+    assert len(outcome.answers) == 4
     assert body["input_ids"] == [[9, 10, 11], [9]] and body["sampling_params"]["n"] == 2
 
 
@@ -190,7 +171,7 @@ def test_openai_replies_whole_and_streamed():
     ]
     outcome, ((_, body),) = send(chat, sse(events))
     (answer,) = outcome.answers
-    assert (answer.text, answer.token_ids, answer.finish) == ("yo", None, "length")
+    assert (answer.text, answer.tokens, answer.finish) == ("yo", None, "length")
     assert body["messages"] == [{"role": "user", "content": "hi"}]
 
 
@@ -202,10 +183,39 @@ def test_a_status_is_kept_and_no_reply_is_a_fault():
         def handle(request):
             raise httpx.ConnectError("refused", request=request)
 
-        return await StressClient("http://server", httpx.MockTransport(handle)).send(case())
+        return await ServerTarget("http://server", transport=httpx.MockTransport(handle)).send(case())
 
     outcome = asyncio.run(refuse())
     assert outcome.status == 0 and "ConnectError: refused" in outcome.faults[0]
+
+
+def test_a_question_is_asked_alone_with_margins_on_a_cold_cache():
+    asked = []
+
+    def handle(request):
+        asked.append((request.url.path, json.loads(request.content or "null")))
+        cached = 256 if len(asked) > 2 else 0
+        best = [[[-0.5, token, None], [-1.5, 4, None]] for token in (5, 6)]
+        reply = native("ab", [5, 6], "stop")
+        reply["meta_info"] |= {"output_top_logprobs": best, "cached_tokens": cached}
+        return httpx.Response(200, json=reply)
+
+    async def ask():
+        target = ServerTarget("http://server", transport=httpx.MockTransport(handle))
+        return await target.ask(Question(PROMPT, 3, ("x",)))
+
+    reply = asyncio.run(ask())
+    assert [path for path, _ in asked] == ["/flush_cache", GENERATE]
+    assert asked[1][1]["sampling_params"] == {
+        "temperature": 0.0,
+        "max_new_tokens": 3,
+        "ignore_eos": True,
+        "n": 1,
+        "stop": ["x"],
+    }
+    assert [token.margin for token in reply.tokens] == [1.0, 1.0] and reply.finish == "stop"
+    with pytest.raises(ValueError, match="cold cache, got 256"):
+        asyncio.run(ask())
 
 
 def test_cases_are_a_function_of_seed_and_number():

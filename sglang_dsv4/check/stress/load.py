@@ -1,4 +1,4 @@
-"""Keeps a number of requests in flight."""
+"""Keeps a number of requests in flight, and watches the pools."""
 
 import asyncio
 import time
@@ -6,12 +6,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_dsv4.check.stress.answers import Outcome
+from rich.progress import Progress
+
 from sglang_dsv4.check.stress.cases import Case, make_case
+from sglang_dsv4.check.stress.replies import Outcome
 
 SAMPLE_S = 5.0
-IDLE_S = 120.0
 Send = Callable[[Case], Awaitable[Outcome]]
+Facts = Callable[[], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Load:
         seed (int): of every case.
         first (int): number of the first case.
         requests (int | None): how many; None: until ``minutes`` are over.
-        minutes (float): no request starts after these, if ``requests`` is None.
+        minutes (float): no request starts later, if ``requests`` is None.
         concurrency (int): requests in flight.
     """
 
@@ -33,8 +35,25 @@ class Load:
     concurrency: int
 
 
+class Watch:
+    """Shows outcomes as they come, and counts those in a row without a reply."""
+
+    def __init__(self, progress: Progress, load: Load) -> None:
+        self.num_done = self.num_silent = 0
+        self._num_answers = 0
+        self._progress = progress
+        self._task = progress.add_task("requests", total=load.requests)
+
+    def note(self, outcome: Outcome) -> None:
+        """One more."""
+        self.num_done += 1
+        self._num_answers += len(outcome.answers)
+        self.num_silent = 0 if outcome.status else self.num_silent + 1
+        self._progress.update(self._task, advance=1, description=f"requests, {self._num_answers} answers")
+
+
 async def drive(send: Send, load: Load, step: Callable[[Outcome], None], is_ended: Callable[[], bool]) -> list[Outcome]:
-    """Send cases, ``load.concurrency`` at a time, until the load or ``is_ended`` says that it is enough.
+    """Send cases, ``load.concurrency`` at a time, until the load is done or ``is_ended``.
 
     Returns:
         list[Outcome]: in the order of the cases.
@@ -72,7 +91,7 @@ class Sample:
     memory: dict[str, int]
 
 
-async def sample_pools(facts: Callable[[], Awaitable[dict[str, Any]]], samples: list[Sample], done: Callable[[], int]) -> None:
+async def sample_pools(facts: Facts, samples: list[Sample], done: Callable[[], int]) -> None:
     """Note the use of the pools every `SAMPLE_S` seconds, until cancelled."""
     began = time.monotonic()
     while True:
@@ -90,9 +109,7 @@ def leaks(usage: dict[str, dict[str, int]]) -> list[str]:
     ]
 
 
-async def wait_until_unused(
-    facts: Callable[[], Awaitable[dict[str, Any]]], patience_s: float = IDLE_S
-) -> tuple[dict[str, Any], Sequence[str]]:
+async def wait_until_unused(facts: Facts, patience_s: float) -> tuple[dict[str, Any], Sequence[str]]:
     """Wait for the last aborted request to be gone; the facts then, and what was still held after ``patience_s``."""
     deadline = time.monotonic() + patience_s
     while True:
