@@ -14,11 +14,11 @@ class OutOfPagesError(CacheError):
 
     Attributes:
         pool (str): what there is too little of: ``history pages``, ``window pages`` or ``state slots``.
-        needed (int): how many must be free for what was asked.
-        free (int): how many are.
+        needed (int): how many must be free for all that was asked.
+        free (int): how many are; ``needed - free`` more make room in this pool.
     """
 
-    def __init__(self, message: str, pool: str = "", needed: int = 0, free: int = 0) -> None:
+    def __init__(self, message: str, pool: str, needed: int, free: int) -> None:
         super().__init__(message)
         self.pool = pool
         self.needed = needed

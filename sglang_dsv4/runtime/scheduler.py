@@ -93,7 +93,8 @@ class Scheduler:
                 victim = run.preempt()
                 if victim is None:
                     tokens = len(run.running[0].sequence.tokens)
-                    raise OutOfPagesError(f"a sequence of {tokens} tokens does not fit beside what is held: {error}") from error
+                    message = f"a sequence of {tokens} tokens does not fit beside what is held: {error}"
+                    raise OutOfPagesError(message, error.pool, error.needed, error.free) from error
                 self._close(victim)
                 continue
             return shares, plan

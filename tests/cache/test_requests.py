@@ -36,13 +36,24 @@ def test_plan_changes_nothing(cache):
     assert state_of(cache) == before
 
 
-def test_out_of_pages_names_numbers_and_changes_nothing(cache):
-    first, second = cache.open(), cache.open()
+@pytest.mark.parametrize(
+    ("counts", "window_pages", "pool", "needed", "free"),
+    [
+        ((700, 300), 4, "history pages", 5, 4),
+        ((1100, 300), 4, "history pages", 7, 4),  # of all requests, also if the first alone does not fit
+        ((700, 1), 2, "window pages", 4, 2),
+    ],
+)
+def test_out_of_pages_names_numbers_and_changes_nothing(counts, window_pages, pool, needed, free):
+    cache = CompressedKVCache(make_spec(), num_pages=4, max_requests=2, num_window_pages=window_pages)
+    requests = cache.open(), cache.open()
     before = state_of(cache)
-    with pytest.raises(OutOfPagesError, match="history pages: expected 5 free, got 4 of 4"):
-        cache.plan([(first, 700), (second, 300)])
+    message = f"{pool}: expected {needed} free, got {free} of {free}; nothing was changed"
+    with pytest.raises(OutOfPagesError, match=message) as raised:
+        cache.plan(list(zip(requests, counts, strict=True)))
+    assert (raised.value.pool, raised.value.needed, raised.value.free) == (pool, needed, free)
     assert state_of(cache) == before
-    cache.plan([(first, 700), (second, 256)])
+    cache.plan([(requests[0], 256), (requests[1], 256)])
 
 
 def test_out_of_state_slots(cache):

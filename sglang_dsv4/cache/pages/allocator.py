@@ -1,6 +1,7 @@
 """Gives out pages and state slots, and lets sequences share pages until one of them writes."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageGrant, PageList
 from sglang_dsv4.cache.regions import Owner
@@ -17,21 +18,20 @@ class FreeList:
         self.free = list(range(size - 1, -1, -1))
         self.owners = [0] * size
 
-    def peek(self, skip: int, count: int) -> tuple[int, ...]:
-        """The ``count`` numbers that come after the next ``skip`` ones; changes nothing.
+    def peek(self, count: int) -> tuple[int, ...]:
+        """The next ``count`` numbers that `take` may be given; changes nothing.
 
         Raises:
             OutOfPagesError: not that many are free.
         """
-        if skip + count > len(self.free):
+        if count > len(self.free):
             raise OutOfPagesError(
-                f"{self.name}: expected {skip + count} free, got {len(self.free)} of {self.size}; nothing was changed",
+                f"{self.name}: expected {count} free, got {len(self.free)} of {self.size}; nothing was changed",
                 self.name,
-                skip + count,
+                count,
                 len(self.free),
             )
-        end = len(self.free) - skip
-        return tuple(reversed(self.free[end - count : end]))
+        return tuple(reversed(self.free[len(self.free) - count :]))
 
     def take(self, numbers: Sequence[int]) -> None:
         """Hand out numbers that `peek` named; others may have come free since, and lie before them."""
@@ -52,19 +52,6 @@ class FreeList:
         self.owners[number] -= 1
         if self.owners[number] == 0:
             self.free.append(number)
-
-
-class _Reservation:
-    """Numbers named so far from a free list that stays unchanged."""
-
-    def __init__(self, source: FreeList) -> None:
-        self._source = source
-        self._named = 0
-
-    def name(self, count: int) -> tuple[int, ...]:
-        numbers = self._source.peek(self._named, count)
-        self._named += count
-        return numbers
 
 
 class PageAllocator:
@@ -106,26 +93,26 @@ class PageAllocator:
         Raises:
             OutOfPagesError: not enough free pages for all of them together.
         """
-        history, window = _Reservation(self.history), _Reservation(self.window)
-        return [self._grant(pages, seq_len, new_len, history, window) for pages, seq_len, new_len in sequences]
+        needs = [self._needs(*sequence) for sequence in sequences]
+        history = iter(self.history.peek(sum(new + copies_history for new, copies_history, _ in needs)))
+        window = iter(self.window.peek(sum(new + copies_window for new, _, copies_window in needs)))
+        return [
+            PageGrant(
+                history_copy=next(history) if copies_history else NULL_PAGE,
+                window_copy=next(window) if copies_window else NULL_PAGE,
+                history=tuple(islice(history, new)),
+                window=tuple(islice(window, new)),
+            )
+            for new, copies_history, copies_window in needs
+        ]
 
-    def _grant(self, pages: PageList, seq_len: int, new_len: int, history: _Reservation, window: _Reservation) -> PageGrant:
-        count = self._new_pages(pages, new_len)
-        copies_history = self._copies(self.history, pages.history, seq_len, new_len)
-        copies_window = self._copies(self.window, pages.window, seq_len, new_len)
-        return PageGrant(
-            history_copy=history.name(1)[0] if copies_history else NULL_PAGE,
-            window_copy=window.name(1)[0] if copies_window else NULL_PAGE,
-            history=history.name(count),
-            window=window.name(count),
-        )
-
-    def _new_pages(self, pages: PageList, new_len: int) -> int:
-        return -(-new_len // self.page_tokens) - len(pages.history)
-
-    def _copies(self, pool: FreeList, held: Sequence[int], seq_len: int, new_len: int) -> bool:
-        """Whether a sequence that grows writes into a page that it shares."""
-        return new_len > seq_len and seq_len % self.page_tokens != 0 and pool.owners[held[-1]] > 1
+    def _needs(self, pages: PageList, seq_len: int, new_len: int) -> tuple[int, bool, bool]:
+        """How many new pages of each kind a sequence takes, and whether its last history and its last window page are copied."""
+        new = -(-new_len // self.page_tokens) - len(pages.history)
+        writes_into_last = new_len > seq_len and seq_len % self.page_tokens != 0
+        copies_history = writes_into_last and self.history.owners[pages.history[-1]] > 1
+        copies_window = writes_into_last and self.window.owners[pages.window[-1]] > 1
+        return new, copies_history, copies_window
 
     def can_reserve(self, grant: PageGrant) -> bool:
         """Whether every page of a grant is free still."""

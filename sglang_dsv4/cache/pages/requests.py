@@ -59,7 +59,7 @@ class Requests:
         Raises:
             OutOfPagesError: every state slot is taken.
         """
-        slot = self.allocator.slots.peek(0, 1)
+        slot = self.allocator.slots.peek(1)
         self.allocator.slots.take(slot)
         request = Request(self._new_id(), slot[0])
         request.seq_len, request.min_len = seq_len, min_len
@@ -86,7 +86,7 @@ class Requests:
         Raises:
             OutOfPagesError: every state slot is taken.
         """
-        return self.allocator.slots.peek(0, 1)[0]
+        return self.allocator.slots.peek(1)[0]
 
     def adopt(self, seq_len: int, min_len: int) -> Request:
         """Start a sequence of a given length over fresh pages, for rows that come from elsewhere.
@@ -95,8 +95,8 @@ class Requests:
             OutOfPagesError: not enough pages or state slots.
         """
         allocator, needed = self.allocator, self._table.window_pages(seq_len, min_len)
-        history = allocator.history.peek(0, needed.stop)
-        window = allocator.window.peek(0, len(needed))
+        history = allocator.history.peek(needed.stop)
+        window = allocator.window.peek(len(needed))
         request = self.open(seq_len, min_len)
         allocator.history.take(history)
         allocator.window.take(window)
