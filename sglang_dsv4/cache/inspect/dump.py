@@ -94,4 +94,4 @@ def read_dump(path: Path) -> Dump:
             facts=dict(header["facts"]),
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SavedFileError(f"{path}: expected an {KIND}, got one that cannot be read: {error}") from error
+        raise SavedFileError(f"{path}: expected an {KIND}, got something that cannot be read: {error}") from error
