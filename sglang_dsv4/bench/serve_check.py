@@ -61,15 +61,8 @@ async def check(
     verdict = Verdict()
     for run in judged:
         for number, answer in enumerate(run.answers):
-            await judge(
-                verdict,
-                f"{run.name}: question {number}",
-                passes.questions[number],
-                cold.answers[number],
-                answer,
-                bound["bound"],
-                scorer,
-            )
+            name, question = f"{run.name}: question {number}", passes.questions[number]
+            await judge(verdict, name, question, cold.answers[number], answer, bound["bound"], scorer)
     for client in clients.values():
         await client.close()
     if verdict.typical > bound["typical_bound"]:

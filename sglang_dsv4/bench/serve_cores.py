@@ -1,7 +1,7 @@
 """Cores for `bench serve`: the busy threads of both sides run on the same ones.
 
-Which cores a server's scheduler finds itself on decides more than what is measured: one may share its core with another busy
-thread, or with another machine's. The sides take turns, so they can have the same.
+The cores on which a server's scheduler runs influence the result more than anything else that is measured: one may share its
+core with another busy thread, or with another machine's. The sides take turns, so they can have the same.
 """
 
 import os
@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import psutil
 
-from sglang_dsv4.check.server import Server
+from sglang_dsv4.check.server import Server, processes
 
 _SCHEDULER, _DETOKENIZER = "sglang::scheduler", "sglang::detokenizer"
 
 
 class Cores(NamedTuple):
-    """CPUs by their numbers: one for each thread that is busy, and what is left for all others.
+    """CPUs by their numbers: one for each thread that is busy, and the rest for all others.
 
     No busy thread shares its core with another, and nothing shares the scheduler's.
     """
@@ -33,10 +33,8 @@ class Cores(NamedTuple):
 def siblings(cpu: int) -> set[int]:
     """CPUs of the same core, this one too; where the system does not say, this one alone."""
     path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    if not path.is_file():
-        return {cpu}
     found = {cpu}
-    for part in path.read_text().strip().split(","):
+    for part in path.read_text().strip().split(",") if path.is_file() else ():
         first, _, last = part.partition("-")
         found |= set(range(int(first), int(last or first) + 1))
     return found
@@ -58,16 +56,15 @@ def share_out(available: Iterable[int], siblings_of: Callable[[int], set[int]] =
 
 
 def pin(server: Server, cores: Cores) -> None:
-    """Bind every thread of a server; those that it starts later stay where their parent is.
+    """Bind every thread of a server; threads that it starts later inherit their parent's cores.
 
     Raises:
         ValueError: it has not one scheduler and one detokenizer, by the names of its processes.
     """
     found: dict[int, str] = {}
-    for pid in psutil.pids():
-        with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it may have ended
-            if os.getpgid(pid) == server.group:
-                found[pid] = " ".join(psutil.Process(pid).cmdline()[:1])
+    for process in processes(server.group):
+        with suppress(psutil.NoSuchProcess):  # it may have ended
+            found[process.pid] = " ".join(process.cmdline()[:1])
     mains = {server.group: cores.server}
     for title, core in ((_SCHEDULER, cores.scheduler), (_DETOKENIZER, cores.detokenizer)):
         titled = [pid for pid, name in found.items() if name.startswith(title)]

@@ -96,3 +96,16 @@ def all_work(quick: bool, device: str) -> list[Work]:
         long_prompt(128 * 1024, 32),
         agents(64, 10, 2048, 128, 32),
     ]
+
+
+def choose_work(only: str, quick: bool, device: str) -> list[Work]:
+    """The scenarios whose name contains ``only``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = all_work(quick or device == "cpu", device)
+    chosen = [work for work in found if only in work.name]
+    if not chosen:
+        raise ValueError(f"--only {only}: expected a part of one of {', '.join(work.name for work in found)}")
+    return chosen

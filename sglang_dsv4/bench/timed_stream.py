@@ -65,11 +65,8 @@ class Stream:
 
     def token_ids(self) -> tuple[int, ...]:
         """All tokens, from the last event."""
-        text = b"".join(piece for _, piece in self._pieces[-4:])
-        if text.count(_DATA) == 0:
-            text = b"".join(piece for _, piece in self._pieces)
-        line = text[text.rindex(_DATA) :].split(b"\n", 1)[0]
-        return tuple(_event(line)["output_ids"])
+        text = b"".join(piece for _, piece in self._pieces)
+        return tuple(_event(text[text.rindex(_DATA) :].split(b"\n", 1)[0])["output_ids"])
 
     def reply(self) -> TimedReply:
         """Read it all.
@@ -90,13 +87,8 @@ class Stream:
         if last is None or not arrivals:
             raise StreamError("stream: expected at least one token, got none")
         meta = last["meta_info"]
-        return TimedReply(
-            token_ids=tuple(last["output_ids"]),
-            prompt_tokens=meta["prompt_tokens"],
-            cached_tokens=meta["cached_tokens"],
-            sent_s=self.sent_s,
-            arrivals=tuple(arrivals),
-        )
+        tokens = tuple(last["output_ids"])
+        return TimedReply(tokens, meta["prompt_tokens"], meta["cached_tokens"], self.sent_s, tuple(arrivals))
 
 
 def _event(line: bytes) -> dict[str, Any]:
@@ -136,11 +128,8 @@ class TimedClient(Client):
         Raises:
             StreamError: the server did not answer, it refused, or its answer broke off.
         """
-        body = {
-            "input_ids": list(prompt_ids),
-            "sampling_params": {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True},
-            "stream": True,
-        }
+        sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        body = {"input_ids": list(prompt_ids), "sampling_params": sampling, "stream": True}
         found = Stream(time.perf_counter())
         try:
             async with self._session.post(GENERATE, json=body) as response:

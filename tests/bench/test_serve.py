@@ -1,4 +1,4 @@
-"""`bench serve` without a server: what it reads off a stream, what it computes, what it refuses."""
+"""`bench serve` without a server of SGLang: what it reads off a stream, what it computes, in which order it measures."""
 
 import argparse
 import asyncio
@@ -9,14 +9,14 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from sglang_dsv4.bench import serve_command, serve_report, serve_start
-from sglang_dsv4.bench.serve_start import same_share
-from sglang_dsv4.bench.serve_work import agents, all_work, chats
+from sglang_dsv4.bench import serve_command, serve_report, serve_session, serve_start
+from sglang_dsv4.bench.serve_work import agents, all_work, chats, choose_work
 from sglang_dsv4.bench.timed_stream import Stream, StreamError, TimedClient, TimedReply
-from sglang_dsv4.check.server import OURS, THEIRS, Server, Side
+from sglang_dsv4.check.server import OURS, ROUNDED, THEIRS, Side
 from sglang_dsv4.cli import main
 
 
@@ -36,25 +36,18 @@ def test_the_time_of_every_token_is_that_of_the_piece_in_which_its_event_ends():
     third = event(5, 6, 7, 8)
     found = stream((1.5, event(5)), (1.6, event(5, 6) + third[:9]), (2.0, third[9:] + b"data: [DONE]\n\n"))
     reply = found.reply()
-    assert reply.arrivals == ((1.5, 1), (1.6, 2), (2.0, 4))
-    assert reply.first_token_s == 0.5
-    assert reply.gaps_s() == pytest.approx([0.1, 0.2, 0.2])
-    assert (reply.token_ids, reply.prompt_tokens, reply.cached_tokens) == ((5, 6, 7, 8), 10, 4)
+    assert reply == TimedReply((5, 6, 7, 8), 10, 4, 1.0, ((1.5, 1), (1.6, 2), (2.0, 4)))
+    assert reply.first_token_s == 0.5 and reply.gaps_s() == pytest.approx([0.1, 0.2, 0.2])
     assert found.token_ids() == reply.token_ids
 
 
-def test_the_last_tokens_are_found_in_whatever_pieces_they_came():
-    last = event(5, 6)
-    pieces = [(1.5, event(5)), *((2.0, last[i : i + 3]) for i in range(0, len(last), 3))]
-    assert stream(*pieces, (2.0, b"data: [DONE]\n\n")).token_ids() == (5, 6)
-
-
 def test_an_error_in_a_stream_is_raised():
-    found = stream((1.5, event(5)), (1.6, b'data: {"error": {"message": "full"}}\n\n'))
-    with pytest.raises(StreamError, match="expected tokens, got .*full"):
-        found.reply()
-    with pytest.raises(StreamError, match="expected at least one token"):
-        stream((1.5, b"data: [DONE]\n\n")).reply()
+    for said, pieces in (
+        ("expected tokens, got .*full", (event(5), b'data: {"error": {"message": "full"}}\n\n')),
+        ("at least one token", (b"data: [DONE]\n\n",)),
+    ):
+        with pytest.raises(StreamError, match=said):
+            stream(*((1.5, piece) for piece in pieces)).reply()
 
 
 def reply_at(sent_s, *arrivals, prompt=100, cached=0):
@@ -63,41 +56,30 @@ def reply_at(sent_s, *arrivals, prompt=100, cached=0):
 
 def test_a_round_is_summed_up():
     numbers = serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2)), reply_at(1.0, (1.2, 1), (1.6, 3), cached=50)])
-    assert numbers["output_tokens_per_s"] == pytest.approx(5 / 1.6)
-    assert (numbers["ttft_p50_ms"], numbers["ttft_p99_ms"]) == pytest.approx((500, 500))
-    assert numbers["itl_p50_ms"] == pytest.approx(200) and numbers["itl_p99_ms"] == pytest.approx(500)
-    assert numbers["cached_share"] == 0.25
+    assert numbers["output_tokens_per_s"] == pytest.approx(5 / 1.6) and numbers["cached_share"] == 0.25
+    assert (numbers["ttft_p50_ms"], numbers["ttft_p99_ms"]) == pytest.approx((350, 497))
+    assert (numbers["itl_p50_ms"], numbers["itl_p99_ms"]) == pytest.approx((200, 494))
 
 
-def test_ours_is_better_where_it_is_faster_and_the_twin_is_not():
-    quick = serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
-    slow = serve_report.summarize([reply_at(0.0, (1.0, 1), (2.0, 2))])
-    rounds = [
-        {"work": "w", "side": side, "round": number, "numbers": numbers}
-        for number in range(2)
-        for side, numbers in ((OURS, quick), (THEIRS, slow))
+def taken(**seconds):
+    """Rounds of sides that take so long for the first token and for the second."""
+    return [
+        {"work": "w", "side": side, "round": number, "numbers": serve_report.summarize([reply_at(0.0, (s, 1), (2 * s, 2))])}
+        for side, times in seconds.items()
+        for number, s in enumerate(times)
     ]
-    (row,) = serve_report.rows(rounds)
-    assert all(value["median"] == pytest.approx(2.0) for value in row["ours_is_better"].values())
-    swapped = [{**r, "side": THEIRS if r["side"] == OURS else OURS} for r in rounds]
-    (row,) = serve_report.rows(swapped)
-    assert all(value["median"] == pytest.approx(0.5) for value in row["ours_is_better"].values())
-    assert serve_report.table([row]).row_count == 3
 
 
 def test_rounds_are_compared_in_pairs():
-    """Pairs say 2, 10 / 9 and 5, so 2; medians of each side would say 10 / 4. A round without its pair does not count."""
-    rounds = []
-    for number, taken in enumerate(((1, 2), (9, 10), (4, 20), (None, 7))):
-        for side, seconds in zip((OURS, THEIRS), taken, strict=True):
-            if seconds is not None:
-                numbers = serve_report.summarize([reply_at(0.0, (seconds, 1), (2 * seconds, 2))])
-                rounds.append({"work": "w", "side": side, "round": number, "numbers": numbers})
-    (row,) = serve_report.rows(rounds)
+    """Pairs say 2, 10 / 9 and 5, so 2; medians of each side would say 8.5 / 4. A round without its pair does not count."""
+    (row,) = serve_report.rows(taken(ours=(1, 9, 4), sglang=(2, 10, 20, 7)))
     assert (row[OURS]["ttft_p50_ms"], row[THEIRS]["ttft_p50_ms"]) == (4000, 8500)
     better = row["ours_is_better"]
     assert better["ttft_p50_ms"] == pytest.approx({"median": 2, "low": 10 / 9, "high": 5})
     assert better["output_tokens_per_s"] == pytest.approx(better["ttft_p50_ms"])
+    (row,) = serve_report.rows(taken(ours=(2, 2), sglang=(1, 1)))
+    assert all(value["median"] == pytest.approx(0.5) for value in row["ours_is_better"].values())
+    assert serve_report.table([row]).row_count == 3
 
 
 @pytest.mark.parametrize(("count", "rank"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (40, 13)])
@@ -105,10 +87,9 @@ def test_the_interval_holds_the_median_as_often_as_it_says(count, rank):
     """By counting: of all ways in which values can lie about the median, those that the interval covers."""
     values = [float(i * i) for i in range(count)]
     assert serve_report.interval(values[::-1]) == (values[rank], values[-1 - rank])
-    below = [math.comb(count, number) / 2**count for number in range(count + 1)]
-    covered = sum(below[rank + 1 : count - rank])
-    assert covered >= 0.95 or count < 6
-    assert sum(below[rank + 2 : count - rank - 1]) < 0.95, "a narrower one would do"
+    below = np.array([math.comb(count, number) / 2**count for number in range(count + 1)])
+    assert below[rank + 1 : count - rank].sum() >= 0.95 or count < 6
+    assert below[rank + 2 : count - rank - 1].sum() < 0.95, "a narrower one would do"
 
 
 def sent_to_a_server(work, reply):
@@ -136,33 +117,26 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 
 
 def test_agents_come_back_with_all_that_was_said():
-    work = agents(3, 4, 20, 5, 2)
-    streams, asked = sent_to_a_server(work, lambda ids: OK + event(len(ids), 7, prompt=len(ids)))
+    streams, asked = sent_to_a_server(agents(3, 4, 20, 5, 2), lambda ids: OK + event(len(ids), 7, prompt=len(ids)))
     assert [stream.reply().prompt_tokens for stream in streams] == [25, 32, 39, 46] * 3
     assert len({ids[:20] for ids in asked}) == 1 and len({ids[:25] for ids in asked}) == 3
     assert all(ids[25:27] == (25, 7) for ids in asked if len(ids) > 25)
 
 
-def test_chats_send_each_prompt_once():
+def test_chats_send_each_prompt_once_and_a_refusal_is_raised_with_what_the_server_says():
     streams, asked = sent_to_a_server(chats(4, 10, 30, 2), lambda _: OK + event(1))
     assert len(streams) == len(asked) == len(set(asked)) == 10
-
-
-def test_a_refusal_is_raised_with_what_the_server_says():
-    refusal = b"HTTP/1.1 400 Bad Request\r\n\r\ninput_ids: too long"
     with pytest.raises(StreamError, match="expected status 200, got 400.*too long"):
-        sent_to_a_server(chats(1, 1, 30, 2), lambda _: refusal)
+        sent_to_a_server(chats(1, 1, 30, 2), lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\ninput_ids: too long")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_scenario_of_the_issue_is_there(device):
-    names = [work.name for work in all_work(quick=False, device=device)]
-    assert len(set(names)) == len(names)
-    if device == "cuda":
-        assert names == ["chat-1", "chat-8", "chat-32", "chat-64", "long-131072", "agents-64"]
+def test_every_scenario_is_there():
+    names = {device: [work.name for work in all_work(quick=False, device=device)] for device in ("cpu", "cuda")}
+    assert names["cuda"] == ["chat-1", "chat-8", "chat-32", "chat-64", "long-131072", "agents-64"]
+    assert len(set(names["cpu"])) == 4
 
 
-def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
+def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch, tmp_path):
     asked, still = [], []
 
     @contextlib.contextmanager
@@ -175,77 +149,58 @@ def test_the_sides_take_turns_and_take_turns_in_being_first(monkeypatch):
         asked.append((client, work.name, tuple(still)))
         return serve_report.summarize([reply_at(0.0, (0.5, 1), (1.0, 2))])
 
-    class Client(str):
-        async def __aenter__(self):
-            return self
-
-        async def __aexit__(self, *_):
-            pass
-
-    monkeypatch.setattr(serve_command, "_round", one_round)
-    monkeypatch.setattr(serve_command, "TimedClient", Client)
-    servers = [SimpleNamespace(side=Side(name, True, ()), url=name, paused=partial(paused, name)) for name in (OURS, THEIRS)]
-    args = argparse.Namespace(quick=False, only="chat-8", rounds=None, json=None)
-    report = {"rounds": []}
-    console = Console(file=io.StringIO())
-    chosen = serve_command.chosen_work(args, "cuda")
-    asyncio.run(serve_command._measure(args, chosen, "cuda", servers, report, console))
+    monkeypatch.setattr(serve_session, "send_round", one_round)
+    monkeypatch.setattr(serve_session, "TimedClient", contextlib.nullcontext)  # the client is the address
+    servers = [SimpleNamespace(side=Side(name, True), url=name, paused=partial(paused, name)) for name in (OURS, THEIRS)]
+    monkeypatch.setattr(serve_session, "environment", lambda device: {"device": device})
+    (tmp_path / "config.json").write_text("{}")
+    args = argparse.Namespace(quick=False, rounds=None, json=tmp_path / "report.json", build_dir=tmp_path)
+    session = serve_session.Session(args, tmp_path, "cuda", Console(file=io.StringIO()))
+    asyncio.run(session._measure(servers, choose_work("chat-8", False, "cuda")))
     assert {name for _, name, _ in asked} == {"chat-8"}
     clients = [client for client, _, _ in asked]
     assert clients == [OURS, THEIRS, *[OURS, THEIRS, THEIRS, OURS] * 4, OURS, THEIRS]
-    assert [entry["side"] for entry in report["rounds"]] == clients[2:]
     assert {(client, *still) for client, _, still in asked[2:]} == {(OURS, THEIRS), (THEIRS, OURS)}
+    assert [entry["side"] for entry in json.loads(args.json.read_text())["rounds"]] == clients[2:]
 
 
 def test_the_second_server_gets_as_many_bytes_as_the_first():
-    assert same_share(0.2, 80 << 30, 60 << 30) * (60 << 30) == pytest.approx(0.2 * (80 << 30))
-    assert same_share(0.5, 0, 0) == 0.5
+    assert serve_start.same_share(0.2, 80 << 30, 60 << 30) * (60 << 30) == pytest.approx(0.2 * (80 << 30))
+    assert serve_start.same_share(0.5, 0, 0) == 0.5
     with pytest.raises(ValueError, match="expected room for as much again"):
-        same_share(0.5, 80 << 30, 40 << 30)
+        serve_start.same_share(0.5, 80 << 30, 40 << 30)
 
 
 @pytest.mark.parametrize("tokens", [None, 65536])
 def test_sides_start_at_the_same_time_where_the_size_of_their_pools_is_given(monkeypatch, tokens):
     done = []
-
-    def enter(side):
-        done.append(side.name)
-        return SimpleNamespace(side=side)
-
     monkeypatch.setattr(serve_start, "wait_until_ready", lambda servers: done.append(len(servers)))
     sides = [Side(name, True, ("--x",)) for name in (OURS, THEIRS)]
+    enter = lambda side: done.append(side.name) or SimpleNamespace(side=side)  # noqa: E731
     if tokens is None:
         servers = serve_start.start_in_turn(sides, 0.2, "cpu", enter)
-        assert done == [OURS, 1, THEIRS, 1]
     else:
         servers = serve_start.start_at_once(sides, tokens, enter)
-        assert done == [OURS, THEIRS, 2]
-    for server, side in zip(servers, sides, strict=True):
-        assert server.side.name == side.name and server.side.options[0] == "--x"
-        assert ("65536" in server.side.options) == (tokens is not None)
+    assert done == ([OURS, 1, THEIRS, 1] if tokens is None else [OURS, THEIRS, 2])
+    for server in servers:
+        assert server.side.options[0] == "--x" and ("65536" in server.side.options) == (tokens is not None)
 
 
-def test_the_sides_differ_by_the_flag_alone(tmp_path):
+def test_the_sides_differ_by_the_flag_alone():
     parser = argparse.ArgumentParser()
     serve_command.add_parser(parser.add_subparsers())
     args = parser.parse_args(["serve", "--options", "--dtype bfloat16"])
-    sides = serve_command.make_sides(args, "cuda")
-    assert [side.name for side in sides] == [OURS, THEIRS]
-    (tmp_path / "config.json").write_text("{}")
-    commands = [[part for part in Server(side, tmp_path, tmp_path, "cuda").command if not part.isdigit()] for side in sides]
-    assert [part for part in commands[0] if part != "--enable-dsv4-compressed-kv"] == commands[1]
+    ours, theirs = serve_command.make_sides(args, "cuda")
+    assert (ours.name, ours.is_ours, theirs.name, theirs.is_ours) == (OURS, True, THEIRS, False)
+    assert ours.options == theirs.options and "bfloat16" in ours.options
     assert [side.name for side in serve_command.make_sides(args, "cpu")] == [OURS]
-    args.sides = "mine"
-    with pytest.raises(ValueError, match="--sides: expected some of ours,sglang, got mine"):
-        serve_command.make_sides(args, "cuda")
+    assert serve_command.make_rounded(args, "cuda").name == ROUNDED and serve_command.make_rounded(args, "cpu") is None
 
 
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        (["--model", "none"], "--model none: expected a folder with config.json, got none"),
         (["--only", "nothing"], "--only nothing: expected a part of one of chat-1, chat-4, long-1024, agents-4"),
-        (["--rounds", "0"], "--rounds: expected more than 0, got 0"),
         (["--sides", "mine"], "--sides: expected some of ours,sglang, got mine"),
     ],
 )

@@ -82,10 +82,14 @@ def test_ctrl_c_ends_with_130(command, tmp_path, monkeypatch, capsys):
     assert main([*command.split(), "--build-dir", str(tmp_path)]) == 130
 
 
-def test_commands_load_without_transformers():
+def test_commands_load_without_transformers_and_bench_without_what_only_servers_need():
     code = """
 import sys
-sys.modules["transformers"] = None
-import sglang_dsv4.bench.command, sglang_dsv4.check.compare.command
+servers = ("sglang", "flashinfer", "flash_mla", "deep_gemm", "aiohttp", "httpx_sse")
+sys.modules.update(dict.fromkeys(("transformers", *servers)))
+import sglang_dsv4.bench.command
+for name in servers:
+    del sys.modules[name]
+import sglang_dsv4.check.compare.command
 """
     subprocess.run([sys.executable, "-c", code], check=True)
