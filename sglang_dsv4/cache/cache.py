@@ -81,7 +81,7 @@ class CompressedKVCache:
         self.device = torch.device(device)
         self.kernels = make_kernels(kernels, spec, capacity, self.device)
         self.storage = CacheStorage(spec, capacity, self.device)
-        self.requests = Requests(self.storage.table, spec.max_draft_tokens, PageAllocator(capacity, spec.page_tokens))
+        self.requests = Requests(self.storage.table, spec.max_draft_tokens, PageAllocator(capacity, self.storage.table))
         self._steps = OwnedSteps(spec, self.requests, self.storage, self.device)
         self.layers = tuple(
             LayerCache(LayerMemory(spec, layer, memory, self.storage.rope_tables[layer.rope]), self.kernels, self._steps)

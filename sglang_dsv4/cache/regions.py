@@ -132,10 +132,13 @@ class Region:
         """Indices that a sequence of ``seq_len`` tokens needs, which may be cut back to any length from ``min_len`` on."""
         return _union(self.reads(length) for length in range(min_len, seq_len + 1))
 
-    def of_page(self, ranges: Ranges, page: int) -> Ranges:
-        """The part of some indices that lies in the sequence's page number ``page``."""
-        first, last = page * self.rows_per_owner, (page + 1) * self.rows_per_owner
-        return _union(range(max(r.start, first), min(r.stop, last)) for r in ranges)
+    def needed_in(self, page: int, seq_len: int, min_len: int) -> list[int]:
+        """Which rows of the sequence's page number ``page`` it needs, counted within the page; of a state slot, of the slot."""
+        ranges = self.needed(seq_len, min_len)
+        if self.owner is not Owner.STATE_SLOT:
+            first, last = page * self.rows_per_owner, (page + 1) * self.rows_per_owner
+            ranges = tuple(range(max(r.start, first), min(r.stop, last)) for r in ranges)
+        return [index % self.rows_per_owner for r in ranges for index in r]
 
     def rows_of(self, batch: "SequenceBatch", indices: Sequence[Ranges]) -> "RowSet":
         """The rows of each sequence's indices."""
@@ -210,13 +213,14 @@ class RegionTable:
     Attributes:
         layers (tuple[tuple[Region, ...], ...]): by layer.
         page_tokens (int): tokens per page.
+        places (dict[Owner, tuple[Region, ...]]): one region of each `Region.places`; its row numbers are those of the others.
         most_window_pages (int): window pages that a sequence holds at most while no step of it crosses a page boundary.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
         self.layers = tuple(layer_regions(spec, layer) for layer in spec.layers)
         self.page_tokens = spec.page_tokens
-        self._places = {region.places: region for region in self}
+        self.places = {owner: tuple({region.places: region for region in self.owned_by(owner)}.values()) for owner in Owner}
         # At a page boundary the next page is taken before the oldest one can be given up.
         far = spec.page_tokens * (spec.window + spec.max_draft_tokens + 1)
         self.most_window_pages = 1 + len(self.window_pages(far, far - spec.max_draft_tokens))
@@ -238,20 +242,9 @@ class RegionTable:
 
     def window_pages(self, seq_len: int, min_len: int) -> range:
         """The sequence's page numbers whose window pages it needs: of the oldest row it may still read, and all later ones."""
-        last = self.num_pages(seq_len)
-        first = last
-        for region in self._places.values():
-            if region.owner is Owner.WINDOW_PAGE:
-                ranges = region.needed(seq_len, min_len)
-                first = min([first, *(ranges[0].start // region.rows_per_owner for _ in ranges[:1])])
-        return range(first, last)
-
-    def needed_in_page(self, owner: Owner, page: int, seq_len: int, min_len: int) -> Iterator[tuple[Region, list[int]]]:
-        """For one region of each `Region.places`, the offsets in the sequence's page number ``page`` of rows that it needs."""
-        for region in self._places.values():
-            if region.owner is owner:
-                ranges = region.of_page(region.needed(seq_len, min_len), page)
-                yield region, [index % region.rows_per_owner for r in ranges for index in r]
+        last, regions = self.num_pages(seq_len), self.places[Owner.WINDOW_PAGE]
+        oldest = (ranges[0].start // region.rows_per_owner for region in regions if (ranges := region.needed(seq_len, min_len)))
+        return range(min(oldest, default=last), last)
 
     def page_cut(self, seq_len: int) -> tuple[range, range]:
         """What a sequence that starts at a page boundary needs of the one whose tokens it shares: history and window pages.
@@ -283,7 +276,8 @@ def layer_regions(spec: CacheSpec, layer: LayerSpec) -> tuple[Region, ...]:
         # After the last token, and after each that it may be rolled back to.
         ring = 1 + spec.max_draft_tokens
         return (*found, region(Kind.ACCUMULATOR, Part.MAIN, Owner.STATE_SLOT, ring, None, 3, spec.head_dim))
-    ring = 2 * layer.ratio + spec.max_draft_tokens  # the previous and the open block, and what may be rolled back
+    # The previous and the open block, and what may be rolled back: one row more than is ever needed at once.
+    ring = 2 * layer.ratio + spec.max_draft_tokens
     for part, dim in ((Part.MAIN, spec.head_dim), (Part.INDEX, spec.index_dim))[: 1 + layer.indexed]:
         found.append(region(Kind.STREAM, part, Owner.STATE_SLOT, ring, None, CSA_PARTS * dim))
         found.append(region(Kind.BOUNDARY, part, Owner.WINDOW_PAGE, layer.ratio, None, 2, dim))

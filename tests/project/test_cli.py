@@ -41,7 +41,10 @@ def test_every_option_has_help(name):
         (["size", "pro", "--memory", "9", "--swa-full-tokens-ratio", "7"], "at most 1, got 7.0"),
         (["size", "{folder}", "--memory", "9"], "config.json: expected JSON, got Expecting value"),
         (["inspect", "{folder}"], "expected an sglang-dsv4 integrity dump, found a folder"),
-        (["inspect", "{folder}/config.json"], "expected an sglang-dsv4 integrity dump, got something that cannot be read: Error"),
+        (
+            ["inspect", "{folder}/config.json"],
+            "expected an sglang-dsv4 integrity dump, got something that cannot be read: Error",
+        ),
         (["prune", "{folder}"], "expected a folder with dsv4kv-pages, found none"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from sglang_dsv4.cache.pages.tables import NULL_PAGE, PageGrant, PageList
-from sglang_dsv4.cache.regions import Owner
+from sglang_dsv4.cache.regions import Owner, RegionTable
 from sglang_dsv4.cache.storage import Capacity
 from sglang_dsv4.errors import OutOfPagesError
 
@@ -57,9 +57,9 @@ class FreeList:
 class PageAllocator:
     """The cache's own owner: free lists of history pages, window pages and state slots."""
 
-    def __init__(self, capacity: Capacity, page_tokens: int) -> None:
+    def __init__(self, capacity: Capacity, table: RegionTable) -> None:
         self._capacity = capacity
-        self.page_tokens = page_tokens
+        self._table = table
         self.history = FreeList("history pages", capacity.history_pages)
         self.window = FreeList("window pages", capacity.window_pages)
         self.slots = FreeList("state slots", capacity.state_slots)
@@ -108,8 +108,8 @@ class PageAllocator:
 
     def _needs(self, pages: PageList, seq_len: int, new_len: int) -> tuple[int, bool, bool]:
         """How many new pages of each kind a sequence takes, and whether its last history and its last window page are copied."""
-        new = -(-new_len // self.page_tokens) - len(pages.history)
-        writes_into_last = new_len > seq_len and seq_len % self.page_tokens != 0
+        new = self._table.num_pages(new_len) - len(pages.history)
+        writes_into_last = new_len > seq_len and seq_len % self._table.page_tokens != 0
         copies_history = writes_into_last and self.history.owners[pages.history[-1]] > 1
         copies_window = writes_into_last and self.window.owners[pages.window[-1]] > 1
         return new, copies_history, copies_window
@@ -163,7 +163,7 @@ class PageAllocator:
 
     def shorten(self, pages: PageList, seq_len: int) -> None:
         """Release the pages that hold no token before ``seq_len``."""
-        while len(pages.history) > -(-seq_len // self.page_tokens):
+        while len(pages.history) > self._table.num_pages(seq_len):
             self.history.release(pages.history.pop())
             page = pages.window.pop()
             if page != NULL_PAGE:

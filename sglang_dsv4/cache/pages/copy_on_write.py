@@ -25,9 +25,10 @@ def plan_copies(table: RegionTable, items: Sequence[PlannedRequest], device: tor
             (Owner.WINDOW_PAGE, request.pages.window, grant.window_copy),
         ):
             if new != NULL_PAGE:
-                for region, offsets in table.needed_in_page(owner, page, request.seq_len, request.min_len):
-                    first, target = held[-1] * region.rows_per_owner, new * region.rows_per_owner
-                    moves.setdefault(region.places, []).extend((first + row, target + row) for row in offsets)
+                for region in table.places[owner]:
+                    rows = region.needed_in(page, request.seq_len, request.min_len)
+                    source, target = held[-1] * region.rows_per_owner, new * region.rows_per_owner
+                    moves.setdefault(region.places, []).extend((source + row, target + row) for row in rows)
     if not moves:
         return None
     stacked = {places: torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2) for places, rows in moves.items()}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sglang_dsv4.cache.pages.request import Request
-from sglang_dsv4.cache.regions import Owner, Ranges, Region, RegionTable
+from sglang_dsv4.cache.regions import Owner, RegionTable
 from sglang_dsv4.cache.storage import LayerStorage, StoredRegion
 
 Tensors = dict[str, torch.Tensor]
@@ -50,20 +50,13 @@ class Transfer:
         for stored in self._stored:
             region = stored.region
             if region.owner is owner:
-                indices = [i for r in needed_of(region, request.seq_len, request.min_len, page) for i in r]
-                index = torch.tensor(indices, dtype=torch.int64, device=stored.tensor.device)
-                yield stored, held * region.rows_per_owner + index % region.rows_per_owner
-
-
-def needed_of(region: Region, seq_len: int, min_len: int, page: int) -> Ranges:
-    """The indices of a region that a sequence needs of one piece."""
-    ranges = region.needed(seq_len, min_len)
-    return ranges if region.owner is Owner.STATE_SLOT else region.of_page(ranges, page)
+                rows = region.needed_in(page, request.seq_len, request.min_len)
+                yield stored, held * region.rows_per_owner + torch.tensor(rows, dtype=torch.int64, device=stored.tensor.device)
 
 
 def shapes_of(table: RegionTable, owner: Owner, seq_len: int, min_len: int, page: int = 0) -> Shapes:
     """What `Transfer.read` returns for a sequence of these lengths."""
     return {
-        region.name: StoredRegion.layout(region, sum(map(len, needed_of(region, seq_len, min_len, page))))
+        region.name: StoredRegion.layout(region, len(region.needed_in(page, seq_len, min_len)))
         for region in table.owned_by(owner)
     }

@@ -56,6 +56,7 @@ class SequenceLayout:
         num_pending (int): tokens that follow and are fed with the next step.
         pieces (tuple[str, ...]): the text of each token.
         window (int): raw rows that a query attends to.
+        window_begin (int): first token whose raw row the next token attends to.
         page_tokens (int): tokens per page.
         lanes (tuple[BlockLane, ...]): blocks, by ratio.
         pages (tuple[PageBox, ...]): pages.
@@ -65,11 +66,7 @@ class SequenceLayout:
     num_pending: int
     pieces: tuple[str, ...]
     window: int
+    window_begin: int
     page_tokens: int
     lanes: tuple[BlockLane, ...]
     pages: tuple[PageBox, ...]
-
-    @property
-    def window_begin(self) -> int:
-        """First token whose raw row the next token attends to; its own row is one of the window's."""
-        return max(0, self.seq_len + 1 - self.window)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sglang_dsv4.cache import CompressedKVCache
 from sglang_dsv4.cache.pages.tables import NULL_PAGE
-from sglang_dsv4.cache.regions import Owner, layer_regions
+from sglang_dsv4.cache.regions import Kind, Owner, layer_regions
 from sglang_dsv4.runtime.sequence import LiveSequence
 from sglang_dsv4.runtime.show.figure import draw_figure, draw_svg
 from sglang_dsv4.runtime.show.layout import BlockLane, PageBox, SequenceLayout
@@ -69,11 +69,13 @@ def draw_sequence(cache: CompressedKVCache, sequence: LiveSequence, text: Text) 
                 stream_rows=held,
             )
         )
+    window = next(region for region in cache.storage.table if region.kind is Kind.WINDOW_ROW)
     return Picture(
         seq_len=request.seq_len,
         num_pending=sequence.num_pending,
         pieces=tuple(text.pieces(sequence.tokens[: request.seq_len])),
         window=spec.window,
+        window_begin=window.reads(request.seq_len).start,
         page_tokens=spec.page_tokens,
         lanes=tuple(lanes),
         pages=tuple(_page_boxes(cache, sequence)),
