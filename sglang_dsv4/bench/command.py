@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sglang_dsv4.bench import attention, cuts, diff, flush, index, serve_command, step_plan
+from sglang_dsv4.bench import attention, cuts, diff, flush, host, index, serve_command, step_plan
 from sglang_dsv4.bench.job import load, measure
 from sglang_dsv4.bench.timing import copy_bandwidth, need_cuda
 from sglang_dsv4.check.machine import environment
@@ -49,7 +49,7 @@ def add_parser(subparsers: Parsers) -> None:
         "installed.",
         only="run only cases whose name and row format contain this text",
     )
-    for module in (cuts, serve_command, diff):
+    for module in (cuts, host, serve_command, diff):
         module.add_parser(what)
 
 

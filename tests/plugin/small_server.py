@@ -158,10 +158,9 @@ class Layers:
             positions=None,
         )
 
-    def _index(self, backend, batch, layer_id, count, q_lora, ready):
-        if not self.spec.layers[layer_id].indexed:
-            return None
-        indexer = SimpleNamespace(
+    def indexer(self, layer_id):
+        """SGLang's C4Indexer of a layer."""
+        return SimpleNamespace(
             layer_id=layer_id,
             n_heads=INDEX_HEADS,
             head_dim=128,
@@ -169,11 +168,15 @@ class Layers:
             compute_weights=lambda x, skip_scale: self.index_weights[: len(x)],
             compressor=self.parts[layer_id]["index"],
         )
+
+    def _index(self, backend, batch, layer_id, count, q_lora, ready):
+        if not self.spec.layers[layer_id].indexed:
+            return None
         backend.forward_c4_indexer(
             x=self.index_q[:count],
             q_lora=q_lora,
             forward_batch=batch,
-            c4_indexer=indexer,
+            c4_indexer=self.indexer(layer_id),
             alt_streams=None,
             enable_multi_stream=ready is not None,
             q_lora_ready=ready,

@@ -124,6 +124,22 @@ def test_a_plan_is_what_the_tables_say():
     assert step.history_pages.shape == (4, LONGEST // PAGE)
 
 
+def test_another_window_table_is_another_launch():
+    server = SmallServer(make_spec())
+    server.capture([1])
+    server.assign(1, [3])
+    items = [(1, Sequence(server.spec, 8, heads=4), 4, 5)]
+    step, kept = server.backend.graphs.step(1), server.pool.full_to_swa_index_mapping
+    found, launches = [], []
+    for shift in (0, 1, 0):
+        server.pool.register_mapping(kept if shift == 0 else kept + shift * PAGE)
+        server.load_batch(items)
+        found.append(int(step.step.window_pages[0, 0]))
+        launches.append(len(step.launches))
+    assert found == [22, 23, 22]
+    assert launches[1] == launches[0] + 1 == launches[2]
+
+
 def test_an_idle_replay_has_no_real_request():
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -181,14 +197,8 @@ def test_the_indexer_waits_for_queries_that_another_stream_makes(monkeypatch):
     batch = server.batch(items, False)
     server.layers.load(items)
     server.backend.init_forward_metadata(batch)
-    indexer = SimpleNamespace(
-        layer_id=1,
-        n_heads=8,
-        head_dim=128,
-        wq_b=lambda given: (done.append("wq_b"), given)[1:],
-        compute_weights=lambda x, skip_scale: server.layers.index_weights[:8],
-        compressor=server.layers.parts[1]["index"],
-    )
+    indexer = server.layers.indexer(1)
+    indexer.wq_b = lambda given: (done.append("wq_b"), given)[1:]
     q_lora = server.layers.index_q[:8].flatten(1)
     server.backend.forward_c4_indexer(q_lora, q_lora, indexer, batch, q_lora_ready="event")
     assert done == ["event", "wq_b"]

@@ -7,6 +7,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_dsv4.attention import Attention
+from sglang_dsv4.cache import LayerCache
 from sglang_dsv4.cache.regions import Part
 from sglang_dsv4.errors import StalePlanError, UnsupportedError
 from sglang_dsv4.plugin.observe.checks import ServingChecks
@@ -145,18 +146,9 @@ class CompressedKVBackend(AttentionBackend):
 
         Arguments as in `forward_core_compressor`.
         """
-        if forward_batch.forward_mode.is_idle():
-            return
-        step, weights = self._step, self.token_to_kv_pool.weights
-        layer, index = weights.compressor(layer_id, "index", compressor), compressor.compute_kv_score(x, forward_batch)
-        together = ONE_LAUNCH == "always" or (ONE_LAUNCH == "eager" and step.attention is self.attention)
-        main = self._main.get(layer_id)  # none in the layer's first step
-        if not together or main is None or (layer_id, Part.MAIN) in step.plan.appended:
-            layer.append(step.plan, index=index)
-            return
-        weights.compressor(layer_id, "main", main)
-        layer.append(step.plan, main=main.compute_kv_score(x, forward_batch), index=index)
-        step.early = main
+        if not forward_batch.forward_mode.is_idle():
+            layer, scores = self._index_scores(x, forward_batch, layer_id, compressor)
+            layer.append(self._step.plan, **scores)
 
     def forward_c4_indexer(
         self,
@@ -183,7 +175,8 @@ class CompressedKVBackend(AttentionBackend):
         layer_id, step = c4_indexer.layer_id, self._step
         layer = self.cache.layers[layer_id]
         if not skip_compressor:
-            self.forward_indexer_compressor(x, forward_batch, layer_id, c4_indexer.compressor)
+            _, scores = self._index_scores(x, forward_batch, layer_id, c4_indexer.compressor)
+            layer.append(step.plan, **scores)
         # Without the scale, which is one positive number for all scores: the order of entries does not depend on it.
         weights = c4_indexer.compute_weights(x, skip_scale=True)
         if q_lora_ready is not None:
@@ -237,6 +230,21 @@ class CompressedKVBackend(AttentionBackend):
         """Bytes of attention's buffers and of the graphs' plans; they lie beside the cache."""
         graphs = 0 if self.graphs is None else self.graphs.nbytes
         return sum(self.attention.buffers().values()) + graphs
+
+    def _index_scores(
+        self, x: torch.Tensor, forward_batch: Any, layer_id: int, compressor: Any
+    ) -> tuple[LayerCache, dict[str, torch.Tensor]]:
+        """A CSA layer, and the projections of its indexer's compressor; of its main one, too, where they take one launch."""
+        step, weights = self._step, self.token_to_kv_pool.weights
+        layer = weights.compressor(layer_id, "index", compressor)
+        scores = {"index": compressor.compute_kv_score(x, forward_batch)}
+        together = ONE_LAUNCH == "always" or (ONE_LAUNCH == "eager" and step.attention is self.attention)
+        main = self._main.get(layer_id)  # none in the layer's first step
+        if together and main is not None and (layer_id, Part.MAIN) not in step.plan.appended:
+            weights.compressor(layer_id, "main", main)
+            scores["main"] = main.compute_kv_score(x, forward_batch)
+            step.early = main
+        return layer, scores
 
     def _count(self, mode: Any) -> None:
         self.steps[mode.name.lower()] += 1
