@@ -4,7 +4,8 @@ import argparse
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from sglang_dsv4.check.server import ServerDiedError
+from sglang_dsv4.check.server import Server, ServerDiedError, wait_until_ready
 
 # Options by what must be true of them before the first server starts.
 _WRITTEN, _CHECKPOINTS, _FILES = ("json", "plot"), ("model", "runtime"), ("answers",)
@@ -106,13 +107,17 @@ def _leave(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+@contextmanager
+def started(server: Server, progress: Progress) -> Iterator[Server]:
+    """Start a server for the block, and show the wait for it."""
+    with server:
+        task = progress.add_task("server starts", total=1)
+        wait_until_ready([server])
+        progress.advance(task)
+        yield server
+
+
 def steps_progress(console: Console) -> Progress:
     """A bar for each task: what it is, how much of it is done, and for how long it has run."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)

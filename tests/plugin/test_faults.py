@@ -108,7 +108,7 @@ def stress(server, requests, seed=0, bound=None):
     load = Load(seed, 0, requests, 0.0, concurrency=16)
     with Progress(disable=True) as progress:
         run = asyncio.run(session.stress(ServerTarget(server.url), load, progress, bound=bound))
-    assert run.verdict.answers >= requests // 2
+    assert run.judge.verdict.answers >= requests // 2
     return run
 
 
@@ -141,7 +141,7 @@ def test_killed_ten_times_in_a_row_in_a_burst_and_started_again_on_its_port(warm
         with serving(warm, tiny, SERVER, port=port) as server, ThreadPoolExecutor(24) as pool:
             run = stress(server, 12, seed=number, bound=bound)
             assert run.faults == [], victim
-            bound = run.bound
+            bound = run.judge.bound
             asked = [pool.submit(ask_long, server, salt) for salt in range(24)]
             time.sleep(0.5 + 0.2 * number)
             if victim == "all":

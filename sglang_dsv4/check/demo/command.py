@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from rich.text import Text
 
 from sglang_dsv4.check.checkpoint import ready_checkpoint
 from sglang_dsv4.check.client import Client
-from sglang_dsv4.check.command_line import add_build_dir, check_arguments, run_guarded, steps_progress
+from sglang_dsv4.check.command_line import add_build_dir, check_arguments, run_guarded, started, steps_progress
 from sglang_dsv4.check.demo.report import print_answers, print_memory, print_verdict
 from sglang_dsv4.check.demo.standards import build_standards, num_steps
 from sglang_dsv4.check.demo.workload import NEW_TOKENS, Answer, ask_waves, check_answers, plan_requests
 from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.check.rounding import ROUNDINGS
-from sglang_dsv4.check.server import TINY_CAPACITY, Server, Side, active_line, wait_until_ready
+from sglang_dsv4.check.server import TINY_CAPACITY, Server, Side, active_line
 from sglang_dsv4.tiny import TinySpec
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,18 +52,14 @@ def _demonstrate(args: argparse.Namespace, console: Console, progress: Progress)
     progress.advance(task)
     oracle = Oracle(checkpoint)
     options = (*TINY_CAPACITY, "--dtype", args.dtype, "--dsv4-kv-format", args.dsv4_kv_format)
-    with Server(Side("demo-server", True, options), checkpoint, args.build_dir) as server:
-        task = progress.add_task("server starts", total=1)
-        wait_until_ready([server])
-        progress.advance(task)
+    with started(Server(Side("demo-server", True, options), checkpoint, args.build_dir), progress) as server:
         answers, facts = asyncio.run(_ask(server.url, oracle.vocab_size, progress))
         server.check_alive()
         line = active_line(server.log_lines())
     dtype = _DTYPES[args.dtype]
     task = progress.add_task("checking with transformers", total=num_steps(answers, dtype))
-    standards = build_standards(
-        oracle, answers, dtype=dtype, row_format=args.dsv4_kv_format, step=lambda: progress.advance(task)
-    )
+    advance = partial(progress.advance, task)
+    standards = build_standards(oracle, answers, dtype=dtype, row_format=args.dsv4_kv_format, step=advance)
     progress.stop()
 
     faults = [] if line is not None else ["the server's log has no line that says `sglang_dsv4 active:`"]

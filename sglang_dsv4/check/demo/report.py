@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sglang_dsv4.check.demo.standards import Standard
@@ -16,18 +16,12 @@ _TEXT_COLUMNS = 24
 
 def print_answers(console: Console, answers: Sequence[Answer]) -> None:
     """One row per request."""
-    table = Table(title="Requests", title_justify="left")
-    for heading in ("request", "text"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("prompt", "new", "cached", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    words = [Column(heading, no_wrap=True) for heading in ("request", "text")]
+    numbers = [Column(heading, justify="right", no_wrap=True) for heading in ("prompt", "new", "cached", "s")]
+    table = Table(*words, *numbers, title="Requests", title_justify="left")
     for answer in answers:
-        table.add_row(
-            answer.name,
-            Text(printable(answer.reply.text)),
-            *map(str, (len(answer.request.prompt_ids), len(answer.reply.token_ids), answer.reply.cached_tokens)),
-            f"{answer.seconds:.2f}",
-        )
+        counts = (len(answer.request.prompt_ids), len(answer.reply.token_ids), answer.reply.cached_tokens)
+        table.add_row(answer.name, Text(printable(answer.reply.text)), *map(str, counts), f"{answer.seconds:.2f}")
     console.print(table)
 
 
@@ -41,9 +35,7 @@ def print_memory(console: Console, facts: dict[str, Any]) -> None:
     """The cache's report of its own bytes."""
     report = facts["report"]
     console.print(f"[italic]Memory ({report['row_format']} rows, {report['index_format']} index keys)")
-    table = Table()
-    table.add_column("pool")
-    table.add_column("MiB", justify="right")
+    table = Table("pool", Column("MiB", justify="right"))
     for name, size in report["bytes_by_pool"].items():
         table.add_row(name.replace("_", " "), f"{size / _MIB:.2f}")
     table.add_section()

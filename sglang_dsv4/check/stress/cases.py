@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from sglang_dsv4.check.client import GENERATE
@@ -18,7 +18,7 @@ STOPS = tuple("aeiou 019AEO")
 NUM_SESSIONS = 4
 NUM_TURNS = 5
 FIRST_TURN_TOKENS, TURN_TOKENS = 300, 90
-# A slow client's answer is larger than what lies in buffers between it and the server; for so long it reads nothing.
+# A slow client's answer is larger than the buffers between it and the server; it reads nothing for this long.
 SLOW_TOKENS, SLOW_TOP_LOGPROBS, SLOW_S = 64, 128, 8.0
 BURST = 28
 _LETTERS = "abcdefghijklmnopqrstuvwxyz    "
@@ -40,7 +40,7 @@ class Case:
         stop (tuple[str, ...]): stop strings.
         leave_after (int | None): events of the stream after which the client stops listening.
         abort (bool): at that point it asks the server to abort, and listens on.
-        pause_s (float): for so long the client reads nothing after the first event of the stream.
+        pause_s (float): how long the client reads nothing after the first event of the stream.
         top_logprobs (int): best log-probabilities asked for beside each token's, to make an answer large.
         invalid (dict[str, Any] | None): a body that the server must refuse; all else is left out.
     """
@@ -125,20 +125,14 @@ def _stop(seed: int, number: int, draw: random.Random) -> Case:
     return Case(number, "stop", endpoint, (prompt,), new_tokens=12, stop=STOPS, stream=draw.random() < 0.5)
 
 
-def _leave(seed: int, number: int, draw: random.Random) -> Case:
+def _leave(seed: int, number: int, draw: random.Random, *, abort: bool = False) -> Case:
     prompt = _ids(seed, f"leave {draw.randrange(8)}", draw.choice((11, 40, 132)))
-    after = draw.randint(1, 6)
-    return Case(number, "leave", GENERATE, (prompt,), new_tokens=60, stream=True, leave_after=after)
-
-
-def _abort(seed: int, number: int, draw: random.Random) -> Case:
-    prompt = _ids(seed, f"leave {draw.randrange(8)}", draw.choice((11, 40, 132)))
-    after = draw.randint(1, 6)
-    return Case(number, "abort", GENERATE, (prompt,), new_tokens=60, stream=True, leave_after=after, abort=True)
+    name, after = "abort" if abort else "leave", draw.randint(1, 6)
+    return Case(number, name, GENERATE, (prompt,), new_tokens=60, stream=True, leave_after=after, abort=abort)
 
 
 def _slow(seed: int, number: int, draw: random.Random) -> Case:
-    """A client that stops reading: the server must keep what it cannot send, whole, and go on with the others."""
+    """A client that stops reading: the server must keep all that it cannot send, and go on with the others."""
     prompt = _ids(seed, f"slow {draw.randrange(4)}", draw.choice((10, 129)))
     return Case(
         number, "slow", GENERATE, (prompt,), new_tokens=SLOW_TOKENS, stream=True, pause_s=SLOW_S, top_logprobs=SLOW_TOP_LOGPROBS
@@ -180,7 +174,7 @@ WORKLOADS: tuple[tuple[Build, float], ...] = (
     (_branch, 5),
     (_stop, 8),
     (_leave, 4),
-    (_abort, 3),
+    (partial(_leave, abort=True), 3),
     (_slow, 1),
     (_burst, 0.4),
     (_invalid, 5.6),

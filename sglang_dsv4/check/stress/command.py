@@ -4,21 +4,21 @@ import argparse
 import asyncio
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 from rich.progress import Progress
 
 from sglang_dsv4.check.checkpoint import ready_checkpoint
-from sglang_dsv4.check.command_line import add_build_dir, check_arguments, run_guarded, steps_progress
-from sglang_dsv4.check.server import Server, Side, group_bytes, wait_until_ready
+from sglang_dsv4.check.command_line import add_build_dir, check_arguments, run_guarded, started, steps_progress
+from sglang_dsv4.check.server import Server, Side, group_bytes, naming_the_dead
 from sglang_dsv4.check.stress.load import Load
 from sglang_dsv4.check.stress.report import draw_run, print_run
 from sglang_dsv4.check.stress.runtime_target import RuntimeTarget
 from sglang_dsv4.check.stress.server_target import ServerTarget
-from sglang_dsv4.check.stress.session import stress
-from sglang_dsv4.check.stress.summary import Run
+from sglang_dsv4.check.stress.session import Target, stress
 from sglang_dsv4.tiny import TinySpec
 
 REQUESTS = 200
@@ -99,8 +99,8 @@ def _stress(args: argparse.Namespace, console: Console) -> int:
     requests = None if args.minutes is not None else args.requests
     load = Load(args.seed, args.first, requests, args.minutes or 0.0, args.concurrency)
     interrupt = Interrupt(console)
-    with steps_progress(console) as progress:
-        result = _stress_tiny(args, load, progress, interrupt) if args.tiny else _stress_other(args, load, progress, interrupt)
+    with steps_progress(console) as progress, _target(args, progress) as target:
+        result = asyncio.run(stress(target, load, progress, bound=args.bound, is_stopped=interrupt))
     print_run(console, result)
     if args.json is not None:
         args.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -109,23 +109,16 @@ def _stress(args: argparse.Namespace, console: Console) -> int:
     return 1 if result.faults else 0
 
 
-def _stress_other(args: argparse.Namespace, load: Load, progress: Progress, interrupt: Interrupt) -> Run:
-    """A server that runs already, or a runtime in this process."""
-    if args.runtime is None:
-        return asyncio.run(stress(ServerTarget(args.url, args.url), load, progress, bound=args.bound, is_stopped=interrupt))
-    target = RuntimeTarget(args.runtime, RUNTIME_PAGES, max_requests=load.concurrency)
-    return asyncio.run(stress(target, load, progress, bound=args.bound, is_stopped=interrupt))
-
-
-def _stress_tiny(args: argparse.Namespace, load: Load, progress: Progress, interrupt: Interrupt) -> Run:
-    checkpoint = ready_checkpoint(args.build_dir / "tiny", TinySpec())
-    with Server(Side("stress-server", True, TINY_SERVER), checkpoint, args.build_dir) as server:
-        task = progress.add_task("server starts", total=1)
-        wait_until_ready([server])
-        progress.advance(task)
-        target = ServerTarget(server.url, "--tiny", lambda: group_bytes(server.group))
-        try:
-            return asyncio.run(stress(target, load, progress, bound=args.bound, is_stopped=interrupt))
-        except (ConnectionError, httpx.TransportError):
-            server.check_alive()  # its log says why
-            raise
+@contextmanager
+def _target(args: argparse.Namespace, progress: Progress) -> Iterator[Target]:
+    """A runtime in this process, a server that runs already, or one that is started for the block."""
+    if args.runtime is not None:
+        yield RuntimeTarget(args.runtime, RUNTIME_PAGES, max_requests=args.concurrency)
+    elif args.url is not None:
+        yield ServerTarget(args.url, args.url)
+    else:
+        checkpoint = ready_checkpoint(args.build_dir / "tiny", TinySpec())
+        with started(Server(Side("stress-server", True, TINY_SERVER), checkpoint, args.build_dir), progress) as server:
+            with naming_the_dead([server]):
+                yield ServerTarget(server.url, "--tiny", lambda: group_bytes(server.group))
+            server.check_alive()

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sglang_dsv4.check.stress.summary import Run
 
 _MIB = 1 << 20
+_WHEN = ("used at start", "kept at start", "used at end", "kept at end")
 FAULTS_SHOWN = 20
 MEMORY = {
     "resident_bytes": "memory of the scheduler",
@@ -21,21 +22,18 @@ MEMORY = {
 def print_run(console: Console, run: Run) -> None:
     """Figures, pools, and everything wrong."""
     facts = run.to_dict()
-    table = Table(title="Stress test", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column()
-    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(facts["requests_by_workload"].items()))
+    table = Table("", "", title="Stress test", title_justify="left", show_header=False)
     rows = {
         "requests": f"{facts['requests']} in {run.load_s:.0f} s, {run.load.concurrency} at a time, seed {run.load.seed}",
-        "workloads": kinds,
+        "workloads": _counts(facts["requests_by_workload"]),
         "compared": f"{facts['answers_compared']} answers, {facts['tokens_compared']} tokens, with {facts['references']} "
         "requests alone on a cold cache",
         "near-ties": f"{facts['doubts']} answers diverged at one and were compared anew from there; "
         f"{facts['uncompared_tails']} texts were not compared after one",
-        "log-probabilities": f"largest difference {facts['largest_difference']:.2e}, allowed {run.bound:.2e} "
+        "log-probabilities": f"largest difference {facts['largest_difference']:.2e}, allowed {run.judge.bound:.2e} "
         f"({run.bound_origin})",
         "control": run.control[0] if run.control else "noticed nothing",
-        "ends": ", ".join(f"{n} {end}" for end, n in sorted(facts["finish"].items())),
+        "ends": _counts(facts["finish"]),
         "seconds": _percentiles(facts["seconds"]),
         "first token, streams": _percentiles(facts["first_token_s"]),
         "cached prompt tokens": f"{facts['cached_share']:.1%}",
@@ -62,31 +60,28 @@ def draw_run(run: Run, path: Path) -> None:
     pairs = list(zip(run.samples, run.samples[1:], strict=False))
     rates = [(b.done - a.done) / (b.at_s - a.at_s) for a, b in pairs]
     top.plot(times[1:], rates, color="black")
-    top.set_ylim(bottom=0)
-    top.set_ylabel("requests per second")
-    top.set_title(f"{len(run.outcomes)} requests, {run.load.concurrency} at a time: {len(run.faults)} faults")
-    for pool in run.start["usage"]:
-        total = run.start["usage"][pool]["total"]
-        name = pool.replace("_", " ")
-        live = [sample.usage[pool]["used"] / total for sample in run.samples]
-        (line,) = bottom.plot(times, live, label=f"{name} in use")
-        kept = [s.usage[pool]["cached"] / total for s in run.samples]
+    title = f"{len(run.outcomes)} requests, {run.load.concurrency} at a time: {len(run.faults)} faults"
+    top.set(ylim=(0, None), ylabel="requests per second", title=title)
+    for pool, use in run.start["usage"].items():
+        live, kept = ([sample.usage[pool][kind] / use["total"] for sample in run.samples] for kind in ("used", "cached"))
+        (line,) = bottom.plot(times, live, label=f"{pool.replace('_', ' ')} in use")
         if any(kept):
             both = [a + b for a, b in zip(live, kept, strict=True)]
             bottom.plot(times, both, color=line.get_color(), linestyle=":", label="and kept prefixes")
-    bottom.set_ylim(0, 1.05)
-    bottom.set_ylabel("share of the pool")
+    bottom.set(ylim=(0, 1.05), ylabel="share of the pool")
     bottom.legend(fontsize="small", ncols=3)
     for kind, title in MEMORY.items():
         held = [sample.memory.get(kind, 0) / _MIB for sample in run.samples]
         if any(held):
             memory.plot(times, held, label=title)
-    memory.set_ylim(bottom=0)
-    memory.set_ylabel("MiB")
-    memory.set_xlabel("seconds")
+    memory.set(ylim=(0, None), ylabel="MiB", xlabel="seconds")
     if memory.lines:
         memory.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def _counts(values: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(values.items()))
 
 
 def _percentiles(values: dict[str, float]) -> str:
@@ -101,9 +96,8 @@ def _memory(facts: dict[str, Any], kind: str) -> str:
 
 
 def _usage(facts: dict[str, Any]) -> Table:
-    table = Table(title="Pools without a request", title_justify="left")
-    for heading in ("pool", "total", "used at start", "kept at start", "used at end", "kept at end"):
-        table.add_column(heading, justify="left" if heading == "pool" else "right")
+    counted = [Column(name, justify="right") for name in ("total", *_WHEN)]
+    table = Table("pool", *counted, title="Pools without a request", title_justify="left")
     for pool, before in facts["usage_start"].items():
         after = facts["usage_end"][pool]
         counts = (before["total"], before["used"], before["cached"], after["used"], after["cached"])

@@ -1,7 +1,8 @@
 """The same cases against the in-process runtime."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,8 @@ class RuntimeTarget:
     def __init__(self, checkpoint: Path, num_pages: int, max_requests: int) -> None:
         self.name = f"--runtime {checkpoint}"
         self._checkpoint = checkpoint
-        self.runtime = Runtime(
-            checkpoint, dtype="float32", row_format=ROW_FORMAT, num_pages=num_pages, max_requests=max_requests
-        )
+        exact = {"dtype": "float32", "row_format": ROW_FORMAT}
+        self.runtime = Runtime(checkpoint, **exact, num_pages=num_pages, max_requests=max_requests)
         self._oracle = Oracle(checkpoint)
         self._began = time.monotonic()
 
@@ -47,9 +47,9 @@ class RuntimeTarget:
         """Run the load, ``load.concurrency`` cases in a batch."""
         outcomes: list[Outcome] = []
         number, deadline = load.first, time.monotonic() + 60 * load.minutes
-        last = None if load.requests is None else load.first + load.requests
-        while not is_stopped() and (number < last if last is not None else time.monotonic() < deadline):
-            upto = number + load.concurrency if last is None else min(number + load.concurrency, last)
+        last = load.first + (load.requests or 1 << 62)
+        while not is_stopped() and number < last and (load.requests or time.monotonic() < deadline):
+            upto = min(number + load.concurrency, last)
             for outcome in self.send([make_case(load.seed, index) for index in range(number, upto)]):
                 outcomes.append(outcome)
                 watch.note(outcome)
@@ -58,25 +58,35 @@ class RuntimeTarget:
 
     def send(self, cases: Sequence[Case]) -> list[Outcome]:
         """Run cases, those that ask for the same number of tokens and stop strings in one batch."""
-        started = time.monotonic()
-        found: list[Outcome] = []
+        started, found = time.monotonic(), list[Outcome]()
+
+        def note(case: Case, done: Iterable[Completion], status: int = 200) -> None:
+            pairs = zip(self._prompts(case) * case.n, done, strict=False)
+            answers = [
+                Reply(tuple(map(Token, one.tokens)), one.text, one.finish, len(prompt), one.cached_tokens)
+                for prompt, one in pairs
+            ]
+            seconds = time.monotonic() - started
+            found.append(Outcome(case, status, tuple(answers), (), started - self._began, seconds))
+
+        whole = []
         for case in cases:
             if case.invalid is not None:
-                found.append(self._outcome(case, (), started, status=self._refuse()))
+                note(case, (), self._refuse())
             elif case.leave_after is not None:
-                found.append(self._outcome(case, self._leave(case), started))
+                with self.runtime.open(case.prompts[0]) as handle:
+                    note(case, [handle.generate(case.leave_after, stop=())])
             elif case.n > 1:
-                found.append(self._outcome(case, self._branch(case), started))
-        whole = [case for case in cases if case.num_answers and _is_plain(case)]
+                note(case, self._branch(case))
+            else:
+                whole.append(case)
         whole.sort(key=_kind)
         for (new_tokens, stop), group in groupby(whole, key=_kind):
             together = list(group)
             prompts = [ids for case in together for ids in self._prompts(case)]
             done = iter(self.runtime.generate(prompts, new_tokens, stop=stop, progress=False))
             for case in together:
-                number = len(self._prompts(case))
-                answers = [self._answer(i, case, c) for i, c in enumerate(islice(done, number))]
-                found.append(self._outcome(case, answers, started))
+                note(case, list(islice(done, len(self._prompts(case)))))
         return sorted(found, key=lambda outcome: outcome.case.number)
 
     async def ask(self, question: Question) -> Reply:
@@ -114,18 +124,10 @@ class RuntimeTarget:
             return [self.runtime.text.encode(case.message)]
         return [list(ids) for ids in case.prompts]
 
-    def _branch(self, case: Case) -> list[Reply]:
-        with self.runtime.open(case.prompts[0]) as first:
-            forks = [first.fork() for _ in range(case.n - 1)]
-            done = self.runtime.generate([first, *forks], case.new_tokens, stop=(), progress=False)
-            for fork in forks:
-                fork.close()
-        return [self._answer(0, case, completion) for completion in done]
-
-    def _leave(self, case: Case) -> list[Reply]:
-        assert case.leave_after is not None, "asked for only where the client leaves"
-        with self.runtime.open(case.prompts[0]) as handle:
-            return [self._answer(0, case, handle.generate(case.leave_after, stop=()))]
+    def _branch(self, case: Case) -> list[Completion]:
+        with self.runtime.open(case.prompts[0]) as first, ExitStack() as forks:
+            handles = [first, *(forks.enter_context(first.fork()) for _ in range(case.n - 1))]
+            return list(self.runtime.generate(handles, case.new_tokens, stop=(), progress=False))
 
     def _refuse(self) -> int:
         try:
@@ -133,18 +135,6 @@ class RuntimeTarget:
         except ValueError:
             return 400
         return 200
-
-    def _answer(self, prompt: int, case: Case, done: Completion) -> Reply:
-        length = len(self._prompts(case)[prompt])
-        return Reply(tuple(map(Token, done.tokens)), done.text, done.finish, length, done.cached_tokens)
-
-    def _outcome(self, case: Case, answers: Sequence[Reply], started: float, status: int = 200) -> Outcome:
-        now = time.monotonic()
-        return Outcome(case, status, tuple(answers), (), started - self._began, now - started)
-
-
-def _is_plain(case: Case) -> bool:
-    return case.invalid is None and case.leave_after is None and case.n == 1
 
 
 def _kind(case: Case) -> tuple[int, tuple[str, ...]]:

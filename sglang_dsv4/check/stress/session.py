@@ -21,15 +21,17 @@ from sglang_dsv4.check.stress.summary import GIVEN, Run
 NUM_BOUND_SAMPLES, NUM_SERVED_SAMPLES = 4, 24
 
 
+IsStopped = Callable[[], bool]
+Score = Callable[[Ids, Ids], Awaitable[Sequence[Token]]]
+
+
 class Target(Protocol):
     """What is put under stress: a server, or a runtime in this process."""
 
     name: str
     idle_s: float
 
-    async def run(
-        self, load: Load, watch: Watch, is_stopped: Callable[[], bool]
-    ) -> tuple[Sequence[Outcome], Sequence[Sample]]: ...
+    async def run(self, load: Load, watch: Watch, is_stopped: IsStopped) -> tuple[Sequence[Outcome], Sequence[Sample]]: ...
 
     async def ask(self, question: Question) -> Reply: ...
 
@@ -43,12 +45,7 @@ class Target(Protocol):
 
 
 async def stress(
-    target: Target,
-    load: Load,
-    progress: Progress,
-    *,
-    bound: float | None = None,
-    is_stopped: Callable[[], bool] = lambda: False,
+    target: Target, load: Load, progress: Progress, *, bound: float | None = None, is_stopped: IsStopped = lambda: False
 ) -> Run:
     """Put a target under stress.
 
@@ -70,30 +67,14 @@ async def stress(
         outcomes, samples = await target.run(load, Watch(progress, load), is_stopped)
         load_s = time.monotonic() - began
         end, leaks = await wait_until_unused(target.facts, target.idle_s)
-        checker = Judge(target.ask, target.tokenize)
-        origin = GIVEN
+        checker, origin = Judge(target.ask, target.tokenize), GIVEN
         if bound is None:
             bound, origin = await _measure_bound(checker, outcomes, end, target.score)
         checker.bound = bound
         control = await _compare(checker, outcomes, progress)
     finally:
         await target.close()
-    return Run(
-        target=target.name,
-        load=load,
-        outcomes=outcomes,
-        verdict=checker.verdict,
-        mismatches=checker.mismatches,
-        bound=bound,
-        bound_origin=origin,
-        control=control,
-        leaks=leaks,
-        start=start,
-        end=end,
-        samples=samples,
-        load_s=load_s,
-        num_references=checker.num_references,
-    )
+    return Run(target.name, load, outcomes, checker, origin, control, leaks, start, end, samples, load_s)
 
 
 async def _compare(checker: Judge, outcomes: Sequence[Outcome], progress: Progress) -> tuple[str, ...]:
@@ -116,9 +97,7 @@ async def _compare(checker: Judge, outcomes: Sequence[Outcome], progress: Progre
     return ()
 
 
-async def _measure_bound(
-    checker: Judge, outcomes: Sequence[Outcome], facts: dict[str, Any], score: Callable[[Ids, Ids], Awaitable[Sequence[Token]]]
-) -> tuple[float, str]:
+async def _measure_bound(checker: Judge, outcomes: Sequence[Outcome], facts: dict[str, Any], score: Score) -> tuple[float, str]:
     """The bound and where it comes from: transformers on the checkpoint, or else the server itself.
 
     It is measured over the longest sequences: errors grow with the context.

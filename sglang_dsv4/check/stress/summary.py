@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from sglang_dsv4.check.client import GENERATE
-from sglang_dsv4.check.judge import Verdict
 from sglang_dsv4.check.stress.control import has_logprobs, is_served
+from sglang_dsv4.check.stress.judging import Judge
 from sglang_dsv4.check.stress.load import Load, Sample
 from sglang_dsv4.check.stress.replies import Outcome
 
@@ -24,25 +24,20 @@ class Run:
         target (str): ``URL``, ``--tiny`` or ``--runtime CHECKPOINT``: how the command names it.
         load (Load): what was asked.
         outcomes (Sequence[Outcome]): what came back.
-        verdict (Verdict): of the comparison.
-        mismatches (Sequence[tuple[Outcome, str]]): everything wrong, with the outcome it belongs to.
-        bound (float): largest allowed difference of a log-probability.
-        bound_origin (str): how that was found.
+        judge (Judge): of all outcomes.
+        bound_origin (str): how its bound was found.
         control (Sequence[str]): what the judge said of an answer to a wrong prompt; empty if it noticed nothing.
         leaks (Sequence[str]): what was still held at the end.
         start (dict[str, Any]): the plug-in's facts before the load.
         end (dict[str, Any]): and after it.
         samples (Sequence[Sample]): the pools in between.
         load_s (float): seconds of the load.
-        num_references (int): requests asked for alone.
     """
 
     target: str
     load: Load
     outcomes: Sequence[Outcome]
-    verdict: Verdict
-    mismatches: Sequence[tuple[Outcome, str]]
-    bound: float
+    judge: Judge
     bound_origin: str
     control: Sequence[str]
     leaks: Sequence[str]
@@ -50,14 +45,13 @@ class Run:
     end: dict[str, Any]
     samples: Sequence[Sample]
     load_s: float
-    num_references: int
 
     @property
     def faults(self) -> list[str]:
         """Everything wrong, one line each; a mismatch with the command that sends its request again."""
         faults = [
             f"request {outcome.case.number} ({outcome.case.workload}): {fault}; again: {self.again(outcome)}"
-            for outcome, fault in self.mismatches
+            for outcome, fault in self.judge.mismatches
         ]
         faults += self.leaks
         before, after = (facts["report"]["total_bytes"] for facts in (self.start, self.end))
@@ -70,7 +64,7 @@ class Run:
     def again(self, outcome: Outcome) -> str:
         """The command that sends a request again, beside those that were in flight with it."""
         first = max(self.load.first, outcome.case.number - self.load.concurrency)
-        bound = f" --bound {self.bound}" if self.bound_origin == GIVEN else ""
+        bound = f" --bound {self.judge.bound}" if self.bound_origin == GIVEN else ""
         return (
             f"python -m sglang_dsv4 stress {self.target} --seed {self.load.seed} --first {first} "
             f"--requests {outcome.case.number - first + 1} --concurrency {self.load.concurrency}{bound}"
@@ -79,27 +73,23 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, by name."""
         answers = [answer for outcome in self.outcomes for answer in outcome.answers]
-        served = [
-            answer
-            for outcome in self.outcomes
-            for answer in outcome.answers
-            if outcome.case.endpoint == GENERATE or self.end.get("enable_cache_report")
-        ]
-        prompt_tokens = sum(answer.prompt_tokens for answer in served)
-        cached = sum(answer.cached_tokens for answer in served)
+        reports_all = self.end.get("enable_cache_report")
+        reporting = [o for o in self.outcomes if o.case.endpoint == GENERATE or reports_all]
+        counts = [(answer.cached_tokens, answer.prompt_tokens) for outcome in reporting for answer in outcome.answers]
+        cached, prompt_tokens = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
         return {
             "target": self.target,
             "load": asdict(self.load),
             "requests": len(self.outcomes),
             "requests_by_workload": dict(Counter(o.case.workload for o in self.outcomes)),
-            "answers_compared": self.verdict.answers,
-            "tokens_compared": self.verdict.tokens,
-            "references": self.num_references,
-            "doubts": self.verdict.partings,
-            "uncompared_tails": self.verdict.uncompared,
-            "bound": self.bound,
+            "answers_compared": self.judge.verdict.answers,
+            "tokens_compared": self.judge.verdict.tokens,
+            "references": self.judge.num_references,
+            "doubts": self.judge.verdict.partings,
+            "uncompared_tails": self.judge.verdict.uncompared,
+            "bound": self.judge.bound,
             "bound_origin": self.bound_origin,
-            "largest_difference": self.verdict.largest,
+            "largest_difference": self.judge.verdict.largest,
             "control": list(self.control),
             "finish": dict(Counter(str(answer.finish) for answer in answers)),
             "cached_share": cached / prompt_tokens if prompt_tokens else 0.0,

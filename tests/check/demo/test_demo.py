@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import replace
 from os.path import commonprefix
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,16 +17,8 @@ from sglang_dsv4.check.reply import Reply, Token, tokens_along
 from sglang_dsv4.check.server import ServerDiedError
 from sglang_dsv4.cli import main
 
-FACTS = {
-    "report": {
-        "row_format": "bf16",
-        "index_format": "bf16",
-        "bytes_by_pool": {"row_pools": 1 << 20, "streams": 1 << 10},
-        "total_bytes": (1 << 20) + (1 << 10),
-        "history_bytes_per_token": 100.5,
-        "stream_bytes_per_request": 4096,
-    }
-}
+REPORT = {"row_format": "bf16", "index_format": "bf16", "history_bytes_per_token": 100.5, "stream_bytes_per_request": 4096}
+REPORT |= {"bytes_by_pool": {"row_pools": 1 << 20, "streams": 1 << 10}, "total_bytes": (1 << 20) + (1 << 10)}
 TOKENS = workload._cut(100, 264)
 REQUESTS = (
     PlannedRequest("short", TOKENS[:5], wave=1),
@@ -62,7 +53,6 @@ class FakeServer:
 class FakeClient:
     """Generates greedily with a model whose rows are rounded as the cache's are, in fp64."""
 
-    oracle: Oracle
     row_format = "bf16"
     fault_after_hit = False
     is_ours = True
@@ -78,7 +68,7 @@ class FakeClient:
     async def plugin_facts(self):
         if not self.is_ours:
             raise ValueError("/server_info: expected facts of sglang_dsv4, got none")
-        return FACTS
+        return {"report": REPORT}
 
     def spoil(self, reply):
         return reply
@@ -104,19 +94,13 @@ def build_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("build")
 
 
-@pytest.fixture(scope="module")
-def oracles() -> dict[Path, Oracle]:
-    return {}
-
-
 @pytest.fixture
-def demo(build_dir, oracles, monkeypatch):
+def demo(build_dir, monkeypatch):
     """A function that runs the demonstration with a stand-in server; gives the exit status."""
 
     def one_oracle(checkpoint):
-        found = oracles.setdefault(checkpoint, Oracle(checkpoint))
-        FakeClient.oracle = found
-        return found
+        FakeClient.oracle = getattr(FakeClient, "oracle", None) or Oracle(checkpoint)
+        return FakeClient.oracle
 
     def run(row_format="bf16", server=FakeServer, **attributes):
         monkeypatch.setattr(command, "Client", type("Client", (FakeClient,), {"row_format": row_format, **attributes}))

@@ -41,7 +41,7 @@ class Hurt(RuntimeTarget):
 def test_a_run_is_right(small_checkpoint):
     run = stress(small_checkpoint)
     assert run.faults == [] and run.control
-    assert len(run.outcomes) == REQUESTS and run.verdict.answers >= REQUESTS // 2
+    assert len(run.outcomes) == REQUESTS and run.judge.verdict.answers >= REQUESTS // 2
 
 
 @pytest.mark.long

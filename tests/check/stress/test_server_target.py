@@ -10,6 +10,7 @@ from sglang_dsv4.check.client import GENERATE
 from sglang_dsv4.check.reply import Question
 from sglang_dsv4.check.stress.cases import CHAT, COMPLETIONS, EDGES, INVALID, NUM_TURNS, Case, make_case
 from sglang_dsv4.check.stress.load import Load, drive
+from sglang_dsv4.check.stress.replies import Outcome
 from sglang_dsv4.check.stress.server_target import ServerTarget
 
 PROMPT = (9, 10, 11)
@@ -36,6 +37,10 @@ def sse(events, end="data: [DONE]\n\n"):
     return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end
 
 
+def target(handle):
+    return ServerTarget("http://server", transport=httpx.MockTransport(handle))
+
+
 def send(case, content, status=200):
     """The outcome of one case, and the bodies that the server got."""
     bodies = []
@@ -44,14 +49,7 @@ def send(case, content, status=200):
         bodies.append((request.url.path, json.loads(request.content)))
         return httpx.Response(status, text=content, headers={"content-type": "text/event-stream"})
 
-    async def run():
-        client = ServerTarget("http://server", transport=httpx.MockTransport(handle))
-        try:
-            return await client.send(case)
-        finally:
-            await client.close()
-
-    return asyncio.run(run()), bodies
+    return asyncio.run(target(handle).send(case)), bodies
 
 
 def case(endpoint=GENERATE, **options):
@@ -148,28 +146,25 @@ def test_many_prompts_and_many_continuations():
 
 def test_openai_replies_whole_and_streamed():
     choice = {"text": "abc", "token_ids": [5, 6, 7], "finish_reason": "stop"}
-    outcome, ((_, body),) = send(
-        case(COMPLETIONS, stop=("x",)), json.dumps({"choices": [choice], "usage": {"prompt_tokens": 3}})
-    )
+    whole = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 3}})
+    outcome, ((_, body),) = send(case(COMPLETIONS, stop=("x",)), whole)
     assert outcome.answers[0].token_ids == (5, 6, 7) and body["stop"] == ["x"]
     assert "stream_options" not in body
-    events = [
+    pieces = [
         {"choices": [{"text": "ab", "token_ids": [5, 6], "finish_reason": None}]},
         {"choices": [{"text": "c", "token_ids": [7], "finish_reason": "length"}]},
         {"choices": [], "usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}},
     ]
-    outcome, ((_, body),) = send(case(COMPLETIONS, stream=True), sse(events))
+    outcome, ((_, body),) = send(case(COMPLETIONS, stream=True), sse(pieces))
     (answer,) = outcome.answers
     assert (answer.text, answer.token_ids, answer.finish) == ("abc", (5, 6, 7), "length")
     assert (answer.prompt_tokens, answer.cached_tokens) == (3, 2)
     assert body["stream_options"] == {"include_usage": True}
-    chat = Case(0, "chat", CHAT, message="hi", new_tokens=2, stream=True)
-    events = [
-        {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
-        {"choices": [{"delta": {"content": "yo"}, "finish_reason": "length"}]},
-        {"choices": []},
-    ]
-    outcome, ((_, body),) = send(chat, sse(events))
+    deltas = [({"role": "assistant", "content": ""}, None), ({"content": "yo"}, "length")]
+    pieces = [{"choices": [{"delta": delta, "finish_reason": finish}]} for delta, finish in deltas]
+    outcome, ((_, body),) = send(
+        Case(0, "chat", CHAT, message="hi", new_tokens=2, stream=True), sse([*pieces, {"choices": []}])
+    )
     (answer,) = outcome.answers
     assert (answer.text, answer.tokens, answer.finish) == ("yo", None, "length")
     assert body["messages"] == [{"role": "user", "content": "hi"}]
@@ -179,13 +174,10 @@ def test_a_status_is_kept_and_no_reply_is_a_fault():
     assert send(case(), "{}", status=503)[0].status == 503
     assert "KeyError" in send(case(), "{}")[0].faults[0]
 
-    async def refuse():
-        def handle(request):
-            raise httpx.ConnectError("refused", request=request)
+    def refuse(request):
+        raise httpx.ConnectError("refused", request=request)
 
-        return await ServerTarget("http://server", transport=httpx.MockTransport(handle)).send(case())
-
-    outcome = asyncio.run(refuse())
+    outcome = asyncio.run(target(refuse).send(case()))
     assert outcome.status == 0 and "ConnectError: refused" in outcome.faults[0]
 
 
@@ -200,22 +192,14 @@ def test_a_question_is_asked_alone_with_margins_on_a_cold_cache():
         reply["meta_info"] |= {"output_top_logprobs": best, "cached_tokens": cached}
         return httpx.Response(200, json=reply)
 
-    async def ask():
-        target = ServerTarget("http://server", transport=httpx.MockTransport(handle))
-        return await target.ask(Question(PROMPT, 3, ("x",)))
-
-    reply = asyncio.run(ask())
+    question = Question(PROMPT, 3, ("x",))
+    reply = asyncio.run(target(handle).ask(question))
     assert [path for path, _ in asked] == ["/flush_cache", GENERATE]
-    assert asked[1][1]["sampling_params"] == {
-        "temperature": 0.0,
-        "max_new_tokens": 3,
-        "ignore_eos": True,
-        "n": 1,
-        "stop": ["x"],
-    }
+    sampling = asked[1][1]["sampling_params"]
+    assert (sampling["temperature"], sampling["max_new_tokens"], sampling["stop"]) == (0.0, 3, ["x"])
     assert [token.margin for token in reply.tokens] == [1.0, 1.0] and reply.finish == "stop"
     with pytest.raises(ValueError, match="cold cache, got 256"):
-        asyncio.run(ask())
+        asyncio.run(target(handle).ask(question))
 
 
 def test_cases_are_a_function_of_seed_and_number():
@@ -233,25 +217,19 @@ def test_cases_are_a_function_of_seed_and_number():
     assert {c.endpoint for c in cases} == {GENERATE, COMPLETIONS, CHAT}
 
 
-@pytest.mark.parametrize(("requests", "expected"), [(10, 10), (2, 2)])
-def test_as_many_at_once_as_asked_for(requests, expected):
-    running, most, steps = 0, 0, []
+@pytest.mark.parametrize("requests", [10, 2])
+def test_as_many_at_once_as_asked_for(requests):
+    running, most, steps = set(), [], []
 
     async def answer(sent):
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
+        running.add(sent.number)
+        most.append(len(running))
         await asyncio.sleep(0.001)
-        running -= 1
-        return sent
-
-    class Sent:
-        def __init__(self, case):
-            self.case = case
+        running.remove(sent.number)
+        return Outcome(sent, 200)
 
     load = Load(seed=0, first=5, requests=requests, minutes=0.0, concurrency=3)
-    outcomes = asyncio.run(drive(lambda c: answer(Sent(c)), load, steps.append, is_ended=lambda: False))
-    assert [outcome.case.number for outcome in outcomes] == list(range(5, 5 + expected))
-    assert len(steps) == expected and most == min(3, requests)
-    ended = asyncio.run(drive(lambda c: answer(Sent(c)), load, steps.append, lambda: True))
-    assert ended == []
+    outcomes = asyncio.run(drive(answer, load, steps.append, is_ended=lambda: False))
+    assert [outcome.case.number for outcome in outcomes] == list(range(5, 5 + requests))
+    assert len(steps) == requests and max(most) == min(3, requests)
+    assert asyncio.run(drive(answer, load, steps.append, lambda: True)) == []

@@ -46,7 +46,7 @@ def server(warm, tiny):
 def test_a_short_run_is_right(server):
     run = stress(server)
     assert run.faults == []
-    assert run.verdict.answers > 35 and run.verdict.largest <= run.bound < 1e-2
+    assert run.judge.verdict.answers > 35 and run.judge.verdict.largest <= run.judge.bound < 1e-2
     assert run.control and run.end["usage"]["history_pages"]["total"] == PAGES
 
 
@@ -99,7 +99,7 @@ def test_a_server_elsewhere_is_judged_by_its_own_rounding(server, monkeypatch):
     monkeypatch.setattr(session, "_checkpoint_of", lambda facts: None)
     run = stress(server, requests=24, seed=6)
     assert run.faults == [] and run.bound_origin == "by the server's own rounding"
-    assert 0 < run.verdict.largest <= run.bound < 1e-2
+    assert 0 < run.judge.verdict.largest <= run.judge.bound < 1e-2
     assert {"resident_bytes", "device_bytes"} <= run.end["memory"].keys()
 
 

@@ -2,25 +2,21 @@
 
 import io
 import json
-import mmap
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-import torch
 from rich.console import Console
 
-from sglang_dsv4.check.judge import Verdict
 from sglang_dsv4.check.reply import Reply, Token
 from sglang_dsv4.check.stress.cases import COMPLETIONS, Case
 from sglang_dsv4.check.stress.command import Interrupt
 from sglang_dsv4.check.stress.control import control_answer, wrong_prompts
-from sglang_dsv4.check.stress.load import Load, Sample, leaks
+from sglang_dsv4.check.stress.judging import Judge
+from sglang_dsv4.check.stress.load import Load, Sample
 from sglang_dsv4.check.stress.replies import Outcome
 from sglang_dsv4.check.stress.report import draw_run, print_run
 from sglang_dsv4.check.stress.summary import Run, percentiles
-from sglang_dsv4.plugin.observe.occupancy import pool_usage, process_bytes
 
 USAGE = {"history_pages": {"total": 20, "free": 12, "cached": 8, "used": 0}}
 FACTS = {
@@ -32,13 +28,13 @@ FACTS = {
 GROWN = {"resident_bytes": 6 << 20, "device_bytes": 0}
 ANSWER = Reply((Token(5, -0.1), Token(6, -0.2)), "ab", "length", 400, 256, 1)
 OUTCOMES = [Outcome(Case(number, "short", prompts=((9,) * 400,)), 200, (ANSWER,), seconds=number + 1.0) for number in range(30)]
+JUDGE = Judge(None, None, bound=1e-4)
+JUDGE.verdict.answers, JUDGE.verdict.tokens = 30, 60
 RUN = Run(
     target="http://server",
     load=Load(seed=7, first=0, requests=30, minutes=0.0, concurrency=16),
     outcomes=OUTCOMES,
-    verdict=Verdict(answers=30, tokens=60),
-    mismatches=(),
-    bound=1e-4,
+    judge=JUDGE,
     bound_origin="measured",
     control=("with 1 of 400 tokens replaced, starting at 100: off",),
     leaks=(),
@@ -46,8 +42,13 @@ RUN = Run(
     end=FACTS,
     samples=[Sample(5.0 * i, USAGE, 10 * i, GROWN) for i in range(4)],
     load_s=15.0,
-    num_references=3,
 )
+
+
+def judge_of(**attributes):
+    judge = Judge(None, None)
+    vars(judge).update(attributes)
+    return judge
 
 
 def printed(run):
@@ -88,7 +89,7 @@ def test_lost_log_probabilities_are_counted_and_slow_clients_left_out_of_latenci
     ("changes", "message"),
     [
         (
-            {"mismatches": [(OUTCOMES[20], "token 2 is 8")]},
+            {"judge": judge_of(mismatches=[(OUTCOMES[20], "token 2 is 8")])},
             "request 20 (short): token 2 is 8; again: python -m sglang_dsv4 stress http://server --seed 7 --first 4 "
             "--requests 17 --concurrency 16",
         ),
@@ -108,7 +109,7 @@ def test_each_wrong_thing_fails(changes, message):
 
 
 def test_a_bound_that_was_given_is_given_again():
-    again = replace(RUN, bound=0.25, bound_origin="given").again(OUTCOMES[3])
+    again = replace(RUN, judge=judge_of(bound=0.25), bound_origin="given").again(OUTCOMES[3])
     assert again.endswith("--first 0 --requests 4 --concurrency 16 --bound 0.25")
     assert "--bound" not in RUN.again(OUTCOMES[3])
 
@@ -156,48 +157,3 @@ def test_ctrl_c_ends_the_load_first_and_then_all_and_before_the_load_all_at_once
     assert interrupt() and "the answers so far are compared" in console.file.getvalue()
     with pytest.raises(KeyboardInterrupt):
         handlers[signal.SIGINT](signal.SIGINT, None)
-
-
-def test_memory_of_a_process():
-    held = process_bytes(torch.device("cpu"))
-    assert held["device_bytes"] == 0
-    size = 64 << 20
-    with mmap.mmap(-1, size) as more:  # new pages, whatever the process has given back to its heap
-        more.write(b"x" * size)
-        grown = process_bytes(torch.device("cpu"))["resident_bytes"] - held["resident_bytes"]
-    assert grown > size // 2
-
-
-def scheduler(held_tokens=0, free_slots=4):
-    stats = SimpleNamespace(
-        full_available_size=2048 - held_tokens,
-        full_evictable_size=512,
-        full_num_used=held_tokens,
-        swa_available_size=1024,
-        swa_evictable_size=256,
-        swa_num_used=0,
-    )
-    slots = SimpleNamespace(size=4, available_size=lambda: free_slots)
-    observer = SimpleNamespace(get_pool_stats=lambda: stats)
-    return SimpleNamespace(pool_stats_observer=observer, req_to_token_pool=slots)
-
-
-def test_the_use_of_pools_in_pages():
-    usage = pool_usage(scheduler(), 256)
-    assert usage["history_pages"] == {"total": 10, "free": 8, "cached": 2, "used": 0}
-    assert usage["window_pages"] == {"total": 5, "free": 4, "cached": 1, "used": 0}
-    assert leaks(usage) == []
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ({"held_tokens": 256}, "history_pages: 1 of 10"),
-        ({"held_tokens": 1}, "history_pages: 1 of 10"),
-        ({"held_tokens": -256}, "history_pages: -1 of 10"),
-        ({"free_slots": 3}, "request_slots: 1 of 4"),
-    ],
-)
-def test_a_leak_of_less_than_a_page_shows(fault, message):
-    (found,) = leaks(pool_usage(scheduler(**fault), 256))
-    assert message in found
