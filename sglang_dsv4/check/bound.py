@@ -150,14 +150,9 @@ def backend_bound(
     """
     own = own_rounding(reference, scored)
     rows = Spread() if rounded is None else run_spread(judged[0], rounded[0])
-    least = own.or_more(exact)
-    return {
-        "own_rounding": own.largest,
-        "from_exact": exact.largest,
-        "row_rounding": rows.largest,
-        "bound": 2 * least.largest + 2 * rows.largest,
-        "typical_own_rounding": own.typical,
-        "typical_from_exact": exact.typical,
-        "typical_row_rounding": rows.typical,
-        "typical_bound": 2 * least.typical + 2 * rows.typical,
-    }
+    least, found = own.or_more(exact), {}
+    for prefix, kind in (("", "largest"), ("typical_", "typical")):
+        parts = {"own_rounding": own, "from_exact": exact, "row_rounding": rows}
+        found |= {f"{prefix}{name}": getattr(spread, kind) for name, spread in parts.items()}
+        found[f"{prefix}bound"] = 2 * getattr(least, kind) + 2 * getattr(rows, kind)
+    return found

@@ -15,6 +15,7 @@ TIMEOUT_S = 600.0
 FLUSH_S = 120
 GENERATE = "/generate"
 _DONE = "[DONE]"
+Transport = httpx.AsyncBaseTransport
 Events = AsyncGenerator[dict[str, Any] | None, None]
 
 
@@ -23,13 +24,11 @@ class Client:
 
     Args:
         url (str): such as ``http://127.0.0.1:30000``.
-        transport (httpx.AsyncBaseTransport | None): for tests; None: the network.
+        transport (Transport | None): for tests; None: the network.
         receive_bytes (int | None): what the kernel buffers for this client; None: the system's default.
     """
 
-    def __init__(
-        self, url: str, transport: httpx.AsyncBaseTransport | None = None, *, receive_bytes: int | None = None
-    ) -> None:
+    def __init__(self, url: str, transport: Transport | None = None, *, receive_bytes: int | None = None) -> None:
         buffers = [(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)] if receive_bytes else None
         limits = httpx.Limits(max_connections=None)
         # A proxy named in the environment must not come between two processes of one machine.

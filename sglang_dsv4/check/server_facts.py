@@ -41,11 +41,6 @@ def facts_of(server: Server) -> dict[str, Any]:
         raise ValueError(f"server {server.side.name}: expected our cache {wanted}, got {got}")
     if ours is not None:
         report = ours["report"]
-        facts |= {
-            "attention": ours["attention"],
-            "kernels": ours["kernels"],
-            "pools": report["bytes_by_pool"],
-            "row_format": report["row_format"],
-            "pool_bytes_per_token": report["total_bytes"] / report["max_tokens"],
-        }
+        facts |= {"attention": ours["attention"], "kernels": ours["kernels"], "pools": report["bytes_by_pool"]}
+        facts |= {"row_format": report["row_format"], "pool_bytes_per_token": report["total_bytes"] / report["max_tokens"]}
     return facts

@@ -15,7 +15,7 @@ from sglang_dsv4.tiny.weights import draw_weights
 MANIFEST = "sglang_dsv4_tiny.json"
 WEIGHTS = "model.safetensors"
 # Raised whenever the same spec gives other files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_tiny_checkpoint(path: Path, spec: TinySpec) -> None:

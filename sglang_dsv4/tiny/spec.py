@@ -1,6 +1,6 @@
 """The shape of a tiny checkpoint, and its configuration files."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sglang_dsv4.spec import CSA_RATIO, HCA_RATIO
@@ -8,6 +8,18 @@ from sglang_dsv4.tiny.scales import SCALES
 from sglang_dsv4.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 WINDOW_ONLY_RATIO = 0
+_SPECIAL_IDS = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+_YARN = {"type": "yarn", "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
+# Of every checkpoint, as in the released ones.
+_FIXED: dict[str, Any] = {
+    **{"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "torch_dtype": "bfloat16"},
+    **{"attention_bias": False, "attention_dropout": 0.0, "num_key_value_heads": 1, "initializer_range": 0.02},
+    **{"hidden_act": "silu", "swiglu_limit": 10.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "use_cache": True},
+    **{"rope_theta": 10000, "compress_rope_theta": 160000, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "n_shared_experts": 1},
+    **{"norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc"},
+    "num_nextn_predict_layers": 0,
+    **_SPECIAL_IDS,
+}
 
 
 @dataclass(frozen=True)
@@ -72,28 +84,14 @@ class TinySpec:
         for layer_id, ratio in enumerate(self.compress_ratios):
             if ratio not in allowed:
                 raise ValueError(f"compress_ratios[{layer_id}]: expected one of {allowed}, got {ratio}")
-        for name in (
-            "index_topk",
-            "hidden_size",
-            "num_heads",
-            "o_groups",
-            "o_lora_rank",
-            "q_lora_rank",
-            "index_n_heads",
-            "num_experts",
-            "experts_per_token",
-            "moe_width",
-            "max_positions",
-            "rope_factor",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        for name, value in asdict(self).items():
+            if name not in ("seed", "compress_ratios", "num_hash_layers", "scales") and value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
         if self.num_heads % self.o_groups:
             raise ValueError(f"o_groups: expected a divisor of num_heads={self.num_heads}, got {self.o_groups}")
         if self.experts_per_token > self.num_experts:
-            raise ValueError(
-                f"experts_per_token: expected at most num_experts={self.num_experts}, got {self.experts_per_token}"
-            )
+            most = self.num_experts
+            raise ValueError(f"experts_per_token: expected at most num_experts={most}, got {self.experts_per_token}")
         if self.scales not in SCALES:
             raise ValueError(f"scales: expected one of {', '.join(SCALES)}, got {self.scales}")
         if not 0 <= self.num_hash_layers <= self.num_layers:
@@ -112,22 +110,12 @@ class TinySpec:
         ``rope_scaling``; without the list of ratios it would assume Pro's layout.
         """
         return {
-            "architectures": ["DeepseekV4ForCausalLM"],
-            "model_type": "deepseek_v4",
-            "torch_dtype": "bfloat16",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": BOS_ID,
-            "eos_token_id": EOS_ID,
-            "pad_token_id": PAD_ID,
+            **_FIXED,
             "vocab_size": self.vocab_size,
-            "hidden_act": "silu",
             "hidden_size": self.hidden_size,
-            "initializer_range": 0.02,
             "max_position_embeddings": self.max_positions,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
-            "num_key_value_heads": 1,
             "head_dim": self.head_dim,
             "qk_rope_head_dim": self.rope_dim,
             "q_lora_rank": self.q_lora_rank,
@@ -138,37 +126,17 @@ class TinySpec:
             "index_head_dim": self.index_dim,
             "index_n_heads": self.index_n_heads,
             "index_topk": self.index_topk,
-            "rope_theta": 10000,
-            "compress_rope_theta": 160000,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": self.rope_factor,
-                "original_max_position_embeddings": 65536,
-                "beta_fast": 32,
-                "beta_slow": 1,
-            },
-            "rms_norm_eps": 1e-6,
+            "rope_scaling": {**_YARN, "factor": self.rope_factor},
             "hc_mult": self.hc_mult,
-            "hc_sinkhorn_iters": 20,
-            "hc_eps": 1e-6,
             "n_routed_experts": self.num_experts,
-            "n_shared_experts": 1,
             "num_experts_per_tok": self.experts_per_token,
             "moe_intermediate_size": self.moe_width,
             "num_hash_layers": self.num_hash_layers,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 1.5,
-            "scoring_func": "sqrtsoftplus",
-            "topk_method": "noaux_tc",
-            "swiglu_limit": 10.0,
-            "num_nextn_predict_layers": 0,
-            "tie_word_embeddings": False,
-            "use_cache": True,
         }
 
     def generation_config(self) -> dict[str, Any]:
         """``generation_config.json``: greedy unless a request says otherwise."""
-        return {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False}
+        return {**_SPECIAL_IDS, "do_sample": False}
 
 
 # By name, what `make-tiny --shape` offers. `heads64` has as many heads as GPU kernels want and little else; `flash` has

@@ -1,15 +1,5 @@
-"""One tiny checkpoint for all tests of this folder."""
+"""The tiny checkpoint of the runtime's tests."""
 
-from pathlib import Path
+from tests.runtime.conftest import checkpoint
 
-import pytest
-
-from sglang_dsv4.tiny import TinySpec, write_tiny_checkpoint
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the default checkpoint."""
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny_checkpoint(path, TinySpec())
-    return path
+__all__ = ["checkpoint"]

@@ -45,9 +45,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--only", choices=("tokens", "bytes"), help="one part only")
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint (default: one is written)")
-    parser.add_argument("--requests", type=int, default=200, help="prompts (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=1500, help="tokens of a prompt, at most (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests at once (default: %(default)s)")
+    numbers = {"requests": (200, "prompts"), "longest": (1500, "tokens of a prompt, at most"), "seed": (0, "of the prompts")}
+    for name, (default, text) in (numbers | {"concurrency": (16, "requests at once")}).items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument(
         "--exact",
         type=int,
@@ -55,7 +55,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="answers that transformers computes in fp32, to know how far SGLang's own backend is from that (default: 32 on a "
         "GPU; none on a CPU, where both sides round in the same places, and none with --model, which may be too large)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--ways", help="such as graph-8192,eager-512 (default: three that show both and all chunk sizes)")
     parser.add_argument(
         "--rows", choices=sorted(ROW_FORMATS), help="--dsv4-kv-format of ours (default: SGLang's own on a GPU, fp32 on a CPU)"
@@ -91,10 +90,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     checkpoint = args.model or ready_checkpoint(path, shaped_spec(shape), console.print)
     if kept is not None:
         runs, where = kept
-        count = args.exact
-        if count is None:
-            count = 0 if args.model else NUM_EXACT
-        result = asyncio.run(judge_kept(runs, checkpoint, count, device, console.print))
+        result = asyncio.run(judge_kept(runs, checkpoint, num_exact(args, is_cpu=False), device, console.print))
         return finish(console, args.json, result, {"environment": where})
     result, facts = run_session(checkpoint, args.build_dir / "compare", device, plan, bytes_side, console.print)
     return finish(console, args.json, result, {"environment": environment(device), "servers": facts})
@@ -110,23 +106,14 @@ def finish(console: Console, file: Path | None, result: Result, about: dict[str,
 
 def make_side(args: argparse.Namespace, device: str, name: str, way: Way | None, rows: str | None = None) -> Side:
     """One server: a side, in a way."""
-    is_ours = name != THEIRS
-    fraction, arithmetic = "0.5", EXACT
-    if device == "cuda":
-        fraction = "0.8"
-        arithmetic = ("--cuda-graph-max-bs-decode", str(args.concurrency), *FINE)
-    formats = ()
-    if is_ours:
-        rows = rows or args.rows or (NATIVE_ROWS if device == "cuda" else "fp32")
-        formats = ("--dsv4-kv-format", rows, *shlex.split(args.our_options))
+    on_gpu, is_ours = device == "cuda", name != THEIRS
+    fraction, arithmetic = ("0.8", ("--cuda-graph-max-bs-decode", str(args.concurrency), *FINE)) if on_gpu else ("0.5", EXACT)
+    rows = rows or args.rows or (NATIVE_ROWS if on_gpu else "fp32")
+    formats = ("--dsv4-kv-format", rows, *shlex.split(args.our_options)) if is_ours else ()
     options = (
         *("--max-total-tokens", str(POOL_TOKENS[device]), "--swa-full-tokens-ratio", "0.5"),
         *("--max-running-requests", str(2 * args.concurrency), "--mem-fraction-static", fraction),
-        *("--grammar-backend", "none"),
-        *arithmetic,
-        *formats,
-        *shlex.split(args.options),
-        *(way.options() if way else ()),
+        *("--grammar-backend", "none", *arithmetic, *formats, *shlex.split(args.options), *(way.options() if way else ())),
     )
     return Side(f"{name}-{way.name}" if way else name, is_ours, options)
 
@@ -149,14 +136,17 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         judged = [make_side(args, device, OURS, way) for way in ways]
         if (args.rows or NATIVE_ROWS) != NATIVE_ROWS:
             rounded = make_side(args, device, ROUNDED, ways[0], NATIVE_ROWS)
-    questions = make_questions(args.requests, args.longest, args.seed)
-    passes = Passes(questions, args.concurrency)
+    passes = Passes(make_questions(args.requests, args.longest, args.seed), args.concurrency)
     # At most two more: the rounded side, and the one whose bytes are compared.
     at_once = args.at_once or (1 if device == "cpu" else 2 * len(ways) + 2)
-    num_exact = args.exact
-    if num_exact is None:
-        num_exact = 0 if device == "cpu" or args.model else NUM_EXACT
-    return Plan(reference, judged, rounded, passes, at_once, num_exact, device)
+    return Plan(reference, judged, rounded, passes, at_once, num_exact(args, is_cpu=device == "cpu"), device)
+
+
+def num_exact(args: argparse.Namespace, *, is_cpu: bool) -> int:
+    """How many answers transformers computes: as asked, or none of a user's checkpoint and where both sides round alike."""
+    if args.exact is not None:
+        return int(args.exact)
+    return 0 if is_cpu or args.model else NUM_EXACT
 
 
 def make_bytes_side(args: argparse.Namespace, device: str) -> Side:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from sglang_dsv4.check.client import GENERATE, Client
+from sglang_dsv4.check.client import GENERATE, Client, Transport
 from sglang_dsv4.check.reply import Ids, Question, Reply, Token, check_scored
 from sglang_dsv4.check.stress.cases import CHAT, Case
 from sglang_dsv4.check.stress.load import Load, Sample, Watch, drive, sample_pools
@@ -27,17 +27,13 @@ class ServerTarget:
         url (str): such as ``http://127.0.0.1:30000``.
         name (str): how the command line names it.
         memory_bytes (Callable[[], int] | None): memory of all the server's processes, if they are known.
-        transport (httpx.AsyncBaseTransport | None): for tests; None: the network.
+        transport (Transport | None): for tests; None: the network.
     """
 
     idle_s = IDLE_S
 
     def __init__(
-        self,
-        url: str,
-        name: str = "URL",
-        memory_bytes: Callable[[], int] | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
+        self, url: str, name: str = "URL", memory_bytes: Callable[[], int] | None = None, transport: Transport | None = None
     ) -> None:
         self.name = name
         self._client = Client(url, transport)

@@ -54,24 +54,14 @@ def fleet(tmp_path, monkeypatch):
     return fleet_module.Fleet(tmp_path, tmp_path, "cpu")
 
 
-def last_lines(tmp_path):
-    return [(tmp_path / f"{side.name}.log").read_text().split()[-1] for side in SIDES]
-
-
-def test_servers_end_at_the_same_time(fleet, tmp_path):
-    with fleet:
-        fleet.start(SIDES)
-    assert last_lines(tmp_path) == ["together"] * 3
-
-
-def test_a_server_that_was_launched_is_not_started_again(fleet, tmp_path):
+def test_servers_end_at_the_same_time_and_one_that_was_launched_is_not_started_again(fleet, tmp_path):
     with fleet:
         fleet.launch(SIDES[2:])
         first = fleet.start(SIDES[:2])
         (third,) = fleet.start(SIDES[2:])
         assert [server.side for server in (*first, third)] == SIDES
         assert len({server.group for server in (*first, third)}) == 3
-    assert last_lines(tmp_path) == ["together"] * 3
+    assert [(tmp_path / f"{side.name}.log").read_text().split()[-1] for side in SIDES] == ["together"] * 3
 
 
 def test_all_servers_of_a_comparison_start_at_once_on_a_gpu():
@@ -182,12 +172,9 @@ def test_what_is_judged_is_compared_with_the_servers_that_are_left(compare, lost
     assert not result.faults
 
 
-def test_nothing_is_lost_where_none_crashed(compare):
+def test_nothing_is_lost_where_none_crashed_and_all_where_the_whole_reference_did(compare):
     result, _ = compare()
     assert result.lost == {} and len(result.own) == 3
-
-
-def test_a_reference_that_crashed_as_a_whole_compares_nothing(compare):
     with pytest.raises(ServerDiedError, match="expected one server that answers, got .*theirs-1"):
         compare("theirs-1", "theirs-2")
 
