@@ -128,6 +128,41 @@ def test_fp32_rows_are_exact(fmt):
     assert torch.equal(naive_load_rows(pool, slots, fmt), rows)
 
 
+# NaN as CUDA makes it, and others: all bits of a mantissa set, and the sign.
+NAN_BITS = (0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1)
+
+
+def unfinished_rows(fmt, device="cpu"):
+    """Rows with one channel that is no finite number, at the ends and within, beside finite rows; which are which."""
+    values = torch.tensor([*NAN_BITS, 0x7F800000, 0x7F800000 - 2**31], dtype=torch.int32).view(torch.float32)
+    channels = [channel for channel in (0, 63, 100, 447, 448, 511) if channel < fmt.dim]
+    rows = rows_like(fmt, 2 * len(values) * len(channels))
+    for number in range(len(values) * len(channels)):
+        rows[2 * number, channels[number % len(channels)]] = values[number // len(channels)]
+    rows[0] = rows[0].masked_fill(rows[0].isfinite(), 0.0)
+    return rows.to(device), ~rows.isfinite().to(device)
+
+
+def noticed_faults(store, fmt, device="cpu"):
+    """What a store hides: rows that were no numbers and are, finite rows and tiles that are not, by number."""
+    rows, bad = unfinished_rows(fmt, device)
+    pool, slots = nan_pool(fmt, len(rows), device), torch.arange(len(rows), device=device)
+    store(pool, slots, rows, fmt)
+    read = naive_load_rows(pool, slots, fmt)
+    lost = bad.any(1) & read.isfinite().all(1)
+    tile = {FP8_584_ROW: 64, FP8_INDEX: 128}.get(fmt, 1)
+    allowed = bad.unflatten(1, (-1, tile)).any(2).repeat_interleave(tile, 1)
+    spread = (~read.isfinite() & ~allowed).any(1)
+    return torch.nonzero(lost).flatten().tolist(), torch.nonzero(spread).flatten().tolist()
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: f"{fmt.name}-{fmt.dim}")
+def test_what_is_no_number_is_stored_as_none(fmt):
+    """Whatever the format, or integrity would pass over it: NaN stays, an infinite channel makes its tile's scale NaN."""
+    assert noticed_faults(naive_store_rows, fmt) == ([], [])
+    assert noticed_faults(lambda pool, slots, rows, fmt: naive_store_rows(pool, slots, rows.nan_to_num(), fmt), fmt)[0]
+
+
 @triton.jit
 def store_kernel(
     p_pool, p_slot, p_x, FORMAT: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CASTS: tl.constexpr
@@ -174,6 +209,19 @@ def check_small(device="cpu", hardware_casts=False, count=16):
             assert differing == 0, f"{fmt.name}-{fmt.dim}, {chunk}: {differing} bytes differ"
 
 
+def check_unfinished_rows(device="cpu", hardware_casts=False):
+    """What is no number is none in the pool."""
+    for fmt in ALL:
+        for chunk in {128, fmt.dim}:
+
+            def store(pool, slots, rows, fmt, chunk=chunk):
+                store_kernel[(len(rows) // 4,)](
+                    pool, slots, rows, store_format(fmt), 4, chunk, fmt.dim, hardware_casts, **EXACT
+                )
+
+            assert noticed_faults(store, fmt, device) == ([], []), (fmt.name, fmt.dim, chunk)
+
+
 def check_more_rows(device="cpu"):
     """Rows of every size."""
     check_small(device, count=64)
@@ -184,9 +232,10 @@ def test_hardware_casts_store_the_same_bytes():
     if torch.cuda.get_device_capability() < (8, 9):
         return  # there are none: integer arithmetic is what `test_on_a_gpu` checks
     check_small("cuda", hardware_casts=True, count=64)
+    check_unfinished_rows("cuda", hardware_casts=True)
 
 
-SMALL = (check_small,)
+SMALL = (check_small, check_unfinished_rows)
 CHECKS = (check_more_rows,)
 
 

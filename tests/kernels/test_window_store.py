@@ -5,13 +5,32 @@ import random
 import pytest
 
 from dsv4_kernels.layout import FP8_584_ROW
+from dsv4_kernels.row_codec import naive_load_rows
 from dsv4_kernels.row_codec.fused import store_format
 from dsv4_kernels.window_store.fused import window_store_kernel
 from dsv4_kernels.window_store.tuning import window_tuning
 from tests.kernels.compiling import ARCHITECTURES, machine_code
 from tests.kernels.flush_checks import check_a_captured_step_replays, faults_against_naive, same_bytes, schedule_state
-from tests.kernels.flush_world import World, one_step, random_schedule
+from tests.kernels.flush_world import FORMATS, World, one_step, random_schedule
 from tests.kernels.interpreting import interpreted_checks
+
+
+def unfinished_faults(run, formats, device="cpu"):
+    """Rows of inputs with one channel that is no finite number, and whether they are numbers in the pool."""
+    world = World("window", [6], formats, seed=3, device=device)
+    for token, (channel, value) in enumerate(((7, "inf"), (511, "-inf"), (0, "nan"), (448, "inf"), (100, "nan"))):
+        world.inputs["window"][0][token, channel] = float(value)
+    state = world.fresh_state()
+    step, given = world.step([(0, 0, 6)])
+    run(world, state, step, given)
+    slots = step.window_slots(step.token_rows, step.positions)
+    read = naive_load_rows(state["pool"], slots, FORMATS[formats][0]).isfinite().all(1).tolist()
+    return [token for token in range(6) if read[token] != (token == 5)]
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_a_row_that_is_no_number_is_stored_as_none(formats):
+    assert unfinished_faults(World.run_naive, formats) == []
 
 
 def check_small(device="cpu"):
@@ -21,6 +40,8 @@ def check_small(device="cpu"):
     schedule = [[(0, 124, 3), (1, 0, 4)], [(1, 4, 1), (0, 127, 3)]]
     assert faults_against_naive(world, schedule, before=before) == []
     assert faults_against_naive(world, schedule, before=before, wrong=2.0**-7)
+    for formats in FORMATS:
+        assert unfinished_faults(World.run_fused, formats, device) == [], formats
 
 
 def check_chunking(device="cpu"):

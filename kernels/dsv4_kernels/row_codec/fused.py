@@ -39,13 +39,14 @@ def store_format(fmt: RowFormat) -> StoreFormat:
 
 @triton.jit
 def round_to_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
-    """e4m3 bytes of values in -448 .. 448, to nearest, ties to even."""
+    """e4m3 bytes of values in -448 .. 448 and of NaN, to nearest, ties to even."""
     if HARDWARE_CASTS:
         return b_x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     b_bits = b_x.to(tl.uint32, bitcast=True)
     b_abs = b_bits & 0x7FFFFFFF
     # From 2^-6 up: three mantissa bits, exponent bias 7 in place of 127.
     b_normal = ((b_abs + 0x7FFFF + ((b_abs >> 20) & 1)) >> 20) - (120 << 3)
+    b_normal = tl.minimum(b_normal, 0x7F)  # NaN; 448 is 0x7E
     # Below: multiples of 2^-9. Adding 2^14, whose last bit is worth 2^-9, rounds to one.
     b_small = (b_abs.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
     b_byte = tl.where(b_abs < 0x3C800000, b_small, b_normal) | ((b_bits >> 24) & 0x80)
@@ -59,18 +60,24 @@ def round_to_bf16(b_x, HARDWARE_CASTS: tl.constexpr):
         return b_x.to(tl.bfloat16)
     b_bits = b_x.to(tl.uint32, bitcast=True)
     b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+    b_bits = tl.where(b_x != b_x, 0x7FC0, b_bits)  # the carry of a NaN's last bits would make it a number
     return b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def quantize_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
-    """Quantise each tile of ``[E, tiles, tile]`` with one power-of-two scale: bytes, and exponents ``[E, tiles]``."""
+    """Quantise each tile of ``[E, tiles, tile]`` with one power-of-two scale: bytes, and exponents ``[E, tiles]``.
+
+    An infinite channel gives the exponent 128, so that the tile's scale is NaN or infinite; a maximum passes over NaN, which
+    keeps its own byte, since clamping does not.
+    """
     b_amax = tl.maximum(tl.max(tl.abs(b_x), axis=2), 1e-4)
     b_bits = (b_amax * (1.0 / 448.0)).to(tl.int32, bitcast=True)
     b_exponent = (b_bits >> 23) - 127 + ((b_bits & 0x7FFFFF) != 0).to(tl.int32)  # ceil(log2)
     b_inverse = ((127 - b_exponent) << 23).to(tl.float32, bitcast=True)
     b_scaled = b_x * b_inverse[:, :, None]
-    b_scaled = tl.minimum(tl.maximum(b_scaled, -448.0), 448.0)
+    b_scaled = tl.maximum(b_scaled, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    b_scaled = tl.minimum(b_scaled, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return round_to_e4m3(b_scaled, HARDWARE_CASTS), b_exponent
 
 

@@ -1,5 +1,7 @@
 """Reference row codecs."""
 
+import math
+
 import torch
 
 from dsv4_kernels.layout import FP8_584_ROW, FP8_AMAX_FLOOR, FP8_INDEX, FP8_MAX, FP8_TILE, NOPE_DIM, UE8M0_BIAS, RowFormat
@@ -12,15 +14,19 @@ def naive_quantize_e4m3(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         s = 2^ceil(log2(max(amax, 1e-4) / 448));  q = e4m3(clamp(x / s, -448, 448)), ties to even      [QUANT-FP8]
         Source: the released checkpoint's act_quant with scale format ue8m0.
 
+    What is no number stays none: NaN is stored as NaN, and an infinite channel makes its tile's scale 2^128, whose ue8m0
+    byte 0xFF is NaN and whose fp32 value is infinite.
+
     Args:
         tiles (torch.Tensor): ``[..., tile]``, fp32.
 
     Returns:
         tuple: values ``[..., tile]`` float8_e4m3fn, and exponents ``[...]`` int32 (``s = 2**exponent``).
     """
-    amax = tiles.abs().amax(dim=-1).clamp_min(FP8_AMAX_FLOOR)
+    amax = tiles.abs().nan_to_num(0.0, math.inf).amax(dim=-1).clamp_min(FP8_AMAX_FLOOR)  # [...]
     mantissa, exponent = torch.frexp(amax * (1.0 / FP8_MAX))  # value = mantissa * 2**exponent, 0.5 <= mantissa < 1
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    exponent = exponent.masked_fill(amax.isinf(), UE8M0_BIAS + 1)
     scaled = torch.ldexp(tiles, -exponent.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
     return scaled.to(torch.float8_e4m3fn), exponent
 
