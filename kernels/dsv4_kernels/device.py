@@ -3,6 +3,8 @@
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 from triton import knobs
 
 # Added to every launch. Without it the compiler may fuse a product into a sum in one specialisation of a kernel and not
@@ -48,3 +50,13 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
     """
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+@triton.jit
+def zero_like(x):
+    """0 as a tensor of ``x``'s type; the compiler folds it.
+
+    The interpreter takes a literal, a loop's number, and what is added to either for plain Python numbers, which lack `to`
+    and cannot be given to a function of tensors. ``zero_like(x) + i`` is a tensor to both.
+    """
+    return tl.zeros_like(x)

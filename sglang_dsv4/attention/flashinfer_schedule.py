@@ -64,7 +64,7 @@ class OwnSchedule:
         self._split = split
         lanes = partials.num_lanes
         works = max_works(max_tokens, lanes)
-        sizes = dict.fromkeys(WorkLists.__dataclass_fields__, works)
+        sizes = dict.fromkeys(WorkLists._fields, works)
         sizes |= {"lane_begin": lanes + 1, "first_lane": max_tokens, "num_pieces": max_tokens}
         sizes |= {"ones": works, "zeros": max(works, partials.num_sms)}
         offsets, total = {}, 0
@@ -77,7 +77,7 @@ class OwnSchedule:
             return self.ints[offsets[name] : offsets[name] + 4 * sizes[name]].view(torch.int32)
 
         section("ones").fill_(1)
-        self.work = WorkLists(**{name: section(name) for name in WorkLists.__dataclass_fields__})
+        self.work = WorkLists(**{name: section(name) for name in WorkLists._fields})
         merge = [offsets["zeros"]] * 5  # every range of rows to merge is 0 .. 0
         self.plan_info = [
             partials.num_blocks,

@@ -10,4 +10,4 @@ def interpret():
     """Make a check under Triton's interpreter: ``interpret(check) == ""`` if it holds."""
     interpreter = Interpreter()
     yield interpreter
-    interpreter.close()
+    interpreter.end()

@@ -29,11 +29,14 @@ def _environment():
 
 
 class Interpreter:
-    """A process that imports Triton once, and makes one check after another; ends with its owner."""
+    """A process that imports Triton once and makes one check after another; a new one if it ends."""
 
     def __init__(self) -> None:
+        self._process = None
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
+
+    def _start(self):
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.kernels.interpreting"],
             env=_environment(),
             stdin=subprocess.PIPE,
@@ -44,20 +47,22 @@ class Interpreter:
 
     def __call__(self, check: Callable[[], None]) -> str:
         """The fault of a check, a function of a test module without arguments; "" for none."""
+        if self._process is None:
+            self._process = self._start()
         self._process.stdin.write(f"{check.__module__} {check.__name__}\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("fault "):
                 return json.loads(line.removeprefix("fault "))
+        self.end()
         self._errors.seek(0)
-        raise RuntimeError(f"the interpreting process ended in {check.__name__}:\n{self._errors.read()[-4000:]}")
+        return f"the interpreting process ended:\n{self._errors.read()[-4000:]}"
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
 
 
 def interpreted_checks(small: Iterable[Callable], long: Iterable[Callable] = ()) -> list:

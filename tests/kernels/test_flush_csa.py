@@ -140,7 +140,6 @@ def test_machine_code(architecture, tokens, formats):
         "INDEX": shape(128, keys, rotate=True),
         "REQUESTS_ONLY": tokens <= 64,
         "CASTS": architecture >= 89,
-        "SCAN": 256,
         "C": tuning.chunk,
         "MAIN_BLOCKS": tuning.main_blocks,
         "INDEX_BLOCKS": tuning.index_blocks,

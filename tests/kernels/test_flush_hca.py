@@ -10,9 +10,9 @@ import torch
 
 from dsv4_kernels.compressor.fused import CompressorPointers, CompressorShape
 from dsv4_kernels.flush_hca import HcaTuning
-from dsv4_kernels.flush_hca.fused import HcaWorkspace, flush_hca_kernel
+from dsv4_kernels.flush_hca.fused import HcaWorkspace, flush_hca, flush_hca_kernel
 from dsv4_kernels.flush_hca.tuning import hca_tuning
-from dsv4_kernels.layout import FP8_584_ROW
+from dsv4_kernels.layout import FP8_584_ROW, FP32_ROW
 from dsv4_kernels.row_codec.fused import store_format
 from tests.kernels.compiling import ARCHITECTURES, STEP, machine_code
 from tests.kernels.flush_checks import check_a_captured_step_replays, faults_against_naive, same_bytes, schedule_state
@@ -52,6 +52,26 @@ def test_a_gate_of_minus_infinity_has_no_weight(cuts):
     (entry, accumulator), (expected, _) = entry_of(world, state), entry_of(world, ones)
     assert (entry - expected).abs().max() <= 2.0**-20 * expected.abs().max()
     assert (accumulator[2] == accumulator[1]).all() and (accumulator[1] > 1).all()
+
+
+def refused(tuning, rows):
+    """A launch with a tuning and a workspace of so many rows, or without one; its state afterwards."""
+    world = World("hca", [140], "fp32", seed=3)
+    state = world.fresh_state()
+    step, given = world.step([(0, 0, 140)])
+    work = None if rows is None else HcaWorkspace(torch.zeros(rows, DIM), torch.zeros(rows, dtype=torch.int32))
+    try:
+        flush_hca(step, given["hca"], state["accumulators"], state["pool"], FP32_ROW, world.params["hca"], work, tuning)
+    finally:
+        assert all(tensor.isnan().all() for tensor in state.values())
+
+
+def test_a_tuning_that_needs_a_workspace_is_refused_without():
+    with pytest.raises(ValueError, match="tuning: expected split 1 without a workspace, got 4"):
+        refused(HcaTuning(4, 1, 4), None)
+    with pytest.raises(ValueError, match="workspace: expected at least 3 rows, got 2"):
+        refused(HcaTuning(4, 1, 4), 2)
+    assert hca_tuning(140, 1).split > 1 and hca_tuning(140, 1, has_workspace=False) == HcaTuning(4, 4, 1)
 
 
 def check_small(device="cpu"):
@@ -136,9 +156,10 @@ def test_a_captured_step_replays():
 @pytest.mark.parametrize("tokens", [64, 4096], ids=["decode", "prefill"])
 def test_machine_code(architecture, tokens):
     unroll, warps, split = hca_tuning(tokens, 64)
-    pointers = CompressorPointers("*bf16", "*fp32", "*fp32", "*u8", "*fp32", "*fp32", "*fp32")
+    pointers = CompressorPointers("*bf16", "*fp32", None, "*u8", "*fp32", "*fp32", "*fp32")
+    work = HcaWorkspace("*fp32", "*i32") if split > 1 else None
     sizes = dict.fromkeys(("num_requests", "num_tokens", "page_stride", "num_window_rows"), "i32")
-    arguments = {"step": STEP, "comp": pointers, "work": HcaWorkspace("*fp32", "*i32"), **sizes, "eps": "fp32"}
+    arguments = {"step": STEP, "comp": pointers, "work": work, **sizes, "eps": "fp32"}
     constants = {
         "S": CompressorShape(
             dim=512,
@@ -154,6 +175,5 @@ def test_machine_code(architecture, tokens):
         "SPLIT": split,
         "REQUESTS_ONLY": tokens <= 64,
         "CASTS": architecture >= 89,
-        "SCAN": 256,
     }
     assert machine_code(flush_hca_kernel, arguments, constants, architecture, warps)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsv4_kernels.layout import BF16_ROW
-from dsv4_kernels.mla_schedule import max_works, naive_mla_schedule
-from dsv4_kernels.mla_schedule.fused import WorkPointers, mla_schedule, mla_schedule_kernel
+from dsv4_kernels.mla_schedule import WorkLists, max_works, naive_mla_schedule
+from dsv4_kernels.mla_schedule.fused import mla_schedule, mla_schedule_kernel
 from dsv4_kernels.row_lists import naive_row_lists
 from dsv4_kernels.sink_rope import Splits, naive_sink_rope
 from tests.kernels.attention_world import (
@@ -155,7 +155,7 @@ def schedules_agree(cases, device):
             found, expected = (make_work(len(positions), lanes, device) for _ in range(2))
             mla_schedule(tensor, kind, 9000, 64, found, split)
             naive_mla_schedule(tensor, kind, 9000, 64, expected, split)
-            for field in found.__dataclass_fields__:
+            for field in found._fields:
                 same = torch.equal(getattr(found, field), getattr(expected, field))
                 assert same, f"{name} {kind.name} {lanes} lanes, split {split}: {field}"
 
@@ -194,7 +194,7 @@ def test_machine_code(architecture, block):
         "num_tokens": "i32",
         "list_stride": "i32",
         "num_heads": "i32",
-        "work": WorkPointers(*["*i32"] * len(WorkPointers._fields)),
+        "work": WorkLists(*["*i32"] * len(WorkLists._fields)),
         "num_lanes": "i32",
     }
     constants = KIND | {"SPLIT": True, "TILE": 64, "SECOND": 2, "MANY": 2, "PIECE": 12, "BT": block}

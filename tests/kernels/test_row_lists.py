@@ -125,21 +125,13 @@ def test_machine_code(architecture):
         "p_window_pages": "*i64",
         "p_history_pages": "*i64",
         "page_stride": "i32",
-        "p_selected": "*i32",
         "selected_stride": "i32",
         "p_lists": "*i32",
         "list_stride": "i32",
-        "p_lengths": "*i32",
         "width": "i32",
         "num_window_rows": "i32",
     }
-    for entries in (0, 1, 2):
-        constants = KIND | {
-            "PAGE": 256,
-            "WRITE_WINDOW": True,
-            "ENTRIES": entries,
-            "PAD": True,
-            "WRITE_LENGTHS": entries != 1,
-            "BC": 1024,
-        }
-        assert machine_code(row_lists_kernel, arguments, constants, architecture, 4)
+    for entries, selected, lengths in ((0, None, "*i32"), (1, None, None), (2, "*i32", "*i32")):
+        given = arguments | {"p_selected": selected, "p_lengths": lengths}
+        constants = KIND | {"PAGE": 256, "WRITE_WINDOW": True, "ENTRIES": entries, "PAD": True, "BC": 1024}
+        assert machine_code(row_lists_kernel, given, constants, architecture, 4)

@@ -183,24 +183,11 @@ def test_machine_code(architecture, tokens, lanes):
     arguments = {
         "p_out": "*bf16",
         "p_lse": "*fp32",
-        "p_sink": "*fp32",
         "p_positions": "*i64",
-        "p_cos_sin": "*fp32",
-        "p_first_lane": "*i32",
-        "p_num_pieces": "*i32",
-        "p_partial": "*bf16",
-        "p_partial_lse": "*fp32",
+        "splits": Splits("*i32", "*i32", "*bf16", "*fp32") if lanes else None,
         "num_heads": "i32",
     }
-    for rope, sink in ((64, True), (0, True), (64, False)):
-        constants = {
-            "D": 512,
-            "R": rope,
-            "RB": rope or 2,
-            "HAS_SINK": sink,
-            "HAS_SPLITS": lanes > 0,
-            "BH": heads,
-            "BJ": pieces,
-            "CASTS": architecture >= 89,
-        }
-        assert machine_code(sink_rope_kernel, arguments, constants, architecture, warps)
+    for rope, sink in ((64, "*fp32"), (0, "*fp32"), (64, None)):
+        given = arguments | {"p_sink": sink, "p_cos_sin": "*fp32" if rope else None}
+        constants = {"D": 512, "R": rope, "RB": rope or 2, "BH": heads, "BJ": pieces, "CASTS": architecture >= 89}
+        assert machine_code(sink_rope_kernel, given, constants, architecture, warps)

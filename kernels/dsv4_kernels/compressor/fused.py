@@ -24,7 +24,7 @@ from dsv4_kernels.row_codec.fused import StoreFormat, store_format
 from dsv4_kernels.step import StepTensors
 
 # Requests whose lengths are added up at once to find a request's first token.
-SCAN = 256
+_SCAN = tl.constexpr(256)
 
 
 class CompressorPointers(NamedTuple):
@@ -32,7 +32,7 @@ class CompressorPointers(NamedTuple):
 
     kv_score: torch.Tensor
     state: torch.Tensor
-    boundary: torch.Tensor
+    boundary: torch.Tensor | None
     pool: torch.Tensor
     slot_bias: torch.Tensor
     norm_weight: torch.Tensor
@@ -101,16 +101,16 @@ def hca_finish(b_maximum, b_total, b_pooled):
 
 
 @triton.jit
-def first_token_of(step, row, num_tokens, BR: tl.constexpr):
+def first_token_of(step, row, num_tokens):
     """Number of tokens of the requests before ``row``."""
     # Where every request has one token, token ``row`` opens request ``row``: seen at once, by exact comparison.
     here = tl.load(step.token_rows + row, mask=row < num_tokens, other=-1)
     before = tl.load(step.token_rows + row - 1, mask=(row > 0) & (row <= num_tokens), other=-1)
     first_token = row.to(tl.int32)
     if (here != row) | (before == row):
-        b_sum = tl.zeros([BR], tl.int32)
-        for first in tl.range(0, row, BR, loop_unroll_factor=1):
-            o_r = first + tl.arange(0, BR)
+        b_sum = tl.zeros([_SCAN], tl.int32)
+        for first in tl.range(0, row, _SCAN, loop_unroll_factor=1):
+            o_r = first + tl.arange(0, _SCAN)
             b_sum += tl.load(step.extend_lens + o_r, mask=o_r < row, other=0).to(tl.int32)
         first_token = tl.sum(b_sum, axis=0)
     return first_token
@@ -134,16 +134,17 @@ def compressor_arguments(
     step: StepTensors,
     kv_score: torch.Tensor,
     state: torch.Tensor,
-    boundary: torch.Tensor,
+    boundary: torch.Tensor | None,
     pool: torch.Tensor,
     pool_format: RowFormat,
     params: CompressorParams,
     ratio: int,
 ) -> tuple[CompressorPointers, CompressorShape]:
-    """A compressor as kernel arguments and constants; ``state`` is its streams or its accumulators."""
+    """A compressor as kernel arguments and constants; ``state`` is its streams or its accumulators, which have no boundary."""
     check_rows("kv_score", kv_score)
     for name, tensor in (("state", state), ("boundary", boundary), ("pool", pool), ("cos_sin", params.cos_sin)):
-        check_contiguous(name, tensor)
+        if tensor is not None:
+            check_contiguous(name, tensor)
     dim = params.norm_weight.shape[0]
     pointers = CompressorPointers(kv_score, state, boundary, pool, params.slot_bias, params.norm_weight, params.cos_sin)
     shape = CompressorShape(

@@ -12,9 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.compressor.fused import SCAN, compressor_arguments, csa_pool, first_token_of, store_entries
+from dsv4_kernels.compressor.fused import (
+    CompressorPointers,
+    CompressorShape,
+    compressor_arguments,
+    csa_pool,
+    first_token_of,
+    store_entries,
+)
 from dsv4_kernels.compressor.params import CompressorParams
-from dsv4_kernels.device import EXACT, hardware_casts
+from dsv4_kernels.device import EXACT, hardware_casts, zero_like
 from dsv4_kernels.flush_csa.naive import CsaFlush
 from dsv4_kernels.flush_csa.tuning import CsaTuning, csa_tuning
 from dsv4_kernels.layout import RowFormat
@@ -164,7 +171,6 @@ def csa_request(
     C: tl.constexpr,
     REQUESTS_ONLY: tl.constexpr,
     CASTS: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
     """Pool a request's blocks that need rows of earlier steps, then overwrite the ring."""
     M: tl.constexpr = S.ratio
@@ -176,7 +182,7 @@ def csa_request(
     slot = tl.load(step.state_slots + row)
     start = seq_len - extend_len
     if (extend_len > 0) & (REQUESTS_ONLY | (start > 0)):
-        first_token = first_token_of(step, row, num_tokens, SCAN)
+        first_token = first_token_of(step, row, num_tokens)
         last_token = first_token + extend_len - 1
         if REQUESTS_ONLY:  # noqa: SIM102
             if last_token != row:
@@ -184,9 +190,8 @@ def csa_request(
         end = seq_len
         if not REQUESTS_ONLY:
             end = tl.minimum(seq_len, start + 2 * M - 1)
-        none = seq_len * 0  # the interpreter's loop variables are plain numbers
         for i in range(start // M * M + (M - 1), end, M):
-            position = none + i
+            position = zero_like(seq_len) + i
             pool_old_and_new(
                 step, comp, row, slot, position, first_token + position - start, start, page_stride, first_row, eps, S, C, CASTS
             )
@@ -194,7 +199,7 @@ def csa_request(
         tl.debug_barrier()
         if REQUESTS_ONLY:
             for i in range(start, seq_len - 1):
-                q = none + i
+                q = zero_like(seq_len) + i
                 b_kv_before, b_gate_before = load_token(comp, first_token + q - start, q >= 0, S)
                 if q >= seq_len - S.ring:
                     keep_in_ring(comp, slot, q, b_kv_before, b_gate_before, S)
@@ -207,7 +212,7 @@ def csa_request(
             first_kept = tl.maximum(start, seq_len - S.ring)
             b_kv, b_gate = load_token(comp, first_token + first_kept - start, first_kept >= 0, S)
             for i in range(first_kept, seq_len):
-                q = none + i
+                q = zero_like(seq_len) + i
                 b_kv_next, b_gate_next = load_token(comp, first_token + q + 1 - start, q + 1 < seq_len, S)
                 keep_in_ring(comp, slot, q, b_kv, b_gate, S)
                 b_kv, b_gate = b_kv_next, b_gate_next
@@ -282,12 +287,11 @@ def flush_csa_kernel(
     INDEX_BLOCKS: tl.constexpr,
     REQUESTS_ONLY: tl.constexpr,
     CASTS: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
     """Requests of the main compressor, requests of the indexer, then their tokens: those that wait longest go first."""
     PARTS: tl.constexpr = (MAIN is not None) + (INDEX is not None)
     i_p = tl.program_id(0)
-    no_row = num_window_rows * 0
+    no_row = zero_like(num_window_rows)
     # The compiler decides the outer tests; joined with the inner ones by "and" they would be left to the GPU.
     if i_p < PARTS * num_requests:
         if MAIN is not None:  # noqa: SIM102
@@ -304,7 +308,6 @@ def flush_csa_kernel(
                     min(C, MAIN.dim),
                     REQUESTS_ONLY,
                     CASTS,
-                    SCAN,
                 )
         if INDEX is not None:  # noqa: SIM102
             if i_p >= (PARTS - 1) * num_requests:
@@ -320,7 +323,6 @@ def flush_csa_kernel(
                     min(C, INDEX.dim),
                     REQUESTS_ONLY,
                     CASTS,
-                    SCAN,
                 )
     elif not REQUESTS_ONLY:
         i_g = i_p - PARTS * num_requests
@@ -349,37 +351,16 @@ def flush_csa_kernel(
 
 
 def _launch_csa(step: StepTensors, main: CsaFlush | None, index: CsaFlush | None, tuning: CsaTuning | None) -> None:
-    parts = [
-        (
-            part.params.eps,
-            part.kv_score,
-            *compressor_arguments(
-                step,
-                part.kv_score,
-                part.streams,
-                part.boundary,
-                part.pool,
-                part.pool_format,
-                part.params,
-                part.boundary.shape[1],
-            ),
-        )
-        for part in (main, index)
-        if part is not None
-    ]
-    main_eps, main_rows, main_pointers, main_shape = parts[0]
-    index_eps, _, index_pointers, index_shape = parts[-1]
-    num_tokens, num_requests = len(main_rows), len(step.seq_lens)
+    parts = [part for part in (main, index) if part is not None]
+    num_tokens, num_requests = len(parts[0].kv_score), len(step.seq_lens)
     if num_tokens == 0 or num_requests == 0:
         return
     requests_only = num_tokens <= num_requests
     if tuning is None:
         tuning = csa_tuning(num_tokens, num_requests)
-    groups = 0
-    for part, blocks in ((main, tuning.main_blocks), (index, tuning.index_blocks)):
-        if part is not None and not requests_only:
-            groups += triton.cdiv(num_tokens, blocks * main_shape.ratio)
-    flush_csa_kernel[(len(parts) * num_requests + groups,)](
+    main_pointers, main_shape, main_groups = _arguments(step, main, 0 if requests_only else tuning.main_blocks)
+    index_pointers, index_shape, index_groups = _arguments(step, index, 0 if requests_only else tuning.index_blocks)
+    flush_csa_kernel[(len(parts) * num_requests + main_groups + index_groups,)](
         step=step_pointers(step),
         main=main_pointers,
         index=index_pointers,
@@ -387,20 +368,32 @@ def _launch_csa(step: StepTensors, main: CsaFlush | None, index: CsaFlush | None
         num_tokens=num_tokens,
         page_stride=step.history_pages.stride(0),
         num_window_rows=step.num_window_rows,
-        main_eps=main_eps,
-        index_eps=index_eps,
-        MAIN=None if main is None else main_shape,
-        INDEX=None if index is None else index_shape,
+        main_eps=parts[0].params.eps,
+        index_eps=parts[-1].params.eps,
+        MAIN=main_shape,
+        INDEX=index_shape,
         C=tuning.chunk,
         MAIN_BLOCKS=tuning.main_blocks,
         INDEX_BLOCKS=tuning.index_blocks,
         REQUESTS_ONLY=requests_only,
-        CASTS=hardware_casts(main_rows.device),
-        SCAN=SCAN,
+        CASTS=hardware_casts(parts[0].kv_score.device),
         num_warps=tuning.warps,
         **tuning.options,
         **EXACT,
     )
+
+
+def _arguments(
+    step: StepTensors, part: CsaFlush | None, blocks: int
+) -> tuple[CompressorPointers | None, CompressorShape | None, int]:
+    """A compressor for the kernel, and how many programs of ``blocks`` blocks its tokens have; 0 blocks: none."""
+    if part is None:
+        return None, None, 0
+    ratio = part.boundary.shape[1]
+    pointers, shape = compressor_arguments(
+        step, part.kv_score, part.streams, part.boundary, part.pool, part.pool_format, part.params, ratio
+    )
+    return pointers, shape, triton.cdiv(len(part.kv_score), blocks * ratio) if blocks else 0
 
 
 def flush_csa(

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from dsv4_kernels.compressor.fused import (
     LOWEST_GATE,
-    SCAN,
     compressor_arguments,
     first_token_of,
     hca_finish,
@@ -21,7 +20,7 @@ from dsv4_kernels.compressor.fused import (
     store_entries,
 )
 from dsv4_kernels.compressor.params import CompressorParams
-from dsv4_kernels.device import EXACT, hardware_casts
+from dsv4_kernels.device import EXACT, hardware_casts, zero_like
 from dsv4_kernels.flush_hca.tuning import HcaTuning, hca_tuning
 from dsv4_kernels.layout import HEAD_DIM, RowFormat
 from dsv4_kernels.memory import empty
@@ -159,6 +158,34 @@ def first_kept_block(start, seq_len, S: tl.constexpr):
     return first
 
 
+@triton.jit
+def of_token(o_t, b_x, token):
+    """What ``b_x`` has for ``token``, one of ``o_t``."""
+    return tl.sum(tl.where(o_t == token, b_x, 0), axis=0)
+
+
+@triton.jit
+def part_of_request(row, token, first_token, start, seq_len, num_requests, M: tl.constexpr):
+    """A request program's part of the block at ``token``: first position, tokens, row of the workspace."""
+    position = start + token - first_token
+    count = tl.minimum(seq_len, position // M * M + M) - position
+    work_row = row
+    if position > start:
+        work_row = num_requests + (token + count - 1).to(tl.int64) // M
+    return position, count, work_row
+
+
+@triton.jit
+def block_of_tokens(o_t, b_position, token, kept, seq_len, num_requests, M: tl.constexpr):
+    """A token program's block, which begins at ``token``, likewise; no token of what its request's program must keep."""
+    position = of_token(o_t, b_position, token)
+    count = tl.minimum(seq_len - position, M)
+    work_row = num_requests + (token + count - 1).to(tl.int64) // M
+    if position >= kept:
+        count = 0
+    return position, count, work_row
+
+
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "page_stride", "num_window_rows"])
 def flush_hca_kernel(
     step,
@@ -174,21 +201,23 @@ def flush_hca_kernel(
     SPLIT: tl.constexpr,
     REQUESTS_ONLY: tl.constexpr,
     CASTS: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
-    """One program per request, then one per ``m`` tokens for the blocks that begin among them; ``SPLIT`` of each."""
+    """One program per request, then one per ``m`` tokens for the blocks that begin among them; ``SPLIT`` of each.
+
+    Both kinds go through their blocks in one loop, so that `hca_segment`, nearly all of the code, is there once.
+    """
     M: tl.constexpr = S.ratio
     i_d = tl.program_id(0) % SPLIT
     i_p = tl.program_id(0) // SPLIT
     is_request = i_p < num_requests
     row = i_p.to(tl.int64)
-    token = num_tokens * 0
+    token = zero_like(num_tokens)
     first_token = token
-    o_t = token + tl.arange(0, M)
+    o_t = token + tl.arange(0, M)  # [M]
     m_t = o_t < 0
     b_position, b_row = o_t, o_t.to(tl.int64)
     if is_request:
-        first_token = first_token_of(step, row, num_tokens, SCAN)
+        first_token = first_token_of(step, row, num_tokens)
         token = first_token
     elif not REQUESTS_ONLY:
         o_t = (i_p - num_requests) * M + tl.arange(0, M)
@@ -198,25 +227,17 @@ def flush_hca_kernel(
         # Blocks that begin here, but not with their request's first token: that one is its request's program's.
         m_t = (b_position >= 0) & (b_position % M == 0) & (b_row_before == b_row)
         token = tl.min(tl.where(m_t, o_t, num_tokens), axis=0)
-        row = tl.sum(tl.where(o_t == token, b_row, 0), axis=0)
+        row = of_token(o_t, b_row, token)
     is_block = is_request | (token < num_tokens)
     while is_block:
         seq_len = tl.load(step.seq_lens + row).to(tl.int32)
         start = seq_len - tl.load(step.extend_lens + row).to(tl.int32)
         slot = tl.load(step.state_slots + row)
         kept = first_kept_block(start, seq_len, S)
-        work_row = row
         if is_request:
-            position = start + token - first_token
-            count = tl.minimum(seq_len, position // M * M + M) - position
-            if position > start:
-                work_row = num_requests + (token + count - 1).to(tl.int64) // M
+            position, count, work_row = part_of_request(row, token, first_token, start, seq_len, num_requests, M)
         else:
-            position = tl.sum(tl.where(o_t == token, b_position, 0), axis=0)
-            count = tl.minimum(seq_len - position, M)
-            work_row = num_requests + (token + count - 1).to(tl.int64) // M
-            if position >= kept:
-                count = 0
+            position, count, work_row = block_of_tokens(o_t, b_position, token, kept, seq_len, num_requests, M)
         if count > 0:
             hca_segment(
                 step,
@@ -250,7 +271,7 @@ def flush_hca_kernel(
             token = tl.min(tl.where(m_t & (o_t > token), o_t, num_tokens), axis=0)
             is_block = token < num_tokens
             if is_block:
-                row = tl.sum(tl.where(o_t == token, b_row, 0), axis=0)
+                row = of_token(o_t, b_row, token)
 
 
 def hca_workspace(max_requests: int, max_tokens: int, device: torch.device) -> HcaWorkspace:
@@ -278,23 +299,28 @@ def flush_hca(
             needs to fill a GPU; the bytes written are the same without.
         tuning (HcaTuning | None): by default what `hca_tuning` says.
 
+    Raises:
+        ValueError: the tuning splits blocks and there is no workspace, or one too small; or a tensor is laid out otherwise than
+            expected; nothing was written.
+
     Capture-safe: yes.   Host sync: none.   Allocates: nothing.   Writes: pool, accumulators, workspace.
     """
     num_tokens, num_requests = len(kv_score), len(step.seq_lens)
     if num_tokens == 0 or num_requests == 0:
         return
     ratio = params.slot_bias.shape[0]
-    pointers, shape = compressor_arguments(step, kv_score, accumulators, accumulators, pool, pool_format, params, ratio)
     requests_only = num_tokens <= num_requests
     programs = num_requests + (0 if requests_only else triton.cdiv(num_tokens, ratio))
-    unroll, warps, split = tuning or hca_tuning(num_tokens, num_requests)
-    if split > 1 and workspace is None:
-        workspace, unroll, warps, split = HcaWorkspace(accumulators, step.token_rows), 4, 4, 1
-    elif split == 1:
-        workspace = HcaWorkspace(accumulators, step.token_rows)  # not used
+    if tuning is None:
+        tuning = hca_tuning(num_tokens, num_requests, has_workspace=workspace is not None)
+    if tuning.split == 1:
+        workspace = None
+    elif workspace is None:
+        raise ValueError(f"tuning: expected split 1 without a workspace, got {tuning.split}")
     elif len(workspace.rows) < programs:
         raise ValueError(f"workspace: expected at least {programs} rows, got {len(workspace.rows)}")
-    flush_hca_kernel[(programs * split,)](
+    pointers, shape = compressor_arguments(step, kv_score, accumulators, None, pool, pool_format, params, ratio)
+    flush_hca_kernel[(programs * tuning.split,)](
         step=step_pointers(step),
         comp=pointers,
         work=workspace,
@@ -304,11 +330,10 @@ def flush_hca(
         num_window_rows=step.num_window_rows,
         eps=params.eps,
         S=shape,
-        U=unroll,
-        SPLIT=split,
+        U=tuning.unroll,
+        SPLIT=tuning.split,
         REQUESTS_ONLY=requests_only,
         CASTS=hardware_casts(kv_score.device),
-        SCAN=SCAN,
-        num_warps=warps,
+        num_warps=tuning.warps,
         **EXACT,
     )

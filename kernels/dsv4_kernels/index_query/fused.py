@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import EXACT, hardware_casts
+from dsv4_kernels.device import EXACT, hardware_casts, zero_like
 from dsv4_kernels.hadamard.fused import hadamard_rows
 from dsv4_kernels.norm_rope.fused import load_rope, rope_chunk
 from dsv4_kernels.row_codec.fused import quantize_e4m3, round_to_bf16
@@ -39,7 +39,7 @@ def count_tiles(
     """Number the tiles: each unit's first, and behind the last unit the number of all."""
     num_units = tl.cdiv(num_tokens, UNIT)
     tl.store(p_first_tiles, 0)
-    counted = num_tokens * 0
+    counted = zero_like(num_tokens)
     for first in range(0, num_units, BU):
         o_u = first + tl.arange(0, BU)
         o_t = o_u[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
@@ -89,7 +89,7 @@ def index_query_kernel(
             m_h = o_h < HEADS
             p_row = p_q + token * token_stride + o_h * head_stride
             b_q = tl.load(p_row[:, None] + o_d, mask=m_h[:, None], other=0.0).to(tl.float32)
-            p_angle = p_cos_sin + (o_h * 0 + position) * R
+            p_angle = p_cos_sin + (zero_like(o_h) + position) * R
             b_cos, b_sin = load_rope(p_angle, m_h, 0, D, D, R)
             b_q = hadamard_rows(rope_chunk(b_q, b_cos, b_sin, 0, E, D, D, R), E, D, SCALE)
             b_w = tl.load(p_weights + token * weight_stride + o_h, mask=m_h, other=0.0).to(tl.float32)

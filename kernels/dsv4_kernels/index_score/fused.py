@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import EXACT, hardware_casts, is_interpreting
+from dsv4_kernels.device import EXACT, hardware_casts, is_interpreting, zero_like
 from dsv4_kernels.index_query.fused import COUNTED_UNITS, scored_entries
 from dsv4_kernels.index_score.tuning import IndexTuning, num_programs, rows_together
 from dsv4_kernels.index_score.workspace import IndexWorkspace, held_scores
@@ -121,7 +121,7 @@ def sum_heads(b_dot, b_w, BS: tl.constexpr, UNIT: tl.constexpr, H: tl.constexpr)
 @triton.jit
 def unit_of(p_first_tiles, tile, num_units, BU: tl.constexpr):
     """The unit that a tile belongs to: as many come before it as end at or before the tile."""
-    unit = num_units * 0
+    unit = zero_like(num_units)
     for first in range(0, num_units, BU):
         o_u = first + tl.arange(0, BU)
         b_end = tl.load(p_first_tiles + 1 + o_u, mask=o_u < num_units, other=2147483647)
@@ -174,7 +174,7 @@ def index_scores_kernel(
     num_tiles = tl.load(p_first_tiles + num_units).to(tl.int64)
     tile = (num_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
     last_tile = (num_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)
-    unit = num_tokens * 0
+    unit = zero_like(num_tokens)
     if tile < last_tile:
         unit = unit_of(p_first_tiles, tile, num_units, BU)
     o_u = tl.arange(0, UNIT)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import check_contiguous, check_rows
+from dsv4_kernels.device import check_contiguous, check_rows, zero_like
 from dsv4_kernels.index_topk.tuning import GROUP, WARPS, topk_levels, topk_registers
 from dsv4_kernels.step import StepTensors
 
@@ -44,7 +44,7 @@ def choose(b_key, m_s, K: tl.constexpr):
         below = below | (below >> (1 << i))
     bit = below ^ (below >> 1)
     value = high & (below ^ 0xFFFFFFFF)
-    reached = (high * 0).to(tl.int32) + (K + 1)
+    reached = zero_like(high).to(tl.int32) + (K + 1)
     while (bit > 0) & (reached > K):
         trial = value | bit
         above = tl.sum((b_key >= trial).to(tl.int32), axis=0)

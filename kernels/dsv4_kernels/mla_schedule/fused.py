@@ -1,29 +1,13 @@
 """Fused schedule: one program per lane, on the device, from positions alone."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import check_contiguous
+from dsv4_kernels.device import check_contiguous, zero_like
 from dsv4_kernels.mla_schedule.naive import MANY_ROUNDS, PIECE_TILES, SECOND_WORK_TILES
 from dsv4_kernels.mla_schedule.work import TILE_KEYS, WorkLists
 from dsv4_kernels.row_lists.kind import ListKind
-
-
-class WorkPointers(NamedTuple):
-    """`WorkLists` inside a kernel."""
-
-    query: torch.Tensor
-    list_begin: torch.Tensor
-    partial_row: torch.Tensor
-    list_length: torch.Tensor
-    key_begin: torch.Tensor
-    key_end: torch.Tensor
-    lane_begin: torch.Tensor
-    first_lane: torch.Tensor
-    num_pieces: torch.Tensor
 
 
 @triton.jit(do_not_specialize=["num_tokens", "list_stride", "num_heads"])
@@ -57,7 +41,7 @@ def mla_schedule_kernel(
     b_rounds = num_tokens // num_lanes
     b_rest = tl.where(o_t >= b_rounds * num_lanes, b_tiles, 0)
     b_most = tl.max(b_tiles)
-    b_least = b_most // b_most
+    b_least = zero_like(b_most) + 1
     while PIECE * b_least * b_least < b_most:
         b_least += 1
     b_line = tl.maximum((tl.sum(b_tiles) + num_lanes - 1) // num_lanes, b_least)
@@ -66,7 +50,7 @@ def mla_schedule_kernel(
         b_piece += tl.maximum(b_piece // 8, 1)
     b_stretch = (b_rounds * b_most + b_piece > b_line + SECOND) & ((b_rounds < MANY) | (2 * b_most > b_line))
     if not SPLIT:
-        b_stretch = b_most < 0
+        b_stretch = zero_like(b_most) > 0
         b_piece = b_most
     b_rounds = tl.where(b_stretch, 0, b_rounds)
     b_piece = tl.where(b_stretch, b_line, b_piece)
@@ -93,7 +77,7 @@ def mla_schedule_kernel(
     b_end = tl.where(m_mine, tl.minimum(b_end * TILE, b_length), b_length)
     tl.store(work.key_end + b_work, b_end, mask=m_work)
     m_first = m_whole | (m_mine & (b_first == i_l))
-    tl.store(work.first_lane + o_t, i_l + 0 * o_t, mask=m_first)
+    tl.store(work.first_lane + o_t, i_l + zero_like(o_t), mask=m_first)
     tl.store(work.num_pieces + o_t, tl.where(m_whole, 1, b_pieces), mask=m_first)
     b_lane_begin = i_l * b_rounds + b_before
     tl.store(work.lane_begin + i_l, b_lane_begin)
@@ -120,7 +104,7 @@ def mla_schedule(
         num_tokens=num_tokens,
         list_stride=list_stride,
         num_heads=num_heads,
-        work=WorkPointers(**{name: getattr(work, name) for name in WorkPointers._fields}),
+        work=work,
         num_lanes=work.num_lanes,
         WINDOW=kind.window,
         RATIO=kind.ratio,

@@ -1,14 +1,13 @@
 """Work lists of a persistent attention kernel."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 TILE_KEYS = 64
 
 
-@dataclass(frozen=True)
-class WorkLists:
+class WorkLists(NamedTuple):
     """Which keys of which query each lane takes, in order; a lane is the thread blocks that work on one query together.
 
     All int32. A lane's works are ``lane_begin[lane] .. lane_begin[lane + 1]``.

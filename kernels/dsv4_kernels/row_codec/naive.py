@@ -56,7 +56,7 @@ def naive_store_rows(pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
         fmt (RowFormat): the pool's format.
     """
     if fmt.group_rows == 1:
-        pool[slots] = rows.nan_to_num(0.0).to(fmt.storage_dtype)
+        pool[slots] = rows.to(fmt.storage_dtype)
         return
     if fmt is FP8_584_ROW:
         nope, rope = rows[:, :NOPE_DIM], rows[:, NOPE_DIM:]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import check_contiguous, check_rows
+from dsv4_kernels.device import check_contiguous, check_rows, zero_like
 from dsv4_kernels.row_lists.kind import ListKind
 from dsv4_kernels.step import StepTensors
 
@@ -30,7 +30,6 @@ def row_lists_kernel(
     WRITE_WINDOW: tl.constexpr,
     ENTRIES: tl.constexpr,
     PAD: tl.constexpr,
-    WRITE_LENGTHS: tl.constexpr,
     BC: tl.constexpr,
 ):
     """``BC`` columns of one query's list. ``ENTRIES``: 0 leaves them, 1 lists every visible one, 2 the selected ones."""
@@ -39,7 +38,7 @@ def row_lists_kernel(
     b_position = tl.load(p_positions + i_t)
     b_row = tl.load(p_token_rows + i_t)
     b_window = tl.minimum(b_position + 1, WINDOW)
-    b_entries = 0 * b_window
+    b_entries = zero_like(b_window)
     if RATIO > 0:
         b_entries = tl.minimum((b_position + 1) // RATIO, MOST)
     p_list = p_lists + i_t * list_stride + o_c
@@ -60,7 +59,7 @@ def row_lists_kernel(
         tl.store(p_list, (b_page * PAGE + b_reached % PAGE).to(tl.int32), mask=m_window)
     if PAD:
         tl.store(p_list, -1, mask=(o_w >= b_window) & (o_c < width))
-    if WRITE_LENGTHS:
+    if p_lengths is not None:
         # A length of 0 would be a list without a tile, which FlashMLA does not expect; -1 is skipped.
         b_length = tl.maximum(b_entries + b_window, 1).to(tl.int32)
         tl.store(p_lengths + i_t, b_length, mask=tl.program_id(1) == 0)
@@ -106,11 +105,11 @@ def row_lists(
         p_window_pages=step.window_pages,
         p_history_pages=step.history_pages,
         page_stride=step.window_pages.stride(0),
-        p_selected=lists if selected is None else selected,
+        p_selected=selected,
         selected_stride=0 if selected is None else selected.stride(0),
         p_lists=lists,
         list_stride=lists.stride(0),
-        p_lengths=lists if lengths is None else lengths,
+        p_lengths=lengths,
         width=width,
         num_window_rows=step.num_window_rows,
         WINDOW=kind.window,
@@ -120,7 +119,6 @@ def row_lists(
         WRITE_WINDOW=window,
         ENTRIES=entries,
         PAD=pad,
-        WRITE_LENGTHS=lengths is not None,
         BC=block,
         num_warps=4,
     )

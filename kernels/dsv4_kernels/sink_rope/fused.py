@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import check_contiguous, hardware_casts
+from dsv4_kernels.device import check_contiguous, hardware_casts, zero_like
 from dsv4_kernels.row_codec.fused import round_to_bf16
 from dsv4_kernels.sink_rope.splits import Splits
 from dsv4_kernels.sink_rope.tuning import sink_rope_tuning
@@ -34,16 +34,11 @@ def sink_rope_kernel(
     p_sink,
     p_positions,
     p_cos_sin,
-    p_first_lane,
-    p_num_pieces,
-    p_partial,
-    p_partial_lse,
+    splits,
     num_heads,
     D: tl.constexpr,
     R: tl.constexpr,
     RB: tl.constexpr,
-    HAS_SINK: tl.constexpr,
-    HAS_SPLITS: tl.constexpr,
     BH: tl.constexpr,
     BJ: tl.constexpr,
     CASTS: tl.constexpr,
@@ -55,7 +50,7 @@ def sink_rope_kernel(
     """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
-    WHOLE: tl.constexpr = HAS_SINK or HAS_SPLITS
+    WHOLE: tl.constexpr = (p_sink is not None) or (splits is not None)
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]  # [BH, 1]
     m_h = o_h < num_heads
@@ -69,29 +64,29 @@ def sink_rope_kernel(
     b_pair = tl.zeros([BH, RB], tl.float32)
     b_lse = tl.zeros([BH, 1], tl.float32)
     b_count = 1
-    if HAS_SPLITS:
-        b_count = tl.load(p_num_pieces + i_t)
-        b_lane = tl.load(p_first_lane + i_t)
+    if splits is not None:
+        b_count = tl.load(splits.num_pieces + i_t)
+        b_lane = tl.load(splits.first_lane + i_t)
     if b_count == 1:
         if WHOLE:
             b_main = tl.load(p_head + o_d, mask=m_d, other=0.0).to(tl.float32)
             b_lse = tl.load(p_lse + i_t * num_heads + o_h, mask=m_h, other=0.0) * LOG2E
         if R > 0:
             b_pair = tl.load(p_head + (D - R) + o_r, mask=m_r, other=0.0).to(tl.float32)
-    elif HAS_SPLITS:
+    elif splits is not None:
         b_top = tl.full([BH, 1], _LOWEST, tl.float32)
         b_sum = tl.zeros([BH, 1], tl.float32)
         for i_j in range(0, b_count, BJ):
             for j in tl.static_range(BJ):
                 m_j = m_h & (i_j + j < b_count)
-                b_piece = 0 * b_lane + i_j + j
+                b_piece = zero_like(b_lane) + i_j + j
                 b_slot = 2 * (b_lane + b_piece) + (b_piece == 0).to(tl.int32)
                 o_row = b_slot.to(tl.int64) * num_heads + o_h
-                b_part = tl.load(p_partial_lse + o_row, mask=m_j, other=float("-inf"))
+                b_part = tl.load(splits.partial_lse + o_row, mask=m_j, other=float("-inf"))
                 b_new = tl.maximum(b_top, b_part)
                 b_scale = tl.exp2(b_top - b_new)
                 b_weight = tl.exp2(b_part - b_new)
-                p_row = p_partial + o_row * D
+                p_row = splits.partial + o_row * D
                 b_main = _add_piece(b_main, b_scale, p_row + o_d, b_weight, m_j & (o_d < D - R))
                 if R > 0:
                     b_pair = _add_piece(b_pair, b_scale, p_row + (D - R) + o_r, b_weight, m_j & (o_r < R))
@@ -101,7 +96,7 @@ def sink_rope_kernel(
         b_main = b_main * b_inverse
         b_pair = b_pair * b_inverse
         b_lse = tl.where(b_sum > 0, b_top + tl.log2(b_sum), float("-inf"))
-    if HAS_SINK:
+    if p_sink is not None:
         b_sink = tl.load(p_sink + o_h, mask=m_h, other=0.0).to(tl.float32)
         # -inf less -inf is no number; a query without keys has no weight to give.
         b_weight = tl.where(b_lse == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(b_sink - b_lse * LN2)))
@@ -141,19 +136,14 @@ def sink_rope(
     sink_rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         p_out=out,
         p_lse=lse,
-        p_sink=lse if sink is None else sink,
+        p_sink=sink,
         p_positions=positions,
-        p_cos_sin=lse if cos_sin is None else cos_sin,
-        p_first_lane=positions if splits is None else splits.first_lane,
-        p_num_pieces=positions if splits is None else splits.num_pieces,
-        p_partial=out if splits is None else splits.partial,
-        p_partial_lse=lse if splits is None else splits.partial_lse,
+        p_cos_sin=cos_sin,
+        splits=splits,
         num_heads=num_heads,
         D=dim,
         R=0 if cos_sin is None else cos_sin.shape[1],
         RB=2 if cos_sin is None else cos_sin.shape[1],
-        HAS_SINK=sink is not None,
-        HAS_SPLITS=splits is not None,
         BH=heads,
         BJ=pieces,
         CASTS=hardware_casts(out.device),

@@ -1,12 +1,11 @@
 """Attention that was computed in pieces."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """Partial results of queries whose keys several lanes shared. A lane has two slots: ``2 * lane`` for the query that it
     goes on with, ``2 * lane + 1`` for the one that it begins.
 

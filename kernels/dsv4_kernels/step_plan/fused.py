@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.device import check_contiguous, check_rows
+from dsv4_kernels.device import check_contiguous, check_rows, zero_like
 from dsv4_kernels.step import StepTensors, step_pointers
 
 # Tokens, requests at once, and pages of one program.
@@ -31,7 +31,7 @@ class PlanInputs(NamedTuple):
 @triton.jit
 def plan_requests(given, out, p_first_tokens, num_requests, BR: tl.constexpr):
     """Lengths, state slots and first tokens of every request."""
-    before = num_requests * 0
+    before = zero_like(num_requests)
     for first in range(0, num_requests, BR):
         o_r = first + tl.arange(0, BR)
         m_r = o_r < num_requests
@@ -53,7 +53,7 @@ def plan_tokens(given, out, block, num_requests, num_tokens, BT: tl.constexpr, B
     m_t = o_t < num_tokens
     b_row = tl.zeros([BT], tl.int32)
     b_first = tl.zeros([BT], tl.int32)
-    before = num_requests * 0
+    before = zero_like(num_requests)
     for first in range(0, num_requests, BR):
         o_r = first + tl.arange(0, BR)
         m_r = o_r < num_requests
