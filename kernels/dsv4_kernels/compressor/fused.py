@@ -86,7 +86,7 @@ def hca_update(b_maximum, b_total, b_pooled, b_kv, b_gate):
     difference itself, which a gate of NaN makes NaN; maximum and minimum would pass over it.
     """
     b_new_maximum = tl.maximum(b_maximum, b_gate)
-    b_decay = tl.exp2(-tl.abs(b_maximum - b_gate) * _LOG2E)
+    b_decay = tl.exp2(tl.abs(b_maximum - b_gate) * -_LOG2E)
     m_larger = b_gate > b_maximum
     b_keep = tl.where(m_larger, b_decay, 1.0)
     b_weight = tl.where(m_larger, 1.0, b_decay)
