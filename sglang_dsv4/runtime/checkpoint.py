@@ -1,5 +1,7 @@
 """A DeepSeek-V4 checkpoint in this process: transformers' model, and its tokenizer."""
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 from transformers.utils import logging
 
 from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.spec import CacheSpec
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 _MODEL_TYPE = "deepseek_v4"
@@ -48,10 +52,8 @@ def load_checkpoint(checkpoint: str | Path, device: torch.device, dtype: str | t
         ValueError: another dtype.
     """
     name = str(checkpoint)
-    wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted not in _DTYPES.values():
-        raise ValueError(f"dtype: expected one of {list(_DTYPES)}, got {dtype!r}")
-    _check_config(checkpoint)
+    wanted = check_dtype(dtype)
+    _check_shards(Path(checkpoint))
     # The grouped kernels are made for a GPU; on a CPU a loop over the experts is faster.
     options = {"experts_implementation": "eager"} if device.type == "cpu" else {}
     try:
@@ -70,13 +72,56 @@ def load_checkpoint(checkpoint: str | Path, device: torch.device, dtype: str | t
     return Checkpoint(name, model, _load_tokenizer(checkpoint), _eos_ids(model))
 
 
-def _check_config(checkpoint: str | Path) -> None:
+def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """The dtype as transformers takes it.
+
+    Raises:
+        ValueError: another one than `load_checkpoint` takes.
+    """
+    wanted = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in _DTYPES.values():
+        raise ValueError(f"dtype: expected one of {list(_DTYPES)}, got {dtype!r}")
+    return wanted
+
+
+def load_spec(checkpoint: str | Path, **options: Any) -> CacheSpec:
+    """What a checkpoint's cache holds, from its config alone.
+
+    Args:
+        checkpoint (str | Path): as for `load_checkpoint`.
+        **options (Any): of `CacheSpec.from_hf`.
+
+    Raises:
+        UnsupportedError: there is no such checkpoint, or it is not of DeepSeek-V4.
+    """
+    if not isinstance(checkpoint, (str, Path)):
+        raise TypeError(f"checkpoint: expected a folder or a name, got {checkpoint!r}")
+    path, name = Path(checkpoint).expanduser(), str(checkpoint)
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "~", os.sep))):
+        raise UnsupportedError(
+            f"{name}: expected a folder with a config.json, or a name such as owner/model; found no such folder"
+        )
+    if path.exists() and not (path / "config.json").is_file():
+        raise UnsupportedError(f"{name}: expected a folder with a config.json, found none")
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"{checkpoint}: expected a DeepSeek-V4 checkpoint, got: {_first_line(error)}") from error
-    if config.model_type != _MODEL_TYPE:
-        raise UnsupportedError(f"{checkpoint}: expected model_type {_MODEL_TYPE!r}, got {config.model_type!r}")
+        found = json.loads((path / "config.json").read_text("utf-8")) if path.exists() else None
+        if found is None or found.get("model_type") != _MODEL_TYPE:
+            found = AutoConfig.from_pretrained(checkpoint).to_dict()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UnsupportedError(f"{name}: expected a DeepSeek-V4 checkpoint, got: {_first_line(error)}") from error
+    if found["model_type"] != _MODEL_TYPE:
+        raise UnsupportedError(f"{name}: expected model_type {_MODEL_TYPE!r}, got {found['model_type']!r}")
+    return CacheSpec.from_hf(found, **options)
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise unless every file of weights in a folder is whole: its header says how long it is."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UnsupportedError(f"{path}: expected a whole safetensors file, got: {_first_line(error)}") from error
 
 
 def _load_tokenizer(checkpoint: str | Path) -> Any:

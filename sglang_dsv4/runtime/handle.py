@@ -2,19 +2,18 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from html import escape
 
 from sglang_dsv4.cache import Snapshot
 from sglang_dsv4.errors import TruncateError, UnknownRequestError
+from sglang_dsv4.runtime.arguments import whole_number
+from sglang_dsv4.runtime.engine import Engine, Sink, locked, request_of
 from sglang_dsv4.runtime.output import Completion, Stop
 from sglang_dsv4.runtime.sequence import LiveSequence
-from sglang_dsv4.runtime.show.picture import Picture
+from sglang_dsv4.runtime.show.picture import Picture, draw_sequence
 
-if TYPE_CHECKING:
-    from sglang_dsv4.runtime.runtime import Runtime
-
-Sink = Callable[[str], Any]
+_LAST_CHARACTERS = 40
 
 
 class HandleSnapshot:
@@ -26,12 +25,13 @@ class HandleSnapshot:
         tokens (tuple[int, ...]): the tokens of that moment.
     """
 
-    def __init__(self, runtime: "Runtime", kept: Snapshot, sequence: LiveSequence) -> None:
+    def __init__(self, engine: Engine, kept: Snapshot, sequence: LiveSequence) -> None:
         self.tokens = tuple(sequence.tokens)
-        self._runtime = runtime
+        self.engine = engine
         self._kept = kept
         self._logits = sequence.logits
-        self._release = weakref.finalize(self, runtime.orphans.append, kept)
+        self._is_foreign = sequence.is_foreign
+        self._release = weakref.finalize(self, engine.orphans.append, kept)
         self._release.atexit = False
 
     @property
@@ -42,7 +42,8 @@ class HandleSnapshot:
     def release(self) -> None:
         """Give the pages back; releasing twice does nothing."""
         self._release()
-        self._runtime.collect()
+        with self.engine.lock:
+            self.engine.collect()
 
     def sequence(self) -> tuple[Snapshot, LiveSequence]:
         """What to continue from.
@@ -52,7 +53,7 @@ class HandleSnapshot:
         """
         if not self._release.alive:
             raise UnknownRequestError(f"{self}: expected a snapshot that is held, got a released one")
-        return self._kept, LiveSequence(list(self.tokens), logits=self._logits)
+        return self._kept, LiveSequence(list(self.tokens), logits=self._logits, is_foreign=self._is_foreign)
 
     def __repr__(self) -> str:
         return f"HandleSnapshot(seq_len={self.seq_len})"
@@ -61,19 +62,20 @@ class HandleSnapshot:
 class Handle:
     """One sequence: made by `Runtime.open`, `restore` and `load`, and by `fork`.
 
-    It holds pages and a state slot until `close`, or until nobody refers to it any more.
+    It holds pages and a state slot until `close`, or until nobody refers to it any more. Of all handles of a runtime one method
+    runs at a time; a call from another thread waits.
 
     Args:
-        runtime (Runtime): whose cache holds the sequence.
+        engine (Engine): holds the sequence.
         sequence (LiveSequence): the tokens and their request.
         stream (bool | Sink): where generated text goes as it comes, unless `generate` is told otherwise.
     """
 
-    def __init__(self, runtime: "Runtime", sequence: LiveSequence, stream: bool | Sink = False) -> None:
-        self._runtime = runtime
+    def __init__(self, engine: Engine, sequence: LiveSequence, stream: bool | Sink = False) -> None:
+        self.engine = engine
         self._sequence = sequence
         self._stream = stream
-        self._close = weakref.finalize(self, runtime.orphans.append, sequence)
+        self._close = weakref.finalize(self, engine.orphans.append, sequence)
         self._close.atexit = False
 
     @property
@@ -82,20 +84,19 @@ class Handle:
         return len(self._sequence.tokens)
 
     @property
-    def tokens(self) -> list[int]:
-        """Their ids, a copy."""
-        return list(self._sequence.tokens)
+    def tokens(self) -> tuple[int, ...]:
+        """Their ids."""
+        return tuple(self._sequence.tokens)
 
     @property
     def text(self) -> str:
         """Their text."""
-        return self._runtime.text.decode(self._sequence.tokens)
+        return self.engine.text.decode(self._sequence.tokens)
 
     @property
     def min_len(self) -> int:
         """The shortest length that `truncate` can go to."""
-        request = self.live().request
-        assert request is not None, "a live handle has a request"
+        request = request_of(self.live())
         return request.min_len + 1 if request.min_len else 0
 
     @property
@@ -114,6 +115,7 @@ class Handle:
         assert self._sequence.request is not None, "only a closed handle has no request"
         return self._sequence
 
+    @locked
     def fork(self) -> "Handle":
         """A second handle that continues from the same tokens; pages are shared until one of the two writes.
 
@@ -121,13 +123,9 @@ class Handle:
             OutOfPagesError: every state slot is taken; nothing was changed.
             UnknownRequestError: closed.
         """
-        runtime, sequence = self._runtime, self.live()
-        runtime.collect()
-        assert sequence.request is not None, "a live handle has a request"
-        request = runtime.cache.fork(sequence.request)
-        twin = LiveSequence(list(sequence.tokens), request, sequence.logits, cached_tokens=sequence.num_fed)
-        return runtime.adopt(twin, self._stream)
+        return Handle(self.engine, self.engine.fork(self.live()), self._stream)
 
+    @locked
     def append(self, text_or_ids: str | Sequence[int]) -> "Handle":
         """Continue the sequence with given tokens, such as the next turn of a conversation.
 
@@ -138,9 +136,10 @@ class Handle:
         Returns:
             Handle: this one.
         """
-        self._runtime.extend(self.live(), self._runtime.text.encode(text_or_ids))
+        self.engine.extend(self.live(), self.engine.text.encode(text_or_ids))
         return self
 
+    @locked
     def generate(
         self,
         n: int,
@@ -167,12 +166,16 @@ class Handle:
         Raises:
             OutOfPagesError: ``n`` tokens do not fit; nothing was changed.
             UnknownRequestError: closed.
-            ValueError: an argument out of range.
+            ValueError, TypeError: an argument out of range, or of another type.
         """
         wanted = self._stream if stream is None else stream
         sink = _print if wanted is True else wanted or None
-        return self._runtime.generate([self], n, temperature=temperature, seed=seed, stop=stop, sink=sink, progress=False)[0]
+        count, sequence = whole_number("n", n, least=0), self.live()
+        if not sequence.tokens:
+            raise ValueError(f"{self}: expected at least one token, got none")
+        return self.engine.generate([sequence], count, temperature=temperature, seed=seed, stop=stop, sink=sink)[0]
 
+    @locked
     def truncate(self, n: int) -> "Handle":
         """Roll the sequence back to its first ``n`` tokens; moves nothing.
 
@@ -183,15 +186,16 @@ class Handle:
         Returns:
             Handle: this one.
         """
-        sequence = self.live()
+        sequence, n = self.live(), whole_number("n", n)
         if not self.min_len <= n <= self.seq_len:
             raise TruncateError(
                 f"{self}: expected a length of {self.min_len} .. {self.seq_len}, got {n}; "
                 "open(handle.tokens[:n]) computes any other"
             )
-        self._runtime.truncate(sequence, n)
+        self.engine.truncate(sequence, n)
         return self
 
+    @locked
     def snapshot(self) -> HandleSnapshot:
         """Hold on to the sequence as it is now.
 
@@ -199,23 +203,22 @@ class Handle:
             UnknownRequestError: closed.
         """
         sequence = self.live()
-        self._runtime.collect()
-        assert sequence.request is not None, "a live handle has a request"
-        kept = self._runtime.cache.snapshot(sequence.request)
-        return HandleSnapshot(self._runtime, kept, sequence)
+        return HandleSnapshot(self.engine, self.engine.cache.snapshot(request_of(sequence)), sequence)
 
+    @locked
     def show(self) -> Picture:
         """The picture: tokens, blocks, entries, pages, tail, streams and window.
 
         Raises:
             UnknownRequestError: closed.
         """
-        return self._runtime.picture(self.live())
+        return draw_sequence(self.engine.cache, self.live(), self.engine.text)
 
     def close(self) -> None:
         """Give pages and state slot back; closing twice does nothing."""
         self._close()
-        self._runtime.collect()
+        with self.engine.lock:
+            self.engine.collect()
 
     def __enter__(self) -> "Handle":
         return self
@@ -224,7 +227,12 @@ class Handle:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Handle(seq_len={self.seq_len})"
+        state = ", closed" if self.is_closed else ""
+        return f"Handle(seq_len={self.seq_len}{state})"
+
+    def _repr_html_(self) -> str:
+        last = self.engine.text.decode(self._sequence.tokens[-_LAST_CHARACTERS:])[-_LAST_CHARACTERS:]
+        return f"<code>{escape(repr(self))}</code> <em>… {escape(last)}</em>"
 
 
 def _print(piece: str) -> None:

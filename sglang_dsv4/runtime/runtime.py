@@ -1,31 +1,29 @@
 """DeepSeek-V4 in this process, over a `CompressedKVCache`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_dsv4.cache import CompressedKVCache, Request, Snapshot, prune_saved
-from sglang_dsv4.cache.pages.room import Growth
+from sglang_dsv4.cache import CompressedKVCache, Request, prune_saved
 from sglang_dsv4.cache.persist.prune import Pruned
+from sglang_dsv4.cache.regions import Owner
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError
-from sglang_dsv4.runtime.checkpoint import load_checkpoint
-from sglang_dsv4.runtime.handle import Handle, HandleSnapshot, Sink
-from sglang_dsv4.runtime.job import Job
+from sglang_dsv4.runtime.arguments import whole_number
+from sglang_dsv4.runtime.checkpoint import check_dtype, load_checkpoint, load_spec
+from sglang_dsv4.runtime.engine import Engine, Sink, locked, request_of
+from sglang_dsv4.runtime.handle import Handle, HandleSnapshot
+from sglang_dsv4.runtime.memory import check_device, check_fits
 from sglang_dsv4.runtime.model import CachedModel
-from sglang_dsv4.runtime.output import Completion, Output, Stop, StopRule
-from sglang_dsv4.runtime.prefix_cache.eviction import check_room, make_room
-from sglang_dsv4.runtime.prefix_cache.index import PrefixIndex
-from sglang_dsv4.runtime.sampling import Sampler
-from sglang_dsv4.runtime.saved import pack_sequence, unpack_sequence
-from sglang_dsv4.runtime.scheduler import Scheduler, Share
+from sglang_dsv4.runtime.output import Completion, Stop
+from sglang_dsv4.runtime.saved import WEIGHTS, pack_sequence, unpack_sequence
 from sglang_dsv4.runtime.sequence import LiveSequence
-from sglang_dsv4.runtime.show.picture import Picture, draw_sequence
-from sglang_dsv4.runtime.show.progress import token_progress
 from sglang_dsv4.runtime.show.report import RuntimeReport, make_report
 from sglang_dsv4.runtime.text import Text
-from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
+from sglang_dsv4.runtime.weights import fingerprint
+from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS
 
 Prompt = str | Sequence[int] | Handle
 
@@ -35,6 +33,8 @@ class Runtime:
 
     The model's modules and weights are transformers'; what touches the cache is replaced. Prompts that begin alike share
     pages, and a prompt that repeats or extends an earlier one continues from that one's last token.
+
+    Threads may share a runtime and its handles: one method runs at a time, and a call from another thread waits for it.
 
     Args:
         checkpoint (str | Path): a directory, or a name that transformers resolves.
@@ -48,9 +48,16 @@ class Runtime:
         **spec_options (Any): ``page_tokens``, ``row_format``, ``index_format``, and ``max_draft_tokens``: the tokens by
             which a handle can be rolled back.
 
+    Attributes:
+        spec (CacheSpec): what its cache holds.
+        cache (CompressedKVCache): the cache.
+        text (Text): the tokenizer: ``encode`` and ``decode``.
+        engine (Engine): what does the work, for tests and tools.
+
     Raises:
-        UnsupportedError: not a DeepSeek-V4 checkpoint, or a row format that is not implemented.
-        ValueError: an argument out of range.
+        UnsupportedError: no DeepSeek-V4 checkpoint, damaged files, a device that is not there, a cache larger than its memory, or
+            a row format that is not implemented.
+        ValueError, TypeError: an argument out of range, or of another type.
     """
 
     def __init__(
@@ -66,29 +73,34 @@ class Runtime:
         debug: bool = False,
         **spec_options: Any,
     ) -> None:
-        if chunk_tokens <= 0 or max_ends < 0:
-            raise ValueError(f"expected chunk_tokens > 0 and max_ends >= 0, got {chunk_tokens} and {max_ends}")
-        loaded = load_checkpoint(checkpoint, torch.device(device), dtype)
-        config = loaded.model.config
-        self.spec = CacheSpec.from_hf(config, **_spec_options(**spec_options))
+        num_pages = whole_number("num_pages", num_pages, least=1)
+        max_requests = whole_number("max_requests", max_requests, least=1)
+        chunk_tokens = whole_number("chunk_tokens", chunk_tokens, least=1)
+        max_ends = whole_number("max_ends", max_ends, least=0)
+        place = check_device(device)
+        check_dtype(dtype)
+        self.spec = load_spec(checkpoint, **_spec_options(**spec_options))
         # Sequences in work hold two or three window pages each; the index can use more, one for each boundary it keeps.
+        num_window_pages = min(num_pages, 4 * max_requests + num_pages // 8)
+        check_fits(self.spec, num_pages, num_window_pages, place)
+        loaded = load_checkpoint(checkpoint, place, dtype)
         self.cache = CompressedKVCache(
-            self.spec,
-            num_pages=num_pages,
-            num_window_pages=min(num_pages, 4 * max_requests + num_pages // 8),
-            max_requests=max_requests,
-            device=device,
+            self.spec, num_pages=num_pages, num_window_pages=num_window_pages, max_requests=max_requests, device=place
         )
-        self.model = CachedModel(loaded.model, self.cache)
-        self.text = Text(loaded.tokenizer, int(config.vocab_size), loaded.name)
-        self.index = PrefixIndex(self.cache, max_ends)
-        self.orphans: list[LiveSequence | Snapshot] = []  # of handles and snapshots that are gone
-        self._eos_ids = loaded.eos_ids
+        self.text = Text(loaded.tokenizer, int(loaded.model.config.vocab_size), loaded.name)
+        self.engine = Engine(
+            CachedModel(loaded.model, self.cache),
+            self.text,
+            loaded.eos_ids,
+            max_ends=max_ends,
+            chunk_tokens=chunk_tokens,
+            debug=debug,
+        )
         self._name = loaded.name
-        self._debug = debug
-        self._live: list[LiveSequence] = []
-        self._scheduler = Scheduler(self.model, self.index, chunk_tokens, self._check)
+        self._dtype = str(loaded.model.dtype).removeprefix("torch.")
+        self._weights = fingerprint(loaded.model)
 
+    @locked
     def open(self, text_or_ids: str | Sequence[int], *, stream: bool | Sink = False) -> Handle:
         """Start a sequence with a prompt.
 
@@ -97,20 +109,17 @@ class Runtime:
             stream (bool | Sink): what `Handle.generate` does with text as it comes: True prints it, a function gets it.
 
         Raises:
-            OutOfPagesError: it does not fit; nothing was changed.
+            OutOfPagesError: it can never fit beside what is held, and nothing was changed; or every state slot is taken.
             UnsupportedError: a text, and the checkpoint has no tokenizer.
             ValueError: no token, or an id out of range.
-            TypeError: an id that is no integer.
+            TypeError: neither a text nor integers.
         """
-        self.collect()
-        sequence = LiveSequence(self.text.encode(text_or_ids))
-        self._check_prompt(sequence)
-        self._run([Job(sequence, self._silent(), Sampler(0.0, 0), stays_open=True)], progress=False)
-        return self.adopt(sequence, stream)
+        return Handle(self.engine, self.engine.open(self.text.encode(text_or_ids)), stream)
 
+    @locked
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
@@ -122,7 +131,8 @@ class Runtime:
         """Continue many prompts at once, in one batch that others join as soon as there is room.
 
         Args:
-            prompts (Sequence[Prompt]): texts and token ids, whose sequences end with the call; and handles, which grow.
+            prompts (Prompt | Sequence[Prompt]): texts and token ids, whose sequences end with the call; and handles, which grow.
+                A text or a handle by itself is one prompt.
             max_new_tokens (int): for each, at most.
             temperature (float): as in `Handle.generate`.
             seed (int | None): of the first prompt's draws; the next one's is one more.
@@ -134,62 +144,59 @@ class Runtime:
             list[Completion]: one for each prompt.
 
         Raises:
-            OutOfPagesError: a sequence does not fit though it is alone, or the handles do not fit together.
+            OutOfPagesError: a prompt can never fit, or the handles do not fit together, and nothing was changed; or a sequence
+                outgrew the cache though it was alone.
             UnknownRequestError: a handle is closed.
-            ValueError: an argument out of range.
+            ValueError, TypeError: an argument out of range, or of another type.
         """
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
-        self.collect()
-        rule = StopRule(stop, self._eos_ids)
-        jobs = []
-        for number, prompt in enumerate(prompts):
-            sampler = Sampler(temperature, None if seed is None else seed + number)
-            output = Output(self.text, rule, max_new_tokens, sink)
-            if isinstance(prompt, Handle):
-                sequence = prompt.live()
-                if not sequence.tokens:
-                    raise ValueError(f"{prompt}: expected at least one token, got none")
-                jobs.append(self._owned_job(sequence, output, sampler))
-            else:
-                jobs.append(Job(LiveSequence(self.text.encode(prompt)), output, sampler))
-        if len({id(job.sequence) for job in jobs}) != len(jobs):
-            raise ValueError("prompts: expected each handle once")
-        for job in jobs:
-            if not job.is_owned:
-                self._check_prompt(job.sequence)
-        owned = [job.sequence for job in jobs if job.is_owned]
-        self._make_room([(s, s.num_pending + max_new_tokens) for s in owned])
-        self._run(jobs, progress)
-        return [job.output.completion(job.sequence.cached_tokens) for job in jobs]
+        count = whole_number("max_new_tokens", max_new_tokens, least=0)
+        given = [prompts] if isinstance(prompts, (str, Handle)) else prompts
+        if not isinstance(given, Iterable):
+            raise TypeError(f"prompts: expected a text, a handle or a list of prompts, got {type(given).__name__}")
+        found = [_live(prompt) if isinstance(prompt, Handle) else self.text.encode(prompt) for prompt in given]
+        return self.engine.generate(found, count, temperature=temperature, seed=seed, stop=stop, sink=sink, progress=progress)
 
+    @locked
     def save(self, handle: Handle, path: str | Path) -> None:
-        """Write a sequence to disk; another process with the same checkpoint can go on from there.
+        """Write a sequence to disk; another process with the same weights can go on from there.
 
         Raises:
             SavedFileError: it cannot be written; nothing was left behind.
             UnknownRequestError: closed.
         """
         sequence = handle.live()
-        assert sequence.request is not None, "a live handle has a request"
-        self.cache.save(sequence.request, Path(path), extra=pack_sequence(sequence))
+        self.cache.save(request_of(sequence), Path(path), extra=pack_sequence(sequence, self._weights))
 
-    def load(self, path: str | Path) -> Handle:
+    @locked
+    def load(self, path: str | Path, *, other_weights: bool = False) -> Handle:
         """Read a sequence that `save` wrote.
 
+        Args:
+            path (str | Path): the file.
+            other_weights (bool): take one that other weights computed, or the same in another dtype. What it holds is not what
+                this model would have computed, so no prompt continues from it; only its own forks do.
+
         Raises:
-            OutOfPagesError: no room; nothing was changed.
-            SavedFileError: missing, damaged, or of another spec; nothing was changed.
+            OutOfPagesError: no room; no sequence was changed.
+            SavedFileError: missing, damaged, of another spec, or of other weights; no sequence was changed.
         """
-        self.collect()
         request = self._load(Path(path))
-        sequence = unpack_sequence(request.extra, request.seq_len, self.cache.device)
-        if sequence is None:
+        try:
+            sequence = unpack_sequence(request.extra, request.seq_len, self.text.vocab_size, self.cache.device)
+        except ValueError as error:
             self.cache.close(request)
-            raise SavedFileError(f"{path}: expected a sequence that Runtime.save wrote, got no tokens")
+            raise SavedFileError(f"{path}: expected a sequence that Runtime.save wrote, got {error}") from error
+        found = request.extra.get(WEIGHTS, "")
+        sequence.is_foreign = found != self._weights
+        if sequence.is_foreign and not other_weights:
+            self.cache.close(request)
+            raise SavedFileError(
+                f"{path}: expected a sequence of the weights {self._weights}, which {self._name} has in {self._dtype}, got one of "
+                f"{found or 'mixed ones'}; load(..., other_weights=True) takes it nevertheless"
+            )
         sequence.request = request
         sequence.cached_tokens = request.seq_len
-        return self.adopt(sequence)
+        return Handle(self.engine, self.engine.adopt(sequence))
 
     @staticmethod
     def prune(folder: str | Path, *, dry_run: bool = False) -> Pruned:
@@ -199,6 +206,7 @@ class Runtime:
         """
         return prune_saved(folder, dry_run=dry_run)
 
+    @locked
     def restore(self, snapshot: HandleSnapshot) -> Handle:
         """Start a sequence that continues from a snapshot; the snapshot stays.
 
@@ -206,59 +214,22 @@ class Runtime:
             OutOfPagesError: every state slot is taken; nothing was changed.
             UnknownRequestError: the snapshot was released.
         """
-        self.collect()
-        kept, sequence = snapshot.sequence()
-        sequence.request = self.cache.restore(kept)
-        sequence.cached_tokens = sequence.num_fed
-        return self.adopt(sequence)
+        return Handle(self.engine, self.engine.restore(*snapshot.sequence()))
 
+    @locked
     def report(self) -> RuntimeReport:
         """Where the bytes are, who holds them, and how often prefixes were found."""
-        self.collect()
-        return make_report(self._name, self.cache, self.index, self._live, self.text)
+        return make_report(self._name, self.cache, self.engine.index, self.engine.live, self.text)
 
-    def adopt(self, sequence: LiveSequence, stream: bool | Sink = False) -> Handle:
-        """A handle of an open sequence."""
-        self._live.append(sequence)
-        return Handle(self, sequence, stream)
+    def __repr__(self) -> str:
+        free = self.cache.requests.num_free(Owner.HISTORY_PAGE)
+        return (
+            f"Runtime({self._name!r}, {self._dtype} on {self.cache.device}: {len(self.cache.requests.opened)} sequences open, "
+            f"{free} history pages free)"
+        )
 
-    def extend(self, sequence: LiveSequence, tokens: Sequence[int]) -> None:
-        """Feed an open sequence more tokens; see `Handle.append`."""
-        self.collect()
-        self._make_room([(sequence, sequence.num_pending + len(tokens))])
-        job = self._owned_job(sequence, self._silent(), Sampler(0.0, 0))
-        sequence.tokens.extend(tokens)
-        self._run([job], progress=False)
-
-    def truncate(self, sequence: LiveSequence, n: int) -> None:
-        """Roll an open sequence back; see `Handle.truncate`."""
-        assert sequence.request is not None, "a live handle has a request"
-        if n == len(sequence.tokens):
-            return
-        del sequence.tokens[n:]
-        # One token less: it is fed again with the next step, which gives the logits behind it.
-        self.cache.truncate(sequence.request, min(sequence.num_fed, max(0, n - 1)))
-        sequence.logits = None
-
-    def picture(self, sequence: LiveSequence) -> Picture:
-        """See `Handle.show`."""
-        return draw_sequence(self.cache, sequence, self.text)
-
-    def collect(self) -> None:
-        """Close what belonged to handles and snapshots that are closed, or that nobody refers to any more.
-
-        They are only noted when they go: that may happen at any time, also inside a step.
-        """
-        while self.orphans:
-            gone = self.orphans.pop()
-            if isinstance(gone, Snapshot):
-                self.cache.close(gone)
-                continue
-            self._live = [sequence for sequence in self._live if sequence is not gone]
-            if gone.request is not None:
-                self.index.keep_end(gone)
-                self.cache.close(gone.request)
-                gone.request = None
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self))}</code>"
 
     def _load(self, path: Path) -> Request:
         while True:
@@ -266,41 +237,15 @@ class Runtime:
                 return self.cache.load(path)
             except OutOfPagesError as error:
                 # The index holds pages, but no state slot.
-                if error.pool == "state slots" or not self.index.evict():
+                if error.pool == "state slots" or not self.engine.index.evict():
                     raise
 
-    @staticmethod
-    def _owned_job(sequence: LiveSequence, output: Output, sampler: Sampler) -> Job:
-        settled = len(sequence.tokens)
-        return Job(sequence, output, sampler, is_owned=True, num_settled=settled, stays_open=True)
 
-    def _silent(self) -> Output:
-        return Output(self.text, StopRule((), ()), max_new_tokens=0)
-
-    def _check_prompt(self, sequence: LiveSequence) -> None:
-        """Raise unless a new sequence can fit beside what is held now, the index aside."""
-        check_room(self.cache, self.index, [self.index.growth(sequence.tokens, self._live)])
-
-    def _make_room(self, growth: Sequence[tuple[LiveSequence, int]]) -> None:
-        requests = ((sequence.request, count) for sequence, count in growth)
-        make_room(
-            self.cache, self.index, [Growth(r.pages, r.seq_len, r.seq_len + count) for r, count in requests if r is not None]
-        )
-
-    def _run(self, jobs: Sequence[Job], progress: bool) -> None:
-        started = sum(job.left for job in jobs)
-        with token_progress(started, enabled=progress) as show:
-
-            def on_step(shares: Sequence[Share]) -> None:
-                done = sum(len(job.output.tokens) for job in jobs)
-                left = sum(job.left for job in jobs)
-                show(started - left, f"{len(shares)} in the batch, {done} new tokens")
-
-            self._scheduler.run(jobs, self._live, on_step)
-
-    def _check(self) -> None:
-        if self._debug:
-            self.cache.check_integrity(memory=True)
+def _live(handle: Handle) -> LiveSequence:
+    sequence = handle.live()
+    if not sequence.tokens:
+        raise ValueError(f"{handle}: expected at least one token, got none")
+    return sequence
 
 
 def _spec_options(

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from sglang_dsv4.runtime.arguments import number
+
 
 class Sampler:
     """Draws tokens from logits; the same seed draws the same tokens from the same logits, whatever else is in the batch.
@@ -17,6 +19,7 @@ class Sampler:
     """
 
     def __init__(self, temperature: float, seed: int | None) -> None:
+        temperature = number("temperature", temperature)
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature: expected a number of 0 or more, got {temperature}")
         self._temperature = temperature

@@ -16,12 +16,14 @@ class LiveSequence:
         request (Request | None): holds the first ``request.seq_len`` of them; None while the sequence waits.
         logits (torch.Tensor | None): ``[vocab]`` fp32, what follows the last token; None while some are not fed.
         cached_tokens (int): tokens that another sequence had computed when this one began.
+        is_foreign (bool): its rows may come from other weights: no sequence but its own forks begins with them.
     """
 
     tokens: list[int]
     request: Request | None = None
     logits: torch.Tensor | None = None
     cached_tokens: int = field(default=0)
+    is_foreign: bool = False
 
     @property
     def num_fed(self) -> int:

@@ -1,6 +1,6 @@
 """Text to tokens and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from operator import index
 from typing import Any
 
@@ -20,7 +20,7 @@ class Text:
 
     def __init__(self, tokenizer: Any, vocab_size: int, name: str) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._name = name
 
     def encode(self, given: str | Sequence[int]) -> list[int]:
@@ -29,7 +29,7 @@ class Text:
         Raises:
             UnsupportedError: a text, and no tokenizer.
             ValueError: no token, or an id out of range.
-            TypeError: an id that is no integer.
+            TypeError: neither a text nor integers.
         """
         if isinstance(given, str):
             if self._tokenizer is None:
@@ -38,12 +38,12 @@ class Text:
                 )
             tokens = list(self._tokenizer(given)["input_ids"])
         else:
-            tokens = [token_id(token) for token in given]
+            tokens = [token_id(token) for token in _ids(given)]
         if not tokens:
             raise ValueError("prompt: expected at least one token, got none")
-        wrong = [token for token in tokens if not 0 <= token < self._vocab_size]
+        wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
         if wrong:
-            raise ValueError(f"prompt: expected ids of 0 .. {self._vocab_size - 1}, got {wrong[0]}")
+            raise ValueError(f"prompt: expected ids of 0 .. {self.vocab_size - 1}, got {wrong[0]}")
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -55,6 +55,12 @@ class Text:
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token's own text."""
         return [self.decode([token]) for token in tokens]
+
+
+def _ids(given: Any) -> Iterable[Any]:
+    if isinstance(given, (bytes, bytearray, Mapping, Set)) or not isinstance(given, Iterable):
+        raise TypeError(f"prompt: expected a text or token ids, got {type(given).__name__}")
+    return given
 
 
 def token_id(value: Any) -> int:

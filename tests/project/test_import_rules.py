@@ -6,6 +6,7 @@ check, bench -> plugin, runtime -> attention -> cache -> dsv4_kernels -> torch, 
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,37 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int,
             yield from ((node.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant))
 
 
+def imports_of_files(root: Path) -> dict[str, set[str]]:
+    """By module, those of our files that it imports, at any depth; what only types need is no import when it runs."""
+    files = {}
+    for source in SOURCES:
+        for path in sorted((root / source.relative_to(ROOT)).rglob("*.py")):
+            place = path.relative_to(root / source.parent.relative_to(ROOT)).with_suffix("")
+            files[".".join(place.parts).removesuffix(".__init__")] = path
+    graph = {}
+    for module, path in files.items():
+        tree = WithoutTypes().visit(ast.parse(path.read_text(encoding="utf-8")))
+        names = {name for _, name in imports(tree, module, path.name == "__init__.py")}
+        graph[module] = {name if name in files else name.rpartition(".")[0] for name in names} & files.keys() - {module}
+    return graph
+
+
+class WithoutTypes(ast.NodeTransformer):
+    """Takes out ``if TYPE_CHECKING``."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Files each of which imports the next, the last one being the first; empty where there are none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def import_faults(module: str, name: str) -> Iterator[str]:
     """What is wrong with ``module`` importing ``name``."""
     top = name.partition(".")[0]
@@ -137,6 +169,25 @@ def faults(package: Path) -> list[str]:
 def test_no_rule_is_broken(package):
     assert list(package.rglob("*.py")), f"{package}: no sources found"
     assert faults(package) == []
+
+
+def test_a_circle_is_found(tmp_path):
+    """Of three files, one import in a function and one of a package; a fourth is only read by the type checker."""
+    sources = {
+        "one.py": "from sglang_dsv4.two import thing",
+        "two.py": "def f():\n    import sglang_dsv4.three",
+        "three/__init__.py": "from sglang_dsv4 import one",
+        "four.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import sglang_dsv4.five",
+        "five.py": "import sglang_dsv4.four",
+    }
+    for name, source in sources.items():
+        path = tmp_path / "sglang_dsv4" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    found = circle(imports_of_files(tmp_path))
+    assert {name.rpartition(".")[2] for name in found} == {"one", "two", "three"} and len(found) == 4
+    (tmp_path / "sglang_dsv4" / "two.py").write_text("", encoding="utf-8")
+    assert circle(imports_of_files(tmp_path)) == []
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_prompt_and_greedy_tokens(runtime, small_oracle, length):
     oracle, prompt = small_oracle, make_tokens(length)
     with runtime.open(prompt) as handle:
         done = handle.generate(6, stop=())
-        assert handle.tokens == [*prompt, *done.tokens] and handle.seq_len == length + 6
+        assert handle.tokens == (*prompt, *done.tokens) and handle.seq_len == length + 6
         assert_greedy(oracle, prompt, done.tokens)
         assert_right(oracle, handle)
 
@@ -81,7 +81,7 @@ def test_handles_and_prompts_in_one_batch(runtime, small_oracle):
     done = runtime.generate([left, right, before[2]], 4, stop=())
     for tokens, completion in zip(before, done, strict=True):
         assert_greedy(small_oracle, tokens, completion.tokens)
-    assert left.tokens == [*before[0], *done[0].tokens] and right.seq_len == 130
+    assert left.tokens == before[0] + done[0].tokens and right.seq_len == 130
     with pytest.raises(ValueError, match="expected each handle once"):
         runtime.generate([left, left], 1)
     left.close()

@@ -23,7 +23,7 @@ def assert_alike(small_oracle, handles):
     cpu, gpu = handles
     assert cpu.tokens == gpu.tokens
     error = (logprobs_behind(cpu) - logprobs_behind(gpu).cpu()).abs().max().item()
-    assert error <= 2 * bound(small_oracle, cpu.tokens)
+    assert error <= 2 * bound(small_oracle, list(cpu.tokens))
 
 
 @pytest.mark.parametrize("length", [5, 128, 131, 261])
@@ -64,7 +64,7 @@ def test_generation_and_a_failed_step_on_a_gpu(runtimes, monkeypatch):
     assert [done.tokens for done in first] == [done.tokens for done in again]
     handle = runtime.open(prompts[1])
     before = reachable_bytes(runtime.cache, handle.live().request)
-    layer = runtime.model.model.model.layers[1]
+    layer = runtime.engine.model.model.model.layers[1]
 
     def fail(*args, **kwargs):
         raise RuntimeError("device lost")
@@ -82,7 +82,7 @@ def test_every_tensor_is_on_the_gpu(runtimes):
     for layer in runtime.cache.storage.layers:
         for tensors in layer.tensors().values():
             assert all(tensor.is_cuda for tensor in tensors)
-    assert all(weight.is_cuda for weight in runtime.model.model.parameters())
+    assert all(weight.is_cuda for weight in runtime.engine.model.model.parameters())
 
 
 def test_a_token_that_is_missing_is_noticed(runtimes, small_oracle):

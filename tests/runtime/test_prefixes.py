@@ -46,7 +46,7 @@ def test_an_open_handle_without_logits_is_no_whole_match(runtime, small_oracle):
     """After a roll-back the last token is still to be fed, and nobody knows what follows the one before it."""
     tokens = make_tokens(6)
     handle = runtime.open(tokens).truncate(4)
-    runtime.index.clear()
+    runtime.engine.index.clear()
     assert cached(runtime.open(tokens[:2])) == 0
     same = runtime.open(tokens[:3])
     assert cached(same) == 2
@@ -98,7 +98,7 @@ def test_a_hit_can_be_rolled_back_like_a_cold_prompt(runtime, small_oracle):
         handle.truncate(length - 8).append(make_tokens(2, salt=2))
         assert_right(small_oracle, handle)
         handle.close()
-        runtime.index.clear()
+        runtime.engine.index.clear()
         runtime.open(tokens[:200]).close()
 
 
@@ -110,8 +110,8 @@ def test_the_least_recently_used_goes_first(small_checkpoint):
     runtime.open(kept).close()
     runtime.open(make_tokens(200, salt=4)).close()  # needs room
     assert runtime.report().index["evictions"] > 0
-    assert runtime.index.known_length(kept) == 200
-    assert runtime.index.known_length(old) < 200
+    assert runtime.engine.index.known_length(kept) == 200
+    assert runtime.engine.index.known_length(old) < 200
     assert_nothing_held(runtime)
 
 
@@ -119,10 +119,10 @@ def test_what_is_in_use_is_not_evicted_for_nothing(small_checkpoint):
     """Dropping an entry whose pages an open sequence holds frees none."""
     runtime = make_runtime(small_checkpoint, num_pages=4)
     handle = runtime.open(make_tokens(300))  # three pages
-    kept = runtime.index.num_boundaries
+    kept = runtime.engine.index.num_boundaries
     runtime.open(make_tokens(30, salt=1)).close()
     runtime.open(make_tokens(30, salt=2)).close()
-    assert runtime.index.num_boundaries == kept == 2
+    assert runtime.engine.index.num_boundaries == kept == 2
     handle.close()
     assert_nothing_held(runtime)
 
@@ -131,11 +131,11 @@ def test_ends_are_limited(small_checkpoint):
     runtime = make_runtime(small_checkpoint, max_ends=3)
     for salt in range(6):
         runtime.open(make_tokens(20, salt=salt)).close()
-    assert runtime.index.num_ends == 3
-    assert [runtime.index.known_length(make_tokens(20, salt=s)) for s in range(6)] == [0] * 3 + [20] * 3
+    assert runtime.engine.index.num_ends == 3
+    assert [runtime.engine.index.known_length(make_tokens(20, salt=s)) for s in range(6)] == [0] * 3 + [20] * 3
     none = make_runtime(small_checkpoint, max_ends=0)
     none.open(make_tokens(20)).close()
-    assert none.index.num_ends == none.index.known_length(make_tokens(20)) == 0
+    assert none.engine.index.num_ends == none.engine.index.known_length(make_tokens(20)) == 0
 
 
 def test_the_tree_finds_every_beginning_and_keeps_no_empty_node():

@@ -15,12 +15,12 @@ def runtime(small_checkpoint):
 
 def refuse(runtime, call):
     """The error of a call that must compute nothing, change no request, and keep every prefix."""
-    kept = (runtime.index.num_boundaries, runtime.index.num_ends, runtime.cache.requests.epoch)
-    run, runtime.model.run = runtime.model.run, None
+    kept = (runtime.engine.index.num_boundaries, runtime.engine.index.num_ends, runtime.cache.requests.epoch)
+    run, runtime.engine.model.run = runtime.engine.model.run, None
     with pytest.raises(OutOfPagesError, match="nothing was changed") as refusal:
         call()
-    runtime.model.run = run
-    assert (runtime.index.num_boundaries, runtime.index.num_ends, runtime.cache.requests.epoch) == kept
+    runtime.engine.model.run = run
+    assert (runtime.engine.index.num_boundaries, runtime.engine.index.num_ends, runtime.cache.requests.epoch) == kept
     return refusal.value
 
 
@@ -34,7 +34,7 @@ def test_a_prompt_that_can_never_fit_is_refused_at_once(runtime, through):
 
     error = refuse(runtime, lambda: call(make_tokens(6 * PAGE + 1, salt=1)))
     assert (error.pool, error.needed, error.free) == ("history pages", 7, 6)
-    assert runtime.index.known_length(prefix) == 300
+    assert runtime.engine.index.known_length(prefix) == 300
     call(make_tokens(6 * PAGE - 1, salt=1))  # all pages, and every prefix goes for it
 
 
@@ -64,7 +64,7 @@ def test_growth_that_cannot_fit_keeps_every_prefix(runtime):
     handle = runtime.open(make_tokens(100))
     error = refuse(runtime, lambda: handle.generate(5 * PAGE + 29))
     assert (error.pool, error.needed, error.free) == ("history pages", 6, 5)
-    assert runtime.index.known_length(prefix) == 200
+    assert runtime.engine.index.known_length(prefix) == 200
     handle.generate(5 * PAGE + 28, stop=())
     assert handle.seq_len == 6 * PAGE
 
@@ -72,7 +72,7 @@ def test_growth_that_cannot_fit_keeps_every_prefix(runtime):
 def test_a_last_page_that_only_a_prefix_shares_needs_no_copy(runtime, small_oracle):
     """The handle's own end is in the index; where there is no page for a copy, the end goes and the page is written."""
     handle = runtime.open(make_tokens(5 * PAGE + 100))
-    assert runtime.index.num_ends == 1
+    assert runtime.engine.index.num_ends == 1
     handle.append(make_tokens(20, salt=1))
     assert_right(small_oracle, handle)
 

@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from sglang_dsv4.errors import OutOfPagesError, SavedFileError
-from tests.runtime.worlds import assert_nothing_held, assert_right, make_runtime, make_tokens
+from sglang_dsv4.runtime.saved import pack_sequence
+from sglang_dsv4.runtime.weights import fingerprint
+from sglang_dsv4.tiny import write_tiny_checkpoint
+from tests.runtime.worlds import SMALL, assert_nothing_held, assert_right, make_runtime, make_tokens
 
 PROGRAM = """
 import json, sys
@@ -88,3 +93,89 @@ def test_a_full_cache_makes_room_for_what_is_loaded(small_checkpoint, runtime, s
     handle.truncate(299)
     handle.generate(1, stop=())
     assert_right(small_oracle, handle)
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory):
+    """The same shape, drawn with another seed."""
+    path = tmp_path_factory.mktemp("other")
+    write_tiny_checkpoint(path, replace(SMALL, seed=7))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hc_sinkhorn_iters": 2}))
+    return path
+
+
+def test_a_file_of_other_weights_is_refused(runtime, other_checkpoint, tmp_path):
+    path = tmp_path / "a.dsv4kv"
+    runtime.save(runtime.open(make_tokens(300)), path)
+    other = make_runtime(other_checkpoint, debug=True)
+    with pytest.raises(SavedFileError, match="expected a sequence of the weights .*, got one of .*other_weights=True"):
+        other.load(path)
+    assert_nothing_held(other)
+    with runtime.load(path) as loaded:
+        assert loaded.tokens == tuple(make_tokens(300))
+
+
+def test_a_file_of_another_dtype_is_refused(runtime, small_checkpoint, tmp_path):
+    path = tmp_path / "a.dsv4kv"
+    runtime.save(runtime.open(make_tokens(20)), path)
+    other = make_runtime(small_checkpoint, dtype="bfloat16")
+    with pytest.raises(SavedFileError, match="in bfloat16, got one of"):
+        other.load(path)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_rows_of_other_weights_answer_no_other_prompt(runtime, other_checkpoint, tmp_path, is_open):
+    path, prompt = tmp_path / "a.dsv4kv", make_tokens(300)
+    runtime.save(runtime.open(prompt), path)
+    expected = make_runtime(other_checkpoint).open(prompt).generate(8, stop=()).tokens
+    other = make_runtime(other_checkpoint, debug=True)
+    foreign = other.load(path, other_weights=True)
+    twin = foreign.fork().append(make_tokens(90, salt=1))
+    taken = twin.snapshot()
+    other.restore(taken).append(make_tokens(3))
+    other.save(twin, tmp_path / "b.dsv4kv")
+    with pytest.raises(SavedFileError, match="got one of mixed ones"):
+        other.load(tmp_path / "b.dsv4kv")
+    if not is_open:
+        twin.close()
+        foreign.close()
+    (done,) = other.generate([prompt], 8, stop=(), progress=False)
+    assert done.tokens == expected and done.cached_tokens == 0
+    assert other.open([*twin.tokens]).live().cached_tokens == 300  # of the prompt just computed
+
+
+def test_one_changed_value_of_each_kind_changes_the_fingerprint(small_checkpoint):
+    model = make_runtime(small_checkpoint).engine.model.model
+    found = fingerprint(model)
+    assert fingerprint(model) == found
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    assert fingerprint(model) != found
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] -= 1
+    assert fingerprint(model) == found
+    model.config.rms_norm_eps *= 2
+    assert fingerprint(model) != found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("tokens", "{", "tokens that cannot be read as JSON"),
+        ("tokens", "5", "tokens other than 20 or more ids of 0 .. 263"),
+        ("tokens", "[1.5]", "tokens other than"),
+        ("tokens", json.dumps([264] * 20), "tokens other than"),
+        ("tokens", json.dumps([5] * 19), "tokens other than"),
+        ("logits", "%", "logits that are no base64"),
+        ("logits", "AAAA", "logits of other than 264 values"),
+    ],
+)
+def test_what_a_runtime_did_not_write_is_refused(runtime, tmp_path, name, value, fault):
+    handle, path = runtime.open(make_tokens(20)), tmp_path / "a.dsv4kv"
+    extra = pack_sequence(handle.live(), "") | {name: value}
+    runtime.cache.save(handle.live().request, path, extra=extra)
+    opened = len(runtime.cache.requests.opened)
+    with pytest.raises(SavedFileError, match=f"a.dsv4kv: expected a sequence that Runtime.save wrote, got {fault}"):
+        runtime.load(path, other_weights=True)
+    assert len(runtime.cache.requests.opened) == opened

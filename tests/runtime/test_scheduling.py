@@ -77,7 +77,7 @@ def test_interrupted_between_steps(small_checkpoint, small_oracle, after):
 def test_interrupted_while_appending(small_checkpoint, small_oracle, monkeypatch, length, steps):
     runtime = make_runtime(small_checkpoint, debug=True, chunk_tokens=50)
     handle = runtime.open(make_tokens(length)).truncate(length - 3)
-    run, calls = runtime.model.run, []
+    run, calls = runtime.engine.model.run, []
 
     def run_and_signal(plan, tokens):
         calls.append(len(tokens))
@@ -85,11 +85,11 @@ def test_interrupted_while_appending(small_checkpoint, small_oracle, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)  # inside the step
         return run(plan, tokens)
 
-    monkeypatch.setattr(runtime.model, "run", run_and_signal)
+    monkeypatch.setattr(runtime.engine.model, "run", run_and_signal)
     more = make_tokens(300, salt=1)
     with pytest.raises(KeyboardInterrupt):
         handle.append(more)
-    assert handle.tokens == [*make_tokens(length)[: length - 3], *more][: handle.seq_len]
+    assert list(handle.tokens) == [*make_tokens(length)[: length - 3], *more][: handle.seq_len]
     assert sum(calls) - 1 == handle.seq_len - (length - 3)
     handle.generate(2, stop=())
     assert_right(small_oracle, handle)

@@ -44,7 +44,7 @@ def test_report_adds_up(runtime):
 
 
 def test_report_counts_state_beside_the_pools(runtime):
-    runtime.index.clear()
+    runtime.engine.index.clear()
     assert runtime.report().index["state_bytes"] == 0
     runtime.open("abc").close()
     report = runtime.report()

@@ -113,14 +113,14 @@ class Walk:
 
     def clear(self):
         if self.random.random() < 0.1:
-            self.runtime.index.clear()
+            self.runtime.engine.index.clear()
 
     def check(self, number):
-        self.runtime.collect()
+        self.runtime.engine.collect()
         self.runtime.cache.check_integrity()
         held = self.runtime.cache.requests.opened
         assert len(held) == len(self.handles)
-        assert {handle: handle.tokens for handle in self.handles} == self.handles
+        assert {handle: list(handle.tokens) for handle in self.handles} == self.handles
         handle = self.pick([handle for handle in self.handles if self.handles[handle]])
         if number % CHECK_EVERY == 0 and handle is not None:
             twin = handle.fork() if len(held) < 5 else handle
@@ -137,7 +137,7 @@ def test_random_walk(small_checkpoint, small_oracle, seed):
         walk.step()
         walk.check(number)
     assert walk.refused > 0, "it never ran out of anything"
-    assert runtime.index.counters.evictions > 0 and runtime.index.counters.hits > 0
+    assert runtime.engine.index.counters.evictions > 0 and runtime.engine.index.counters.hits > 0
     walk.handles.clear()
     walk.snapshots.clear()
     assert_nothing_held(runtime)

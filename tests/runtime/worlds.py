@@ -50,7 +50,7 @@ def bound(oracle: Oracle, tokens: list[int]) -> float:
 
 def assert_right(oracle: Oracle, handle) -> None:
     """What follows the handle's last token is what a full forward of its tokens gives."""
-    tokens = handle.tokens
+    tokens = list(handle.tokens)
     error = (logprobs_behind(handle) - oracle.logprobs(tokens)[-1]).abs().max().item()
     assert error <= bound(oracle, tokens), f"{len(tokens)} tokens: {error:.1e}"
 
@@ -65,8 +65,8 @@ def assert_greedy(oracle: Oracle, prompt: list[int], generated) -> None:
 
 def assert_nothing_held(runtime: Runtime) -> None:
     """Every page and slot is free once the index lets go."""
-    runtime.collect()
-    runtime.index.clear()
+    runtime.engine.collect()
+    runtime.engine.index.clear()
     runtime.cache.check_integrity(memory=True)
     counts = runtime.cache.requests.allocator.counts()
     for kind in ("history_pages", "window_pages", "state_slots"):

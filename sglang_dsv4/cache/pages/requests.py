@@ -157,6 +157,10 @@ class Requests:
         """
         return room_for(self._table, self.allocator, growth, without or {})
 
+    def num_free(self, owner: Owner) -> int:
+        """Free pages of a kind."""
+        return len(self.allocator.pool(owner).free)
+
     def num_owners(self, owner: Owner, page: int) -> int:
         """How many sequences and snapshots hold a page."""
         return self.allocator.pool(owner).owners[page]

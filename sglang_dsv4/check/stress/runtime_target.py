@@ -92,7 +92,7 @@ class RuntimeTarget:
     async def ask(self, question: Question) -> Reply:
         """The answer to a question alone, with an empty index; its log-probabilities are transformers'."""
         prompt_ids, new_tokens, stop = question
-        self.runtime.index.clear()
+        self.runtime.engine.index.clear()
         (done,) = self.runtime.generate([prompt_ids], new_tokens, stop=stop, progress=False)
         return Reply(tuple(await self.score(prompt_ids, done.tokens)), done.text, done.finish)
 
@@ -107,8 +107,8 @@ class RuntimeTarget:
 
     async def facts(self) -> dict[str, Any]:
         """The use of the pools, as the plug-in reports it for a server; the index gives up what it holds."""
-        self.runtime.collect()
-        self.runtime.index.clear()
+        self.runtime.engine.collect()
+        self.runtime.engine.index.clear()
         self.runtime.cache.check_integrity(memory=True)
         counts = self.runtime.cache.report().counts
         usage = {}

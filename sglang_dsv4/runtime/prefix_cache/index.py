@@ -130,7 +130,7 @@ class PrefixIndex:
     def keep_boundary(self, sequence: LiveSequence) -> None:
         """Keep a sequence if it is at a page boundary."""
         request, length = sequence.request, sequence.num_fed
-        if request is None or length == 0 or length % self.page_tokens:
+        if request is None or length == 0 or length % self.page_tokens or sequence.is_foreign:
             return
         node = self._tree.grow(sequence.tokens[:length])
         if node.boundary is not None:
@@ -141,7 +141,7 @@ class PrefixIndex:
     def keep_end(self, sequence: LiveSequence) -> None:
         """Keep a sequence as it is now, wherever it is."""
         request, logits, length = sequence.request, sequence.logits, sequence.num_fed
-        if request is None or logits is None or sequence.num_pending or self._max_ends == 0:
+        if request is None or logits is None or sequence.num_pending or sequence.is_foreign or self._max_ends == 0:
             return
         tail = tuple(sequence.tokens[length - length % self.page_tokens : length])
         node = self._tree.grow(sequence.tokens[:length])
@@ -196,7 +196,7 @@ class PrefixIndex:
         best = None
         for other in others:
             request, length = other.request, other.num_fed
-            if request is None or length <= longer_than or other.tokens[:length] != tokens[:length]:
+            if request is None or other.is_foreign or length <= longer_than or other.tokens[:length] != tokens[:length]:
                 continue
             has_logits = other.logits is not None and not other.num_pending
             if self._suits(length, request.min_len, len(tokens), has_logits):
