@@ -171,6 +171,20 @@ def test_truncate_too_far_says_where_it_could_go(cache):
     assert reachable_bytes(cache, request) == text.expected(cache, tokens)
 
 
+def test_a_rewound_request_can_go_no_further_back_than_its_snapshot(cache):
+    """The snapshot's draft room was used up when it was taken; its state holds nothing older."""
+    text = Words(cache.spec)
+    request = cache.open()
+    tokens = text.append(cache, request, [], words(200))
+    cache.truncate(request, 195)
+    taken = cache.snapshot(request)
+    text.append(cache, request, tokens[:195], words(50))
+    cache.rewind(request, taken)
+    for sequence in (request, cache.restore(taken), cache.fork(request)):
+        with pytest.raises(TruncateError, match="length of 195 .. 195"):
+            cache.truncate(sequence, 194)
+
+
 def test_a_snapshot_outlives_its_request_and_can_be_restored_twice(cache):
     text = Words(cache.spec)
     request = cache.open()
