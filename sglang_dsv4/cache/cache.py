@@ -81,7 +81,7 @@ class CompressedKVCache:
         self.device = torch.device(device)
         self.kernels = make_kernels(kernels, spec, capacity, self.device)
         self.storage = CacheStorage(spec, capacity, self.device)
-        self.requests = Requests(self.storage.table, spec.max_draft_tokens, PageAllocator(capacity, self.storage.table))
+        self.requests = Requests(self.storage.table, PageAllocator(capacity, self.storage.table))
         self._steps = OwnedSteps(spec, self.requests, self.storage, self.device)
         self.layers = tuple(
             LayerCache(LayerMemory(spec, layer, memory, self.storage.rope_tables[layer.rope]), self.kernels, self._steps)
@@ -106,7 +106,7 @@ class CompressedKVCache:
         Raises:
             UnknownRequestError: not open, not taken, or closed already, or another cache's; nothing was changed.
         """
-        self._end(held)
+        self.requests.end(held)
         self._after()
 
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
@@ -121,7 +121,7 @@ class CompressedKVCache:
             StalePlanError: a request's last plan was appended but not committed.
             DamagedRequestError: a request was left half way.
             UnknownRequestError: a request is not open here.
-            ValueError: a request twice, or a negative number of tokens.
+            ValueError, TypeError: a request twice, or a number of tokens that is negative or no integer.
         """
         return self._steps.plan(items)
 
@@ -161,7 +161,7 @@ class CompressedKVCache:
         slot = self.requests.next_slot()
         for state in self.storage.stream_state:  # into a free slot: nothing is changed until the books are
             state[slot] = state[request.state_slot]
-        return self._handed_out(self.requests.fork(request), "fork")
+        return self._handed_out(self.requests.open(request), "fork")
 
     def truncate(self, request: Request, seq_len: int) -> None:
         """Cut a sequence back by draft tokens; moves nothing.
@@ -185,8 +185,8 @@ class CompressedKVCache:
         Raises:
             UnknownRequestError: one of the two is not open here; nothing was changed.
         """
-        self.requests.check_open(request)
-        self.requests.check_kept(snapshot)
+        self.requests.check_held(request)
+        self.requests.check_held(snapshot)
         request.is_damaged = True  # until its stream state is whole again
         self._put_state(request.state_slot, snapshot)
         self.requests.rewind(request, snapshot)
@@ -206,7 +206,7 @@ class CompressedKVCache:
         """
         self.requests.check_settled(request)
         if pages_only:
-            return self._handed_out(self.requests.keep_page_cut(request))
+            return self._handed_out(self.requests.keep(request, state=None))
         state = tuple(state[request.state_slot].clone() for state in self.storage.stream_state)
         return self._handed_out(self.requests.keep(request, state), "snapshot")
 
@@ -217,9 +217,9 @@ class CompressedKVCache:
             OutOfPagesError: every state slot is taken; nothing was changed.
             UnknownRequestError: the snapshot was closed, or is another cache's.
         """
-        self.requests.check_kept(snapshot)
+        self.requests.check_held(snapshot)
         self._put_state(self.requests.next_slot(), snapshot)
-        return self._handed_out(self.requests.open(snapshot.seq_len, snapshot.min_len, snapshot.pages), "restore")
+        return self._handed_out(self.requests.open(snapshot), "restore")
 
     def save(self, request: Request, path: Path | str, extra: dict[str, str] | None = None) -> None:
         """Write a sequence to disk: the manifest at ``path``, its pages in the folder ``dsv4kv-pages`` beside it.
@@ -291,16 +291,10 @@ class CompressedKVCache:
             for state, kept in zip(self.storage.stream_state, snapshot.state, strict=True):
                 state[slot] = kept
 
-    def _end(self, held: Request | Snapshot) -> None:
-        if isinstance(held, Snapshot):
-            self.requests.release(held)
-        else:
-            self.requests.close(held)
-
     def _handed_out(self, made: Held, copied_state_by: str | None = None) -> Held:
         """`_after` an operation that makes something, which is gone again if a check fails or is interrupted."""
         with ExitStack() as otherwise:
-            otherwise.callback(self._end, made)
+            otherwise.callback(self.requests.end, made)
             self._after(copied_state_by)
             otherwise.pop_all()
         return made
@@ -309,6 +303,6 @@ class CompressedKVCache:
         """Count a copy of one request's stream state, and check what the user asked to have checked."""
         if copied_state_by is not None:
             self._bytes_copied[copied_state_by] += self.storage.table.bytes_of(Owner.STATE_SLOT)
-        self._steps.undo.drop_all_but(self.requests.steps)
+        self._steps.undo.drop_all_but(self.requests.under_way)
         if self._checks != "off":
             self.check_integrity(memory=self._checks == "memory")

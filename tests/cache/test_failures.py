@@ -67,7 +67,7 @@ class World:
         books, pages = self.cache.requests, self.cache.requests.allocator
         held = [(r.seq_len, r.min_len, list(r.pages.history), list(r.pages.window)) for r in books.opened]
         free = [sorted(numbers.free) for numbers in (pages.history, pages.window, pages.slots)]
-        return held, free, len(books.snapshots), len(books.steps)
+        return held, free, len(books.snapshots), len(books.under_way)
 
     def request(self):
         return self.cache.restore(self.base)

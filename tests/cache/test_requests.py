@@ -157,6 +157,9 @@ def test_a_request_twice_or_negative(cache):
         cache.plan([(request, 1), (request, 1)])
     with pytest.raises(ValueError, match="expected 0 or more new tokens, got -1"):
         cache.plan([(request, -1)])
+    for count in (1.5, True, "1"):
+        with pytest.raises(TypeError, match=f"expected an integer of new tokens, got {count!r}"):
+            cache.plan([(request, count)])
 
 
 def test_window_pages_are_freed_when_no_query_reaches_them(cache):

@@ -9,6 +9,7 @@ from sglang_dsv4.cache.layer import LayerCache
 from sglang_dsv4.cache.pages.copy_on_write import copy_rows, plan_copies
 from sglang_dsv4.cache.pages.request import Request
 from sglang_dsv4.cache.pages.requests import Requests
+from sglang_dsv4.cache.pages.step_books import StepBooks
 from sglang_dsv4.cache.pages.step_undo import UndoCopies
 from sglang_dsv4.cache.pages.tables import stack_tables
 from sglang_dsv4.cache.plan import PlannedRequest, StepPlan
@@ -24,7 +25,7 @@ class OwnedSteps:
 
     Args:
         spec (CacheSpec): the cache's.
-        requests (Requests): its books.
+        requests (Requests): its sequences.
         storage (CacheStorage): its memory.
         device (torch.device): where that is.
 
@@ -38,12 +39,13 @@ class OwnedSteps:
         self.bytes_copied = {"copy_on_write": 0, "undo": 0}
         self._spec = spec
         self._requests = requests
+        self._books = StepBooks(requests, spec.max_draft_tokens)
         self._storage = storage
         self._device = device
 
     def plan(self, items: Sequence[tuple[Request, int]]) -> StepPlan:
         """`CompressedKVCache.plan`."""
-        planned = self._requests.grant(items)
+        planned = self._books.grant(items)
         return StepPlan(
             step=self._step_tensors(planned),
             window=self._spec.window,
@@ -56,13 +58,13 @@ class OwnedSteps:
     def check(self, plan: StepPlan) -> None:
         """Raise unless the plan is of this cache and can be appended, or appended further, and committed."""
         self._check_owner(plan)
-        self._requests.check_plan(plan)
+        self._books.check(plan)
 
     def begin(self, plan: StepPlan, layer: LayerCache | None = None) -> None:
         """Hold the step's pages, keep what `abandon` will need, and copy what the layer shares with other sequences."""
-        if not self._requests.is_begun(plan):
+        if not self._books.is_begun(plan):
             self.bytes_copied["undo"] += self.undo.keep(plan)
-            self._requests.begin(plan)
+            self._books.begin(plan)
         if layer is not None and plan.copies is not None and layer.layer_id not in plan.copied:
             self.bytes_copied["copy_on_write"] += copy_rows(plan.copies, layer.memory.storage.regions)
             plan.copied.add(layer.layer_id)
@@ -79,25 +81,25 @@ class OwnedSteps:
         if missing and plan.num_tokens:
             raise StalePlanError(f"commit: expected every part of every layer appended, missing layer {', '.join(missing)}")
         self.begin(plan)
-        self._requests.commit(plan)
+        self._books.commit(plan)
 
     def abandon(self, plan: StepPlan) -> None:
         """`CompressedKVCache.abandon`."""
         self._check_owner(plan)
-        if not self._requests.is_begun(plan):
+        if not self._books.is_begun(plan):
             if plan.started:
                 raise StalePlanError(
                     "plan: expected one that was appended and is under way, got one that was committed or abandoned, "
                     "or whose requests are all closed"
                 )
             return
-        items = self._requests.items_of(plan)
+        items = self._books.items_of(plan)
         plan.is_given_up = True
         put_back = [self.undo.put_back(plan, item) for item in items]
-        self._requests.abandon(plan)
+        self._books.abandon(plan)
         for item, was_overwritten in zip(items, put_back, strict=True):
             if not was_overwritten:
-                self._requests.narrow(item)
+                self._books.narrow(item)
 
     def _check_owner(self, plan: StepPlan) -> None:
         if plan.owner is not self:

@@ -71,7 +71,7 @@ def load_request(spec: CacheSpec, requests: Requests, transfer: Transfer, path: 
         finished = True
     finally:
         if not finished:
-            requests.close(request)
+            requests.end(request)
     return request
 
 
