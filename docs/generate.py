@@ -12,6 +12,7 @@ from pathlib import Path
 from sglang_dsv4.cache.regions import Owner, RegionTable, history_bytes_per_token
 from sglang_dsv4.cache.sizing import GIB, most_tokens, released_spec
 from sglang_dsv4.plugin.install import options, refusals
+from sglang_dsv4.plugin.install.versions import SERVED
 from sglang_dsv4.plugin.observe import metrics
 
 DOCS = Path(__file__).parent
@@ -46,9 +47,11 @@ def flags() -> str:
 
 
 def refused() -> str:
-    """What the plug-in does not serve."""
+    """What the plug-in does not serve: in all versions of SGLang, and in one alone."""
     rows = [(f"`{refusal.option}`", refusal.reason) for refusal in refusals.REFUSALS]
-    return table(("option", "reason"), rows)
+    rows += [(f"`{refusal.option}` ({version.number})", refusal.reason) for version in SERVED for refusal in version.refusals]
+    rows += [(f"`{variable.name}`", variable.reason) for variable in refusals.REFUSED_VARIABLES]
+    return table(("option or variable", "reason"), rows)
 
 
 def _specs():

@@ -10,6 +10,7 @@ CHECK = "SGLANG_DSV4_CHECK"
 CHECK_DUMPS = "SGLANG_DSV4_CHECK_DUMPS"
 DEVICE = "SGLANG_DSV4_DEVICE"
 POISON = "SGLANG_DSV4_POISON"
+HOOKS_CALLED = "SGLANG_DSV4_HOOKS_CALLED"  # set by the plug-in alone, for the processes that it starts
 
 
 def get(name: str) -> str | None:

@@ -24,6 +24,7 @@ def bare_pool(spec: CacheSpec, model: Any, num_pages: int, max_requests: int, de
         device (str): where the pool lives.
         changed (Any): arguments of SGLang's pool that are to differ.
     """
+    from sglang_dsv4.plugin.install import versions
     from sglang_dsv4.plugin.serve.pool import pool_factory
 
     page, layers = spec.page_tokens, [layer.ratio for layer in spec.layers]
@@ -50,6 +51,7 @@ def bare_pool(spec: CacheSpec, model: Any, num_pages: int, max_requests: int, de
         "enable_memory_saver": False,
         "compression_ratios": layers,
     }
+    versions.installed().begin_without_server()
     pool = pool_factory(spec, model)(**{**native, **changed})
     slots = torch.arange(tokens + page, device=device)
     pool.register_mapping(-(slots // page) % (num_pages + 1) * page + slots % page)

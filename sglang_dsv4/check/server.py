@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from sglang_dsv4 import env
-from sglang_dsv4.plugin.install.refusals import is_unquantised
+from sglang_dsv4.plugin.install.checkpoint import is_unquantised, read_config
 
 ACTIVE_MARK = "sglang_dsv4 active:"
 FLAG = "--enable-dsv4-compressed-kv"
@@ -168,7 +168,7 @@ def server_variables(checkpoint: Path, device: str) -> dict[str, str]:
     if device == "cpu":
         # One thread: the thread pools of several processes compete for the cores of a small machine.
         return {**found, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-    if is_unquantised(str(checkpoint)):
+    if is_unquantised(read_config(str(checkpoint))):
         # SGLang expects FP8 weights in the output projection unless told otherwise.
         found["SGLANG_OPT_FP8_WO_A_GEMM"] = "0"
     return found

@@ -1,6 +1,7 @@
 """SGLang's model runner in small: our pool and backend, static buffers, and three layers that call the backend as SGLang's
 model does. On a GPU decode steps are captured and replayed; on a CPU the layers of a replay are run instead."""
 
+from inspect import signature
 from types import SimpleNamespace
 
 import torch
@@ -15,6 +16,15 @@ from tests.cache.driver import feed, random_sequence, random_weights, reachable_
 
 PAGES, PAGE, REQUESTS, LONGEST = 24, 256, 6, 1024
 INDEX_HEADS = 8
+HANDED_ON = (
+    "can_run_decode_cuda_graph",
+    "kv_loc_cols",
+    "kv_loc_plan",
+    "lora_ids",
+    "max_seq_len_host",
+    "max_seq_len_override",
+    "out_cache_loc_virtual",
+)
 MODEL = model_config(LONGEST, INDEX_HEADS)
 
 
@@ -244,6 +254,8 @@ class SmallServer:
             out_cache_loc=None,
             spec_info=None,
             rids=[f"r{slot}" for slot, *_ in items],
+            # Of no concern to the backend; SGLang hands them on.
+            **dict.fromkeys(HANDED_ON),
         )
 
     def step(self, items, decode=False):
@@ -325,7 +337,11 @@ class SmallServer:
             buffer[:real].copy_(getattr(batch, name))
             buffer[real:count].fill_(rest)
         self.layers.load(items)
+        counts = (
+            {"global_num_tokens_cpu": None} if "global_num_tokens_cpu" in signature(build_replay_fb_view).parameters else {}
+        )
         return build_replay_fb_view(
+            **counts,
             forward_batch=batch,
             buffers=self.buffers,
             bs=count,

@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_dsv4 import env
+from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.plugin.install import hooks, versions
 from tests.plugin.test_commands import FLAG, LAUNCH, check_refused
 from tests.plugin.warm import COPIES, Program
 
@@ -52,10 +54,11 @@ def replace(cls):
 HookRegistry.apply_hooks = classmethod(replace)
 """
 
+RESOLVE = versions.installed().resolve.rpartition(".")[2]
 FAULTS = {
-    **{name: UNHOOKED.format(name=name) for name in ("add_cli_args", "from_cli_args", "__post_init__")},
+    **{name: UNHOOKED.format(name=name) for name in ("add_cli_args", "from_cli_args", RESOLVE)},
     "replaced class": REPLACED,
-    **{name: MISSING.format(name=name) for name in ("plugin.launch", "plugin.contract", "errors")},
+    **{name: MISSING.format(name=name) for name in ("plugin.install.launch", "plugin.install.contract", "errors")},
 }
 LATER_FAULTS = {
     name: UNHOOKED.format(name=name)
@@ -118,7 +121,8 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 os.environ["SGLANG_DSV4_COMPRESSED_KV"] = "1"
 from sglang.srt.server_args import ServerArgs
-ServerArgs(model_path=sys.argv[1], device="cpu", max_total_tokens=16384)
+args = ServerArgs(model_path=sys.argv[1], device="cpu", max_total_tokens=16384)
+getattr(args, "resolve_once", lambda: None)()
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 print("OURS", KVCacheConfigurator._build_dsv4_kv_pool.__code__.co_filename)
 """
@@ -171,6 +175,51 @@ def test_sglang_serve_does_not_take_its_diffusion_server(warm, tmp_path, kind):
         check_refused(status, output, sentence)
 
 
+# The hook is in place, and SGLang's launcher goes another way: it keeps the function that was there before.
+NEVER_CALLED = """
+from sglang.srt import server_args
+check = server_args.ServerArgs.check_server_args
+from sglang.srt.entrypoints import engine
+launch = engine.Engine._launch_subprocesses.__func__
+def bypass(cls, server_args, *rest, **options):
+    hooked = type(server_args).check_server_args
+    type(server_args).check_server_args = check
+    try:
+        return launch(cls, server_args, *rest, **options)
+    finally:
+        type(server_args).check_server_args = hooked
+engine.Engine._launch_subprocesses = classmethod(bypass)
+"""
+
+
+def test_a_hook_that_nothing_calls_ends_the_server_with_one_sentence(monkeypatch):
+    called = hooks.Hook("tests.called", lambda: "ours", "AFTER", at_start=True)
+    never = hooks.Hook("tests.never", lambda: "ours", "AFTER", at_start=True)
+    unneeded = hooks.Hook("tests.unneeded", lambda: "ours", "AFTER")
+    monkeypatch.setenv(env.HOOKS_CALLED, "")
+    monkeypatch.setenv(env.COMPRESSED_KV, "1")
+    assert hooks.remembering(called)() == hooks.remembering(unneeded)() == "ours"
+    hooks.check_called([called, unneeded])
+    with pytest.raises(UnsupportedError, match="^hooks: expected to be called .* passed by tests.never$"):
+        hooks.check_called([called, never, unneeded])
+    # Another process goes by what this one has written; with the flag off nothing is written.
+    assert env.get(env.HOOKS_CALLED).split(",")[-1] == "tests.called"
+    monkeypatch.setenv(env.COMPRESSED_KV, "0")
+    hooks.remembering(never)()
+    assert "never" not in env.get(env.HOOKS_CALLED)
+
+
+@pytest.mark.long
+def test_a_server_whose_start_passes_a_hook_by_ends(warm, tiny):
+    """The scheduler's last look: all else is in order, but one function of ours was never called."""
+    fault = COPIES + NEVER_CALLED
+    program = Program([*LAUNCH, "--model-path", str(tiny), "--max-total-tokens", "16384", "--dtype", "bfloat16"], before=fault)
+    status, output = warm.run_one(program)
+    assert status != 0 and "SERVES" not in output
+    sentence = "SGLang passed by sglang.srt.server_args.ServerArgs.check_server_args"
+    assert sentence in output, output[-3000:]
+
+
 # On a CPU attention is eager and takes any dtype; here it goes by another's name.
 CALLED_FLASHMLA = """
 from sglang_dsv4 import attention
@@ -197,7 +246,7 @@ def test_a_dtype_that_the_attention_does_not_take_ends_the_launch(warm, tiny):
 
 
 def test_a_scheduler_with_another_cache_does_not_become_ready():
-    from sglang_dsv4.plugin.install import activation
+    from sglang_dsv4.plugin.install import ready
     from sglang_dsv4.plugin.serve.backend import CompressedKVBackend
     from sglang_dsv4.plugin.serve.pool import CompressedTokenToKVPool
 
@@ -208,11 +257,11 @@ def test_a_scheduler_with_another_cache_does_not_become_ready():
         )
 
     ours = (object.__new__(CompressedTokenToKVPool), object.__new__(CompressedKVBackend))
-    activation._check_serving({}, scheduler(*ours))
+    ready.check_serving(scheduler(*ours))
     with pytest.raises(SystemExit, match="not active, the KV pool is builtins.dict"):
-        activation._check_serving({}, scheduler({}, ours[1]))
+        ready.check_serving(scheduler({}, ours[1]))
     with pytest.raises(SystemExit, match="not active, the attention backend is builtins.list"):
-        activation._check_serving({}, scheduler(ours[0], []))
+        ready.check_serving(scheduler(ours[0], []))
 
 
 PROBE = """
@@ -226,7 +275,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.models import deepseek_v4, deepseek_v2
 from sglang.srt.utils import common
-import argparse, dataclasses, os
+import argparse, os
 args = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu"])
 names = {
     "backend": attention_registry.ATTENTION_BACKENDS["dsv4"],
@@ -238,12 +287,13 @@ names = {
     "gate": deepseek_v2.MoEGate.forward,
     "triton": common.support_triton,
 }
-fields = {f.name: repr(getattr(args, f.name)) for f in dataclasses.fields(args)}
+fields = {name: repr(getattr(args, name)) for name in ServerArgs.__annotations__}
 for changing in ("random_seed", "port", "nccl_port", "dist_init_addr"):
     fields.pop(changing, None)
 def raised(**values):
     try:
-        ServerArgs.from_cli_args(argparse.Namespace(model_path=sys.argv[1], device="cpu", **values))
+        made = ServerArgs.from_cli_args(argparse.Namespace(model_path=sys.argv[1], device="cpu", **values))
+        getattr(made, "resolve_once", lambda: None)()
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
 print("PROBE " + json.dumps({

@@ -64,12 +64,17 @@ def test_sglangs_own_sizes_follow():
     """Through our hook, as SGLang calls it."""
     from sglang.srt.model_executor.pool_configurator import DSV4PoolConfigurator
 
-    from sglang_dsv4.plugin.install import activation
+    from sglang_dsv4.plugin.install import pools
 
     spec = make_spec()
     sizes = object.__new__(DSV4PoolConfigurator)
     vars(sizes).update(
         swa_ratio=0.1,
+        swa_cap_tokens=None,
+        operator_swa_ratio=None,
+        sliding_window_size=128,
+        ring_sizes={4: 8, 128: 128},
+        _unified=False,
         c4_shrink_factor=1,
         swa_page_size=128,
         c4_ring_size=8,
@@ -78,7 +83,7 @@ def test_sglangs_own_sizes_follow():
         sglang_dsv4=(spec, SimpleNamespace(context_len=4096, hf_config=MODEL.hf_config), "cpu"),
         bytes_per_full_token=bytes_per_token(spec, 0.1),
     )
-    found = activation._fit_pools(None, sizes, GIB, PAGE)
+    found = pools.fit_pools(None, sizes, GIB, PAGE)
     shape = PoolShape(spec, 4096, 9, MODEL.hf_config.index_n_heads, False)
     tokens = found.max_total_num_tokens
     assert tokens == shape.most_tokens(GIB, tenth)

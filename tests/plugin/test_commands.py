@@ -63,7 +63,7 @@ SENTENCES = {
     "attention": "attention flashinfer: expected the package flashinfer-python",
     "attention's name": "--dsv4-attention: attention: expected one of ('eager', 'flashinfer', 'flashmla'), got 'flash'",
     "dtype": "--dtype float16: expected bfloat16 or float32 with attention eager",
-    "version": "sglang: expected version 0.5.17, got 0.5.16",
+    "version": "sglang: expected version 0.5.17 or 0.5.23, got 0.5.16",
     "missing dependency": "No module named 'a_module_that_is_not_installed'",
 }
 

@@ -22,8 +22,10 @@ import multiprocessing
 multiprocessing.set_start_method = lambda *_, **__: None
 from sglang.srt.models import deepseek_v4
 deepseek_v4._FP8_WO_A_GEMM = False
-from sglang.kernels.ops.attention.dsv4 import gemm
-gemm._linear_bf16_fp32_algo = "cublas"
+import importlib.util
+if importlib.util.find_spec("sglang.kernels.ops.attention.dsv4.gemm"):  # in 0.5.23 this is the default
+    from sglang.kernels.ops.attention.dsv4 import gemm
+    gemm._linear_bf16_fp32_algo = "cublas"
 """
 
 

@@ -1,12 +1,13 @@
-"""Every name of SGLang that this plug-in touches, as data, and the versions on which each was checked."""
+"""Every name of SGLang that this plug-in touches in all versions, as data; `versions` has those of one alone."""
 
 import pkgutil
 from dataclasses import dataclass
-from importlib import metadata
 
 from sglang_dsv4.errors import UnsupportedError
+from sglang_dsv4.plugin.install.versions.choose import distribution
+from sglang_dsv4.plugin.install.versions.interface import SGLangVersion
 
-CHECKED_VERSIONS = ("0.5.17",)
+_RESOLVE = "refuses what is not supported, for Engine too"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ _POOL = f"{_SRT}.mem_cache.deepseek_v4_memory_pool.DeepSeekV4TokenToKVPool"
 
 ADD_CLI_ARGS = f"{_SRT}.server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = f"{_SRT}.server_args.ServerArgs.from_cli_args"
-POST_INIT = f"{_SRT}.server_args.ServerArgs.__post_init__"
 CHECK_ARGS = f"{_SRT}.server_args.ServerArgs.check_server_args"
-SERVE_KIND = "sglang.cli.serve._extract_model_type_override"
 BUILD_POOL = f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_dsv4_kv_pool"
 POOL_GLOBAL = f"{_SRT}.mem_cache.kv_cache_configurator.DeepSeekV4TokenToKVPool"
 POOL_SIZES = f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator.__init__"
@@ -53,24 +52,23 @@ CONTRACT = (
     ContractName(f"{_SRT}.plugins.hook_registry.HookRegistry.register", "wraps the functions below"),
     ContractName(ADD_CLI_ARGS, "adds the flags"),
     ContractName(FROM_CLI_ARGS, "reads the flags, and refuses what is not supported"),
-    ContractName(POST_INIT, "refuses what is not supported, for Engine too"),
     ContractName(CHECK_ARGS, "refuses arguments that were made before the plug-in was loaded"),
-    ContractName(SERVE_KIND, "keeps `sglang serve` from its diffusion server, which has no such cache"),
     ContractName(BUILD_POOL, "builds the pool over CompressedKVCache"),
     ContractName(POOL_GLOBAL, "rebound while the pool is built, so that SGLang passes its own arguments to ours"),
     ContractName(POOL_SIZES, "our bytes per token, for the size of the pools"),
     ContractName(FIT_POOLS, "how many tokens fit, by the bytes that our cache allocates"),
     ContractName(
         f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._compute_dsv4_sizes",
-        "sizes of SGLang's allocators for so many tokens",
+        "sizes of SGLang's allocators for a number of tokens",
     ),
     ContractName(
         f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._to_config", "the same as SGLang's configuration"
     ),
     ContractName(
-        f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._get_num_req_slots", "slots for so many requests"
+        f"{_SRT}.model_executor.pool_configurator.DSV4PoolConfigurator._get_num_req_slots", "slots for a number of requests"
     ),
-    ContractName(VALIDATE, "refuses token ids outside the vocabulary, which would end the server"),
+    ContractName(VALIDATE, "refuses embeddings, and token ids outside the vocabulary, which would end the server"),
+    ContractName(f"{_SRT}.runtime_context.get_parallel", "how many ranks share the query heads"),
     ContractName(INTERNAL_STATE, "adds the memory report to /server_info"),
     ContractName(
         f"{_SRT}.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
@@ -96,8 +94,6 @@ CONTRACT = (
     ContractName(f"{_SRT}.mem_cache.base_prefix_cache.BasePrefixCache.swa_protected_size", "such window pages"),
     ContractName(f"{_POOL}._make_kv_pool", "overridden: no native rows are allocated"),
     ContractName(f"{_POOL}._make_indexer_pool", "overridden: no native index keys are allocated"),
-    ContractName(f"{_POOL}._make_attn_state_pool", "overridden: no native stream state is allocated"),
-    ContractName(f"{_POOL}._make_indexer_state_pool", "overridden: no native stream state is allocated"),
     ContractName(f"{_POOL}.set_swa_key_buffer_radix_fused_norm_rope", "overridden: writes window rows into our pool"),
     ContractName(f"{_POOL}.translate_loc_from_full_to_swa", "finds the window page of a token's page"),
     ContractName(f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS", "the entry 'dsv4' becomes ours"),
@@ -122,26 +118,12 @@ CONTRACT = (
 )
 
 
-def installed_version() -> str | None:
-    """SGLang's version, or None where it is not installed."""
-    try:
-        return metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        return None
+def names_of(version: SGLangVersion) -> tuple[ContractName, ...]:
+    """`CONTRACT`, and what the plug-in touches in this version alone."""
+    return (*CONTRACT, ContractName(version.resolve, _RESOLVE), *(ContractName(*name) for name in version.names.items()))
 
 
-def check_version(version: str | None) -> None:
-    """Refuse a version on which the contract was never checked.
-
-    Raises:
-        UnsupportedError: names the version found and those that work.
-    """
-    if version not in CHECKED_VERSIONS:
-        found = "none" if version is None else version
-        raise UnsupportedError(f"sglang: expected version {' or '.join(CHECKED_VERSIONS)}, got {found}")
-
-
-def check_names(names: tuple[ContractName, ...] = CONTRACT) -> None:
+def check_names(names: tuple[ContractName, ...]) -> None:
     """Refuse an SGLang that lacks a name of the contract.
 
     Raises:
@@ -149,4 +131,4 @@ def check_names(names: tuple[ContractName, ...] = CONTRACT) -> None:
     """
     missing = [name.path for name in names if not name.is_found()]
     if missing:
-        raise UnsupportedError(f"sglang {installed_version()}: expected by this plug-in, but missing: {', '.join(missing)}")
+        raise UnsupportedError(f"sglang {distribution()}: expected by this plug-in, but missing: {', '.join(missing)}")

@@ -4,6 +4,7 @@ Imports nothing heavy at the top, since it is loaded with the flag off, too.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_dsv4 import env
@@ -91,6 +92,24 @@ def publish(args: argparse.Namespace) -> None:
 def is_enabled() -> bool:
     """Whether the compressed cache was asked for, by flag or by ``SGLANG_DSV4_COMPRESSED_KV=1``."""
     return env.is_enabled(env.COMPRESSED_KV)
+
+
+def is_asked_for(argv: Iterable[str]) -> bool:
+    """`is_enabled`, or the flag is among arguments that have not been parsed yet."""
+    return is_enabled() or any(part.startswith(ENABLE_FLAG) for part in argv)
+
+
+def check_server(kind: str) -> None:
+    """Refuse every server of ``sglang serve`` but the one of language models.
+
+    Args:
+        kind (str): as ``--model-type`` names it.
+
+    Raises:
+        SystemExit: names it.
+    """
+    if kind not in ("auto", "llm"):
+        raise SystemExit(f"sglang_dsv4: --model-type {kind}: not supported with {ENABLE_FLAG}")
 
 
 def read() -> Options:

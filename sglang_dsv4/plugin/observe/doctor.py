@@ -15,9 +15,9 @@ from sglang_dsv4 import __version__
 from sglang_dsv4.attention import find_capabilities, name_attention
 from sglang_dsv4.attention.device import Device
 from sglang_dsv4.errors import UnsupportedError
-from sglang_dsv4.plugin.install import contract
+from sglang_dsv4.plugin.install import contract, versions
+from sglang_dsv4.plugin.install.machine import check_device
 from sglang_dsv4.plugin.install.portable.capabilities import Capabilities
-from sglang_dsv4.plugin.install.refusals import check_device
 
 _PACKAGES = (
     "torch",
@@ -79,7 +79,7 @@ def _contract() -> tuple[Table, list[str]]:
     for column in ("name", "use", "state"):
         table.add_column(column, overflow="fold")
     missing = []
-    for name in contract.CONTRACT:
+    for name in contract.names_of(versions.installed()):
         found = name.is_found()
         table.add_row(name.path, name.use, "found" if found else "MISSING")
         if not found:
@@ -89,9 +89,10 @@ def _contract() -> tuple[Table, list[str]]:
 
 def _portable(capabilities: Capabilities) -> Table:
     from sglang_dsv4.plugin.install.portable.install import choose
+    from sglang_dsv4.plugin.install.portable.table import portable_ops
 
     table = Table("op", "replaces", "because", title="Portable ops", title_justify="left")
-    for op in choose(capabilities):
+    for op in choose(capabilities, portable_ops(versions.installed())):
         table.add_row(op.name, op.target, op.reason)
     return table
 
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_versions())
     console.print(_capabilities(capabilities, title))
     try:
-        contract.check_version(contract.installed_version())
+        versions.check_installed()
     except UnsupportedError as error:
         console.print(f"Would refuse to start: {error}", soft_wrap=True)
         return 1

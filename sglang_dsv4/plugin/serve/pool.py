@@ -66,8 +66,11 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
         eps: float,
         freqs_cis: torch.Tensor,
         positions: torch.Tensor,
+        q: torch.Tensor | None = None,
     ) -> None:
         """Store window rows. Slots and positions come from the plan, RoPE from the cache's own table."""
+        if q is not None:
+            raise UnsupportedError("q: expected None, since queries are rotated in a launch of their own, got a tensor")
         del swa_loc, freqs_cis, positions
         self.weights.window(layer_id, kv_weight, eps).append(self.step.plan, window=kv)
         # SGLang drops its projections before it joins this stream; kept, their memory is not reused by then.
@@ -81,14 +84,18 @@ class CompressedTokenToKVPool(DeepSeekV4TokenToKVPool):
     def _make_kv_pool(self, **_: Any) -> VacantPool:
         return VacantPool("kv_pool")
 
-    def _make_indexer_pool(self, *_: Any) -> VacantPool:
+    def _make_indexer_pool(self, *_: Any, **__: Any) -> VacantPool:
         return VacantPool("indexer_pool")
 
-    def _make_attn_state_pool(self, *_: Any) -> VacantPool:
+    # A version of SGLang calls the first two, or the third.
+    def _make_attn_state_pool(self, *_: Any, **__: Any) -> VacantPool:
         return VacantPool("attn_state_pool")
 
-    def _make_indexer_state_pool(self, *_: Any) -> VacantPool:
+    def _make_indexer_state_pool(self, *_: Any, **__: Any) -> VacantPool:
         return VacantPool("indexer_state_pool")
+
+    def _make_compress_state_pool(self, *_: Any, **__: Any) -> VacantPool:
+        return VacantPool("compress_state_pool")
 
 
 def pool_factory(spec: CacheSpec, model_config: Any) -> Callable[..., CompressedTokenToKVPool]:

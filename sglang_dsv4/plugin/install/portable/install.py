@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.plugin.install.portable.capabilities import Capabilities
-from sglang_dsv4.plugin.install.portable.table import PORTABLE_OPS, PortableOp
+from sglang_dsv4.plugin.install.portable.table import PortableOp
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class InstalledOp:
 _installed: dict[str, InstalledOp] = {}
 
 
-def choose(capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS) -> list[PortableOp]:
+def choose(capabilities: Capabilities, ops: Iterable[PortableOp]) -> list[PortableOp]:
     """The ops whose stock implementation cannot run here.
 
     Args:
@@ -49,7 +49,7 @@ def choose(capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS)
     return [op for op in ops if not capabilities.offers(op.needs)]
 
 
-def install(capabilities: Capabilities, ops: Iterable[PortableOp] = PORTABLE_OPS) -> list[InstalledOp]:
+def install(capabilities: Capabilities, ops: Iterable[PortableOp]) -> list[InstalledOp]:
     """Replace what cannot run here, and check that it is replaced. May be called again; then nothing changes.
 
     Modules that are imported later take the replacement, because it stands at the definition.
@@ -97,6 +97,16 @@ def check_installed(installed: Iterable[InstalledOp], *, loaded_only: bool = Fal
         astray += [f"{name} is the stock one" for name, _, _ in bindings[id(done.stock)]]
     if astray:
         raise UnsupportedError(f"portable ops: expected in place, but {'; '.join(astray)}")
+
+
+def check_all_installed() -> list[str]:
+    """`check_installed` of all that is in place; the names of the ops.
+
+    Raises:
+        UnsupportedError: as `check_installed` does.
+    """
+    check_installed(_installed.values())
+    return [done.name for done in _installed.values()]
 
 
 def _install(op: PortableOp, owner: tuple[Any, str], bindings: list[tuple[str, ModuleType, str]]) -> InstalledOp:

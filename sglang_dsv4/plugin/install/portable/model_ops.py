@@ -155,6 +155,28 @@ def hc_head(
     return (weights.unsqueeze(-1) * streams).sum(dim=1).to(x.dtype)
 
 
+def mhc_combine(x_flat: torch.Tensor, pre: torch.Tensor, hc: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """Add up the residual streams by their weights.
+
+    Equation:
+        y = sum_k pre_k x_k
+
+    Args:
+        x_flat (torch.Tensor): ``[T, hc d]``, bf16 or fp32: stream after stream.
+        pre (torch.Tensor): ``[T, hc]``, fp32.
+        hc (int): residual streams.
+        out_dtype (torch.dtype): of the result.
+
+    Returns:
+        torch.Tensor: ``[T, d]``.
+    """
+    return (pre.float().unsqueeze(-1) * x_flat.float().unflatten(1, (hc, -1))).sum(dim=1).to(out_dtype)
+
+
+def no_rope_wrapper(*_: Any, **__: Any) -> None:
+    """Make no module for RoPE: on a CPU DeepSeek-V4's layers rotate by `freqs_cis`, and nothing reads it."""
+
+
 def router_logits(
     gate: Any, hidden_states: torch.Tensor, gemm_output_zero_allocator: Any = None, forward_batch: Any = None
 ) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """The portable ops, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_dsv4.plugin.install.portable import config_ops, model_ops, sampling_ops, scheduler_ops
+from sglang_dsv4.plugin.install.versions.interface import SGLangVersion
 
 
 @dataclass(frozen=True)
@@ -29,34 +30,17 @@ class PortableOp:
 
 _OPS = "sglang.kernels.ops"
 _SRT = "sglang.srt"
-_MODEL = f"{_SRT}.models.deepseek_v4"
 _GRAMMAR = f"{_SRT}.constrained.xgrammar_backend"
 
-PORTABLE_OPS = (
-    PortableOp(
-        name="q_norm_rope",
-        target=f"{_OPS}.attention.dsv4.elementwise.fused_q_norm_rope",
-        reason="CUDA, compiled at run time",
-        replacement=model_ops.q_norm_rope,
-        needs="cuda_sm90",
-        seen_as=(f"{_MODEL}.fused_q_norm_rope",),
-    ),
-    PortableOp(
-        name="rope_inplace",
-        target=f"{_OPS}.attention.dsv4.elementwise.fused_rope_inplace",
-        reason="CUDA, compiled at run time",
-        replacement=model_ops.rope_inplace,
-        needs="cuda_sm90",
-        seen_as=(f"{_MODEL}.fused_rope_inplace",),
-    ),
-    PortableOp(
-        name="silu_and_mul_clamp",
-        target=f"{_OPS}.attention.dsv4.moe.silu_and_mul_clamp",
-        reason="CUDA, compiled at run time, bf16 only",
-        replacement=model_ops.silu_and_mul_clamp,
-        needs="cuda_sm90",
-        seen_as=(f"{_SRT}.models.deepseek_v2.silu_and_mul_clamp",),
-    ),
+# Where these stand is a matter of the version.
+_MOVING = (
+    PortableOp("q_norm_rope", "", "CUDA, compiled at run time", model_ops.q_norm_rope, "cuda_sm90"),
+    PortableOp("rope_inplace", "", "CUDA, compiled at run time", model_ops.rope_inplace, "cuda_sm90"),
+    PortableOp("silu_and_mul_clamp", "", "CUDA, compiled at run time, bf16 only", model_ops.silu_and_mul_clamp, "cuda_sm90"),
+    PortableOp("rope_wrapper", "", "fails on a CPU for layers whose RoPE is not scaled", model_ops.no_rope_wrapper, "cuda"),
+    PortableOp("mhc_combine", "", "Triton on a GPU", model_ops.mhc_combine, "triton_gpu"),
+)
+_FIXED = (
     PortableOp(
         name="hc_split_sinkhorn",
         target=f"{_OPS}.layernorm.mhc.hc_split_sinkhorn",
@@ -147,3 +131,13 @@ PORTABLE_OPS = (
         seen_as=(f"{_SRT}.sampling.sampling_batch_info.apply_scaling_penalties",),
     ),
 )
+
+
+def portable_ops(version: SGLangVersion) -> tuple[PortableOp, ...]:
+    """Those that a version of SGLang has."""
+    moved = (
+        replace(op, target=version.ops[op.name][0], seen_as=version.ops[op.name][1:])
+        for op in _MOVING
+        if op.name in version.ops
+    )
+    return (*moved, *_FIXED)
