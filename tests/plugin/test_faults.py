@@ -66,6 +66,7 @@ def plant(self, batch):
 NAN_IN_FREE_PAGES = """
 import torch
 from sglang.srt.mem_cache.allocator import swa
+from sglang_dsv4.cache.regions import Kind, Part
 allocators = []
 made = swa.SWATokenToKVPoolAllocator.__init__
 def remember(self, *args, **kwargs):
