@@ -14,7 +14,7 @@ from dsv4_kernels.sparse_attention import naive_sparse_attention
 from dsv4_kernels.sparse_attention.bound import Exact, exact, worst
 from sglang_dsv4.attention import EagerAttention, make_attention
 from sglang_dsv4.attention.base import Attention
-from sglang_dsv4.bench import attention_shared, peer_flashmla
+from sglang_dsv4.bench import peer_flashmla
 from sglang_dsv4.bench.job import Job, Named, load
 from sglang_dsv4.bench.timing import Call, num_sets, time_graphs
 from sglang_dsv4.check.attention_work import RATIOS, SCALE, AttentionCase, AttentionWork
@@ -110,9 +110,6 @@ def variants(work: AttentionWork, planned: dict[str, Any]) -> Calls:
     if not isinstance(chosen, EagerAttention):
         chosen.begin(work.plan, work.lengths)
         calls["chosen"] = run(chosen, work, [work.selected_by(i, chosen.numbering) for i in layers])
-    if planned and case.kind == "hca" and len(case.starts) == 1 < case.num_tokens:
-        backend = next(iter(planned)).split("-")[0]
-        calls[f"{backend}-shared"] = attention_shared.prepare(load(_FLASHINFER)[0], work, backend)
     packed = work.cache.spec.row_format == "fp8_584"
     module, _ = load(peer_flashmla.MODULE)
     if module is not None and (packed or case.num_tokens >= _FEWEST_PREFILL):

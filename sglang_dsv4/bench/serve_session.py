@@ -22,8 +22,6 @@ from sglang_dsv4.check.machine import environment
 from sglang_dsv4.check.server import Server, Side, naming_the_dead, wait_until_ready
 from sglang_dsv4.check.server_facts import facts_of
 
-# Questions of the check, and tokens of the longest.
-CHECKED = {"cuda": (24, 1024), "cpu": (4, 300)}
 ROUNDS = 9
 
 
@@ -82,8 +80,9 @@ class Session:
             written = None if self.args.model else self.checkpoint
             with naming_the_dead([*servers, *third]):
                 answers = self.folder / "answers.json"
-                self.report["check"] = asyncio.run(check(urls, *CHECKED[self.device], written, answers, self.device))
-            self.console.print(f"Checked: {self.report['check']}")
+                checked = asyncio.run(check(urls, written, answers, self.device, self.console.print))
+            self.report["check"] = checked
+            self.console.print(f"Checked: {checked['bound']}, {checked['verdicts']}")
             short.close()
             yield servers
 

@@ -3,8 +3,8 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -17,8 +17,7 @@ class StreamError(OSError):
     """A stream is not what was asked for."""
 
 
-@dataclass(frozen=True)
-class TimedReply:
+class TimedReply(NamedTuple):
     """One answer, and when its tokens arrived.
 
     Attributes:
@@ -42,30 +41,25 @@ class TimedReply:
 
     def gaps_s(self) -> list[float]:
         """Time per token after the first; tokens that arrived together share it."""
-        found: list[float] = []
-        for (before, had), (now, has) in zip(self.arrivals, self.arrivals[1:], strict=False):
-            found += [(now - before) / (has - had)] * (has - had)
-        return found
+        pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
+        return [(now - before) / (has - had) for (before, had), (now, has) in pairs for _ in range(has - had)]
 
 
+@dataclass
 class Stream:
     """What arrived over one connection; it is read once nothing is timed any more.
 
-    Args:
+    Attributes:
         sent_s (float): when the request was sent.
+        pieces (list[tuple[float, bytes]]): what arrived, and when.
     """
 
-    def __init__(self, sent_s: float) -> None:
-        self.sent_s = sent_s
-        self._pieces: list[tuple[float, bytes]] = []
-
-    def add(self, now_s: float, piece: bytes) -> None:
-        """Keep a piece."""
-        self._pieces.append((now_s, piece))
+    sent_s: float
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)
 
     def token_ids(self) -> tuple[int, ...]:
         """All tokens, from the last event."""
-        text = b"".join(piece for _, piece in self._pieces)
+        text = b"".join(piece for _, piece in self.pieces)
         return tuple(_event(text[text.rindex(_DATA) :].split(b"\n", 1)[0])["output_ids"])
 
     def reply(self) -> TimedReply:
@@ -74,21 +68,20 @@ class Stream:
         Raises:
             StreamError: the server reports an error, or sent no token.
         """
-        arrivals: list[tuple[float, int]] = []
-        rest, last = b"", None
-        for now_s, piece in self._pieces:
+        arrivals: dict[int, float] = {}
+        rest, last = b"", {}
+        for now_s, piece in self.pieces:
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 if line.startswith(_DATA):
                     last = _event(line)
-                    count = last["meta_info"]["completion_tokens"]
-                    if count > (arrivals[-1][1] if arrivals else 0):
-                        arrivals.append((now_s, count))
-        if last is None or not arrivals:
+                    arrivals.setdefault(last["meta_info"]["completion_tokens"], now_s)
+        arrivals.pop(0, None)
+        if not arrivals:
             raise StreamError("stream: expected at least one token, got none")
         meta = last["meta_info"]
-        tokens = tuple(last["output_ids"])
-        return TimedReply(tokens, meta["prompt_tokens"], meta["cached_tokens"], self.sent_s, tuple(arrivals))
+        times = tuple((now_s, count) for count, now_s in arrivals.items())
+        return TimedReply(tuple(last["output_ids"]), meta["prompt_tokens"], meta["cached_tokens"], self.sent_s, times)
 
 
 def _event(line: bytes) -> dict[str, Any]:
@@ -136,7 +129,7 @@ class TimedClient(Client):
                 if response.status != 200:
                     raise StreamError(f"stream: expected status 200, got {response.status}: {(await response.text())[:500]!r}")
                 async for piece in response.content.iter_any():
-                    found.add(time.perf_counter(), piece)
+                    found.pieces.append((time.perf_counter(), piece))
         except aiohttp.ClientError as error:
             raise StreamError(f"stream: expected a whole answer, got {type(error).__name__}: {error}") from error
         return found

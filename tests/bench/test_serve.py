@@ -26,10 +26,7 @@ def event(*token_ids, prompt=10, cached=4):
 
 
 def stream(*pieces):
-    found = Stream(sent_s=1.0)
-    for now_s, piece in pieces:
-        found.add(now_s, piece)
-    return found
+    return Stream(1.0, list(pieces))
 
 
 def test_the_time_of_every_token_is_that_of_the_piece_in_which_its_event_ends():
