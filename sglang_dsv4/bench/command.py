@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from sglang_dsv4.bench import attention, cuts, diff, flush, host, index, serve_command, step_plan
+from sglang_dsv4.bench.diff import NAME
 from sglang_dsv4.bench.job import load, measure
 from sglang_dsv4.bench.timing import copy_bandwidth, need_cuda
 from sglang_dsv4.check.machine import environment
 
 Parsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
-_COLUMNS = ("op", "case", "row_format", "input_dtype", "variant", "us", "p10_us", "p90_us", "bytes", "copy_percent")
+_COLUMNS = (*NAME, "shape", "us", "p10_us", "p90_us", "bytes", "copy_percent")
 
 
 def add_parser(subparsers: Parsers) -> None:
@@ -79,39 +79,23 @@ def run(ops: Sequence[ModuleType], args: argparse.Namespace) -> int:
         for job in jobs():
             for row in measure(job, bandwidth):
                 rows.append(row)
-                console.print("  ".join(f"{cell:>{10 if number else 1}}" for number, cell in enumerate(cells(row))))
+                console.print(line(row))
                 if args.json:
                     args.json.write_text(json.dumps({"environment": where, "not_run": missing, "rows": rows}, indent=1))
         torch.cuda.empty_cache()
-    console.print(table(rows))
     for reason in missing:
         console.print(f"Not run: {reason}")
     return 0
 
 
-def others(row: dict[str, Any]) -> str:
-    """Every further column: peers with how much longer they take, and facts."""
-    found = []
+def line(row: dict[str, Any]) -> str:
+    """A row for a terminal: its name, its time and spread, then every further column; peers with their ratio to ours."""
+    shown = []
     for name, value in row.items():
-        if name in (*_COLUMNS, "shape"):
-            continue
-        text = f"{value:.2f}" if isinstance(value, float) else str(value)
-        if name.endswith("_us") and not name.startswith("plan_"):
-            text += f" ({value / row['us']:.2f}x)"
-        found.append(f"{name.removesuffix('_us')} {text}")
-    return ", ".join(found)
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row for a terminal."""
-    name = [str(row.get(key, "")) for key in _COLUMNS[:5]]
-    spread = f"{row['p10_us']:.2f}-{row['p90_us']:.2f}"
-    return [*name, f"{row['us']:.2f}", spread, f"{row['bytes'] / 1e6:.2f}", f"{row['copy_percent']:.0f}", others(row)]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """All rows for a terminal."""
-    found = Table("op", "case", "rows", "in", "variant", "us", "p10-p90", "MB", "% of copy", "others, us (by ours)")
-    for row in rows:
-        found.add_row(*cells(row))
-    return found
+        if name not in _COLUMNS:
+            text = f"{value:.2f}" if isinstance(value, float) else str(value)
+            ratio = f" ({value / row['us']:.2f}x)" if name.endswith("_us") and not name.startswith("plan_") else ""
+            shown.append(f"{name.removesuffix('_us')} {text}{ratio}")
+    title = " ".join(str(row[name]) for name in NAME if row.get(name))
+    speed = f"{row['us']:9.2f} us ({row['p10_us']:.2f}-{row['p90_us']:.2f}) {row['copy_percent']:4.0f} % of a copy"
+    return f"{title:60} {speed}  {', '.join(shown)}"

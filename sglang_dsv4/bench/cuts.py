@@ -16,6 +16,7 @@ from rich.table import Table
 from sglang_dsv4.bench.timing import need_cuda
 from sglang_dsv4.cache import CompressedKVCache, CompressorWeights, NormWeights, Request
 from sglang_dsv4.cache.regions import Part
+from sglang_dsv4.check.attention_work import v4_config
 from sglang_dsv4.errors import CacheInvariantError
 from sglang_dsv4.spec import INDEX_FORMAT_OF_ROWS, CacheSpec
 
@@ -31,19 +32,8 @@ _CHUNK = 512
 
 def make_spec(ratios: Sequence[int], row_format: str) -> CacheSpec:
     """DeepSeek-V4's geometry with these layers."""
-    config = {
-        "model_type": "deepseek_v4",
-        "num_hidden_layers": len(ratios),
-        "compress_ratios": list(ratios),
-        "index_topk": 512,
-        "head_dim": 512,
-        "qk_rope_head_dim": 64,
-        "index_head_dim": 128,
-        "rope_theta": 10000,
-        "compress_rope_theta": 160000,
-    }
     index_format = INDEX_FORMAT_OF_ROWS[row_format]
-    return CacheSpec.from_hf(config, row_format=row_format, index_format=index_format, max_draft_tokens=DRAFT)
+    return CacheSpec.from_hf(v4_config(ratios), row_format=row_format, index_format=index_format, max_draft_tokens=DRAFT)
 
 
 def make_cache(spec: CacheSpec, length: int, requests: int, device: str) -> CompressedKVCache:

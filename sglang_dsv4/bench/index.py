@@ -1,7 +1,7 @@
 """The selection of CSA entries, whole and by its halves, against torch, SGLang, DeepGEMM and FlashInfer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,29 +35,38 @@ _CHECKED_KEYS = 1024  # of a token
 _CHECKED_TOKENS = 64  # at once
 
 
-@dataclass
 class IndexWork:
-    """One layer's index keys, queries, and output for a step.
+    """One layer's index keys, queries, and output for a step, of random numbers.
 
     `score` and `choose` do the last piece of the step: what the workspace holds after `fused`.
+
+    Args:
+        step (StepTensors): the step.
+        k (int): entries a token chooses.
+        key_format (RowFormat): of the keys.
+        table (torch.Tensor): RoPE table.
+        workspace (IndexWorkspace | None): one that several sets of inputs share; None makes one.
     """
 
-    step: StepTensors
-    key_format: RowFormat
-    pool: torch.Tensor
-    q: torch.Tensor
-    weights: torch.Tensor
-    table: torch.Tensor
-    out: torch.Tensor
-    workspace: IndexWorkspace
-
-    def __post_init__(self) -> None:
-        self._inputs = (self.step, self.q, self.weights, self.pool, self.key_format, self.table, CSA_RATIO)
-        self.visible = (self.step.positions + 1) // CSA_RATIO  # entries that each token sees
-        most = len(held_scores(self.step, CSA_RATIO, self.workspace).scores)
-        self.first = (len(self.q) - 1) // most * most  # first token of the last piece
-        self.count = len(self.q) - self.first
-        self.last = slice(self.first, None)
+    def __init__(
+        self, step: StepTensors, k: int, key_format: RowFormat, table: torch.Tensor, workspace: IndexWorkspace | None = None
+    ) -> None:
+        self.step, self.key_format = step, key_format
+        device, num_tokens = table.device, len(step.positions)
+        self.pool = zero_pool(key_format, step.num_window_rows // CSA_RATIO, device)
+        for slots in torch.arange(step.num_window_rows // CSA_RATIO, device=device).split(_KEYS_AT_ONCE):
+            naive_store_rows(self.pool, slots, torch.randn(len(slots), INDEX_DIM, device=device), key_format)
+        max_entries = step.history_pages.shape[1] * PAGE_TOKENS // CSA_RATIO
+        max_scores = max(max_entries, min(_SCORES, num_tokens * max_entries))
+        self.workspace = workspace or index_workspace(num_tokens, max_scores, HEADS, k, key_format, device)
+        self.q = torch.randn(num_tokens, HEADS, INDEX_DIM, device=device).bfloat16()
+        self.weights = torch.randn(num_tokens, HEADS, device=device) * (INDEX_DIM * HEADS) ** -0.5
+        self.table, self.out = table, torch.zeros(num_tokens, k, dtype=torch.int32, device=device)
+        self._inputs = (step, self.q, self.weights, self.pool, key_format, table, CSA_RATIO)
+        self.visible = (step.positions + 1) // CSA_RATIO  # entries that each token sees
+        most = len(held_scores(step, CSA_RATIO, self.workspace).scores)
+        self.first = (num_tokens - 1) // most * most  # first token of the last piece
+        self.count, self.last = num_tokens - self.first, slice(self.first, None)
 
     def fused(self) -> None:
         """The whole selection."""
@@ -87,23 +96,21 @@ class IndexWork:
         slots = self.step.entry_slots(rows, chosen.masked_fill(hidden, 0), CSA_RATIO)
         return slots.masked_fill(hidden, -1).to(torch.int32)
 
-    def choose_torch(self) -> torch.Tensor:
-        """The choice of the last piece by torch.topk: no rule for ties, in no order. It is what is compared in time."""
-        scores, visible = self.scores(), self.visible[self.last].unsqueeze(1)
-        hidden = torch.arange(scores.shape[1], device=scores.device) >= visible
-        masked = scores.masked_fill(hidden, float("-inf"))
-        chosen = masked.topk(min(self.out.shape[1], scores.shape[1]), sorted=False).indices
-        return self.slots(chosen, chosen >= visible, self.first)
+    def choose_torch(self, exact: bool = False) -> torch.Tensor:
+        """The choice of the last piece by torch.topk: no rule for ties, in no order; or, ``exact``, with our rule.
 
-    def choose_torch_exact(self) -> torch.Tensor:
-        """The same with our rule: torch.topk over one int64 of score and entry, then a sort by entry."""
+        Exact is topk over one int64 of score and entry, then a sort by entry.
+        """
         scores, visible = self.scores(), self.visible[self.last].unsqueeze(1)
         entries = torch.arange(scores.shape[1], device=scores.device)
-        bits = (scores + 0.0).view(torch.int32).long()
-        key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) * (1 << 24) - entries
-        key = key.masked_fill(entries >= visible, torch.iinfo(torch.int64).min)
-        chosen = key.topk(min(self.out.shape[1], scores.shape[1]), sorted=False).indices
-        chosen = chosen.masked_fill(chosen >= visible, scores.shape[1]).sort(1).values
+        key, least = scores, float("-inf")
+        if exact:
+            bits = (scores + 0.0).view(torch.int32).long()
+            key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) * (1 << 24) - entries
+            least = torch.iinfo(torch.int64).min
+        chosen = key.masked_fill(entries >= visible, least).topk(min(self.out.shape[1], len(entries)), sorted=False).indices
+        if exact:
+            chosen = chosen.masked_fill(chosen >= visible, len(entries)).sort(1).values
         return self.slots(chosen, chosen >= visible, self.first)
 
     def naive(self) -> None:
@@ -157,35 +164,10 @@ class IndexWork:
         return int(scored.sum()) * query + keys + len(visible) * k * self.out.element_size()
 
 
-def make_index_work(
-    step: StepTensors, heads: int, k: int, key_format: RowFormat, table: torch.Tensor, workspace: IndexWorkspace | None = None
-) -> IndexWork:
-    """Random keys and queries; sets of inputs may share a workspace."""
-    device, num_tokens = table.device, len(step.positions)
-    rows = step.num_window_rows // CSA_RATIO
-    max_entries = step.history_pages.shape[1] * PAGE_TOKENS // CSA_RATIO
-    pool = zero_pool(key_format, rows, device)
-    for slots in torch.arange(rows, device=device).split(_KEYS_AT_ONCE):
-        naive_store_rows(pool, slots, torch.randn(len(slots), INDEX_DIM, device=device), key_format)
-    if workspace is None:
-        max_scores = max(max_entries, min(_SCORES, num_tokens * max_entries))
-        workspace = index_workspace(num_tokens, max_scores, heads, k, key_format, device)
-    return IndexWork(
-        step=step,
-        key_format=key_format,
-        pool=pool,
-        q=torch.randn(num_tokens, heads, INDEX_DIM, device=device).bfloat16(),
-        weights=torch.randn(num_tokens, heads, device=device) * (INDEX_DIM * heads) ** -0.5,
-        table=table,
-        out=torch.zeros(num_tokens, k, dtype=torch.int32, device=device),
-        workspace=workspace,
-    )
-
-
 def select(case: Case, model: str, fmt: str, device: torch.device) -> Iterator[Job]:
     """The whole selection, then, where anything is scored, the scores and the choice of its last piece."""
     key_format, k, table = INDEX_FORMATS[fmt], TOPK[model], rope(case, device)
-    make = partial(make_index_work, make_step(case, device), HEADS, k, key_format, table)
+    make = partial(IndexWork, make_step(case, device), k, key_format, table)
     first: IndexWork = make()
     moved = first.bytes_needed()
     others = input_sets(partial(make, first.workspace), moved, first.pool.nbytes + 2 * first.q.numel())[1:]
@@ -205,7 +187,7 @@ def select(case: Case, model: str, fmt: str, device: torch.device) -> Iterator[J
         calls["sglang"] = peers
     yield job("scores", first.bytes_needed(first.first), dict, calls)
     first.score()
-    choices = {OURS: first.choose, "torch": first.choose_torch, "torch_exact": first.choose_torch_exact}
+    choices = {OURS: first.choose, "torch": first.choose_torch, "torch_exact": partial(first.choose_torch, exact=True)}
     choices |= peer_index.choices(first, first.scores())
     moved = 4 * (int((seen * (seen > k)).sum()) + first.count * k)
     yield job("topk", moved, dict, {name: [call] for name, call in choices.items()})

@@ -1,6 +1,8 @@
 """A cache of layers of one kind over random rows, and one step over it: what attention is checked and timed with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +21,23 @@ SCALE = 512**-0.5
 YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
 _UNREACHED = 1 << 40
 _PATTERN_ROWS = 8192
+
+
+def v4_config(ratios: Sequence[int], topk: int = 512) -> dict[str, Any]:
+    """A configuration with DeepSeek-V4's geometry and layers of these compression ratios."""
+    return {
+        "model_type": "deepseek_v4",
+        "num_hidden_layers": len(ratios),
+        "compress_ratios": [*ratios],
+        "index_topk": topk,
+        "sliding_window": 128,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "index_head_dim": 128,
+        "rope_theta": 10000,
+        "compress_rope_theta": 160000,
+        "rope_scaling": YARN,
+    }
 
 
 @dataclass(frozen=True)
@@ -83,19 +102,7 @@ class AttentionWork:
         self._random = {"device": device, "generator": torch.Generator(device=device).manual_seed(seed)}
         batch, pages = len(case.starts), -(-case.longest // PAGE_TOKENS)
         window_pages, window_count = self._window_table(pages)
-        config = {
-            "model_type": "deepseek_v4",
-            "num_hidden_layers": num_layers,
-            "compress_ratios": [RATIOS[case.kind]] * num_layers,
-            "index_topk": case.topk,
-            "sliding_window": 128,
-            "head_dim": 512,
-            "qk_rope_head_dim": 64,
-            "index_head_dim": 128,
-            "rope_theta": 10000,
-            "compress_rope_theta": 160000,
-            "rope_scaling": YARN,
-        }
+        config = v4_config([RATIOS[case.kind]] * num_layers, case.topk)
         spec = CacheSpec.from_hf(config, row_format=row_format, page_tokens=PAGE_TOKENS)
         self.cache = ExternalKVCache(spec, Capacity(batch * pages, window_count, 1, pages * PAGE_TOKENS), device)
         self.kind: ListKind = kind_of(spec, spec.layers[0])

@@ -1,10 +1,13 @@
 """`bench kernels`: what is wrong is not timed; rows of two versions are compared by their spread."""
 
+import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from sglang_dsv4.bench import attention, flush, index, step_plan
+from sglang_dsv4.bench import attention, command, flush, index, job, step_plan
+from sglang_dsv4.bench.timing import Timing
 from sglang_dsv4.cli import main
 from tests.bench.kernel_checks import CHECKS, CPU
 from tests.kernels.interpreting import interpreted
@@ -61,3 +64,25 @@ def test_runs_of_a_folder_are_one_spread_and_a_missing_row_fails(tmp_path, capsy
     for fault in (str(tmp_path / "none.json"), write(tmp_path / "empty.json")):
         assert main(["bench", "diff", before, fault]) == 1
         assert "FAILED" in capsys.readouterr().out
+
+
+def test_rows_are_printed_written_and_compared(tmp_path, capsys, monkeypatch):
+    """One job with a column for its peer, one with a row for each variant; only what is asked for runs."""
+    monkeypatch.setattr(job, "time_graphs", lambda calls: {name: Timing(2.0 + len(calls[name]), 1.0, 9.0) for name in calls})
+    monkeypatch.setattr(command, "need_cuda", lambda what: CPU)
+    monkeypatch.setattr(command, "copy_bandwidth", lambda: 100.0)
+    monkeypatch.setattr(command, "environment", lambda device: {"gpu": "G", "versions": {"torch": "1", "triton": "2"}})
+    both = (job.Job("a", "b1", "s", "bf16", "int", 300, lambda: {"launches": 1}, {"ours": [1], "sglang": [1, 2]}),)
+    each = (job.Job("b", "b2", "s", "bf16", "", 300, lambda: {"v": {"error": 0.5}}, {"v": [1], "w": [1]}),)
+    op = SimpleNamespace(PEERS=("not_there",), jobs=lambda quick, device: [("a b1", lambda: both), ("b b2", lambda: each)])
+    file = tmp_path / "rows.json"
+    for only, count in (("b1", 1), ("", 3)):
+        assert command.run((op,), argparse.Namespace(what="kernels", quick=True, only=only, json=file)) == 0
+        report = json.loads(file.read_text())
+        assert len(report["rows"]) == count
+    row = report["rows"][0]
+    assert (row["us"], row["sglang_us"], row["copy_percent"], row["launches"]) == (3.0, 4.0, 100.0, 1)
+    assert [row.get("variant") for row in report["rows"]] == [None, "v", "w"]
+    assert report["not_run"] == ["not_there cannot be imported: No module named 'not_there'"]
+    assert "sglang 4.00 (1.33x), launches 1" in capsys.readouterr().out
+    assert main(["bench", "diff", str(file), str(file)]) == 0
