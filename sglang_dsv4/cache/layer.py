@@ -17,6 +17,10 @@ from sglang_dsv4.errors import StalePlanError
 _PARTS = {"window": (Part.WINDOW,), "csa": (Part.WINDOW, Part.MAIN, Part.INDEX), "hca": (Part.WINDOW, Part.MAIN)}
 
 
+_ORDER = (Part.WINDOW, Part.MAIN, Part.INDEX)
+_POOLED = (Part.MAIN, Part.INDEX)
+
+
 class Steps(Protocol):
     """What a layer asks of its cache about a step."""
 
@@ -40,13 +44,22 @@ class LayerCache:
         self.parts = _PARTS[memory.layer.kind]
         self._kernels = kernels
         self._steps = steps
+        self._device = self.pool.device
         self._weights: dict[Part, NormWeights | CompressorWeights] = {}
         self._writers: dict[Part, Callable[[StepTensors, torch.Tensor], None]] = {}
         self._write_both: Callable[[StepTensors, torch.Tensor, torch.Tensor], None] | None = None
         layer, spec = memory.layer, memory.spec
         streams = CSA_PARTS if layer.overlap else HCA_PARTS
         self._dims = {Part.WINDOW: spec.head_dim, Part.MAIN: spec.head_dim, Part.INDEX: spec.index_dim}
-        self._widths = {part: dim * (1 if part is Part.WINDOW else streams) for part, dim in self._dims.items()}
+        # By part: its name in messages, its key in a plan, and how wide its input is.
+        self._inputs = {
+            part: (
+                f"layer {layer.layer_id} {part}",
+                (layer.layer_id, part),
+                self._dims[part] * (streams if part in _POOLED else 1),
+            )
+            for part in self.parts
+        }
 
     @property
     def layer_id(self) -> int:
@@ -92,11 +105,12 @@ class LayerCache:
         """
         given = {Part.WINDOW: window, Part.MAIN: main, Part.INDEX: index}
         checked = {part: self._checked(part, weights) for part, weights in given.items() if weights is not None}
-        self._weights |= checked
-        for part in checked:
-            self._writers[part] = self._kernels.writer(self.memory, part, self._weights[part])
-        if Part.MAIN in self._weights and Part.INDEX in self._weights:
-            self._write_both = self._kernels.writer_of_both(self.memory, self._weights[Part.MAIN], self._weights[Part.INDEX])
+        writers = {part: self._kernels.writer(self.memory, part, weights) for part, weights in checked.items()}
+        weights = self._weights | checked
+        if Part.MAIN in weights and Part.INDEX in weights:
+            self._write_both = self._kernels.writer_of_both(self.memory, weights[Part.MAIN], weights[Part.INDEX])
+        self._weights = weights
+        self._writers |= writers
 
     def append(
         self,
@@ -121,23 +135,19 @@ class LayerCache:
             StalePlanError: what the plan rests on has changed, or a part was appended before; nothing was changed.
             ValueError, TypeError: an input does not fit, or its part has no weights yet; nothing was changed.
         """
-        given = ((Part.WINDOW, window), (Part.MAIN, main), (Part.INDEX, index))
-        parts = [(part, values) for part, values in given if values is not None]
+        parts = [(part, values) for part, values in zip(_ORDER, (window, main, index), strict=True) if values is not None]
         self._steps.check(plan)
-        for part, values in parts:
-            self._check_input(plan, part, values)
+        keys = [self._check_input(plan, part, values) for part, values in parts]
         if not parts:
             return
         self._steps.begin(plan, self)
-        layer_id = self.memory.layer.layer_id
-        # A part whose write fails stays started: writing it again would pool its tokens twice.
-        plan.started.update((layer_id, part) for part, _ in parts)
+        plan.started.update(keys)  # a part whose write fails stays so: written again, its tokens would be pooled twice
         if main is not None and index is not None and self._write_both is not None:
             self._write_both(plan.step, main, index)
             parts = [(part, values) for part, values in parts if part is Part.WINDOW]
         for part, values in parts:
             self._writers[part](plan.step, values)
-        plan.appended.update((layer_id, part) for part, values in given if values is not None)
+        plan.appended.update(keys)
 
     def select(
         self,
@@ -173,15 +183,15 @@ class LayerCache:
         if plan.num_tokens and (self.layer_id, Part.INDEX) not in plan.appended:
             raise StalePlanError(f"{name}: expected its index keys appended before select, got none")
         heads = index_weights.shape[-1] if isinstance(index_weights, torch.Tensor) and index_weights.ndim else 0
-        check_tensor(f"{name} index_weights", index_weights, (plan.num_tokens, heads), FLOATS, self.pool.device)
-        check_tensor(f"{name} index_q", index_q, (plan.num_tokens, heads, memory.spec.index_dim), FLOATS, self.pool.device)
+        check_tensor(f"{name} index_weights", index_weights, (plan.num_tokens, heads), FLOATS, self._device)
+        check_tensor(f"{name} index_q", index_q, (plan.num_tokens, heads, memory.spec.index_dim), FLOATS, self._device)
         if out is not None and len(out) != plan.num_tokens:
             raise ValueError(f"{name} out: expected {plan.num_tokens} tokens, got {len(out)}")
         return self._kernels.select(memory, plan, index_q, index_weights, out, numbering)
 
     def _checked(self, part: Part, weights: NormWeights | CompressorWeights) -> NormWeights | CompressorWeights:
         """Weights of a part, detached from any graph of gradients."""
-        name, device = f"layer {self.layer_id} {part.value}", self.pool.device
+        name, device = f"layer {self.layer_id} {part.value}", self._device
         self._check_part(part)
         kind = NormWeights if part is Part.WINDOW else CompressorWeights
         if not isinstance(weights, kind):
@@ -195,18 +205,19 @@ class LayerCache:
         bias = check_tensor(f"{name} slot_bias", weights.slot_bias, (slots, dim), (torch.float32,), device).detach()
         return CompressorWeights(bias, norm, weights.eps)
 
-    def _check_input(self, plan: StepPlan, part: Part, values: object) -> None:
-        name, key = f"layer {self.layer_id} {part.value}", (self.layer_id, part)
+    def _check_input(self, plan: StepPlan, part: Part, values: object) -> tuple[int, Part]:
         self._check_part(part)
-        check_tensor(name, values, (plan.num_tokens, self._widths[part]), FLOATS, self.pool.device)
+        name, key, width = self._inputs[part]
+        check_tensor(name, values, (plan.num_tokens, width), FLOATS, self._device)
         if part not in self._writers:
             raise ValueError(f"{name}: expected weights by `bind` before the first append, got none")
         if key in plan.appended:
             raise StalePlanError(f"{name}: expected once per step, got a second append")
         if key in plan.started:
             raise StalePlanError(f"{name}: an append of it failed half way; expected abandon, then a new plan")
+        return key
 
     def _check_part(self, part: Part) -> None:
-        if part not in self.parts:
+        if part not in self._inputs:
             has = ", ".join(found.value for found in self.parts)
             raise ValueError(f"layer {self.layer_id} ({self.memory.layer.kind}): expected parts {has}, got {part.value}")

@@ -64,7 +64,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """New tokens of the step."""
-        return len(self.step.positions)
+        return self.step.positions.shape[0]
 
     @cached_property
     def rows(self) -> StepRows:

@@ -10,7 +10,7 @@ entry number for entries and index keys. Boundary rows exist for the last ``rati
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from math import prod
 
 import torch
@@ -34,7 +34,7 @@ class Kind(Enum):
     ACCUMULATOR = "accumulator"
 
 
-class Part(Enum):
+class Part(StrEnum):
     """Which projection of the layer the rows come from."""
 
     WINDOW = "window"
