@@ -1,4 +1,4 @@
-"""How a launch of the CSA flush is cut into programs."""
+"""How a launch of the CSA flush is cut into programs. What was tried: benchmarks/README.md."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""How the scores of index keys are cut into tiles and programs."""
+"""How the scores of index keys are cut into tiles and programs. What was tried: benchmarks/README.md."""
 
 from functools import cache
 from typing import NamedTuple

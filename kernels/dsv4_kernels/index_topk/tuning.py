@@ -1,4 +1,4 @@
-"""How a launch of the top-k is cut."""
+"""How a launch of the top-k is cut. What was tried: benchmarks/README.md."""
 
 # Entries of a group; a group's best score is its maximum.
 GROUP = 8

@@ -1,4 +1,4 @@
-"""How a launch of merge, sink and rotation is cut into programs."""
+"""How a launch of merge, sink and rotation is cut into programs. Measured rows: benchmarks/README.md."""
 
 # Best on an H200 by number of queries, at 64 heads: (heads, pieces, warps) of a program. Larger tiles keep too few programs
 # on a multiprocessor to hide the way to memory; more heads at few queries leave multiprocessors idle.

@@ -1,4 +1,4 @@
-"""How a launch of the window store is cut into programs."""
+"""How a launch of the window store is cut into programs. Measured rows: benchmarks/README.md."""
 
 
 def window_tuning(num_tokens: int) -> tuple[int, int]:
