@@ -137,6 +137,13 @@ def test_kept_answers_are_judged_again_without_servers(tmp_path):
     assert judge_again(kept_answers(file, sglang=right, ours=moved, **{"ours-fp8_584": right})) == []
 
 
+def test_a_pass_that_should_hit_the_prefix_cache_and_did_not_is_a_fault(tmp_path):
+    runs, _ = kept_runs(kept_answers(tmp_path / "answers.json", sglang=(RIGHT,) * 3, ours=(RIGHT,) * 3))
+    runs.judged[1] = replace(runs.judged[1], answers=[RIGHT])
+    result = asyncio.run(judge_kept(runs, tmp_path, 0, "cpu", print))
+    assert result.faults == ["ours-graph-256 hit: expected prefix hits, got none"]
+
+
 @pytest.mark.parametrize("backend", ["sglang", "ours"])
 def test_kept_answers_of_one_backend_alone_cannot_be_judged(tmp_path, backend):
     file = kept_answers(tmp_path / "answers.json", **{backend: (RIGHT,) * 3})
