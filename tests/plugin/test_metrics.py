@@ -262,6 +262,5 @@ def test_without_metrics_nothing_is_looked_at():
 def test_names_and_help_follow_the_conventions_of_prometheus():
     for metric in METRICS:
         assert metric.name.startswith("sglang_dsv4_")
-        assert metric.name.endswith("_total") == (metric.kind == "counter")
         assert metric.help.endswith(".") and metric.help[0].isupper()
     assert len({metric.name for metric in METRICS}) == len(METRICS)

@@ -119,8 +119,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; returns 1 where the plug-in would refuse to start."""
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    capabilities = Capabilities.detect(device)
-    title = "This machine"
+    capabilities, title = Capabilities.detect(device), "This machine"
     if args.machine is not None:
         try:
             capabilities = capabilities.on(args.machine)
@@ -133,27 +132,29 @@ def run(args: argparse.Namespace) -> int:
     console.print(_versions())
     console.print(_capabilities(capabilities, title))
     try:
-        versions.check_installed()
+        _print_sglang(console, capabilities)
     except UnsupportedError as error:
         console.print(f"Would refuse to start: {error}", soft_wrap=True)
         return 1
-    table, missing = _contract()
-    console.print(table)
-    console.print(_portable(capabilities))
-    console.print(_attention(capabilities))
-    if missing:
-        console.print(f"Would refuse to start: missing in SGLang: {', '.join(missing)}", soft_wrap=True)
-        return 1
-    sm = capabilities.sm
-    try:
-        check_device(capabilities.device, None if sm is None else divmod(sm, 10))
-    except UnsupportedError as error:
-        console.print(f"Would refuse to start: {error}", soft_wrap=True)
-        return 1
-    if sm is not None:
+    if capabilities.sm is not None:
         console.print("CUDA graphs: with attention flashinfer or flashmla; eager needs --disable-cuda-graph")
     console.print(
         f"Would run on {device}: CompressedKVCache, kernels {kernels(capabilities)}, attention and portable ops as listed",
         soft_wrap=True,
     )
     return 0
+
+
+def _print_sglang(console: Console, capabilities: Capabilities) -> None:
+    """What SGLang is here, and what would run.
+
+    Raises:
+        UnsupportedError: the plug-in would refuse to start.
+    """
+    versions.check_installed()
+    table, missing = _contract()
+    for part in (table, _portable(capabilities), _attention(capabilities)):
+        console.print(part)
+    if missing:
+        raise UnsupportedError(f"missing in SGLang: {', '.join(missing)}")
+    check_device(capabilities.device, None if capabilities.sm is None else divmod(capabilities.sm, 10))

@@ -11,89 +11,66 @@ from typing import Any
 from sglang_dsv4.plugin.observe.occupancy import pool_usage
 from sglang_dsv4.plugin.observe.step_counts import RESTORED_BY, StepCounter, StepCounts
 
-COUNTER, GAUGE = "counter", "gauge"
-
 
 @dataclass(frozen=True)
 class Metric:
     """One metric.
 
     Attributes:
-        name (str): as it is scraped.
-        kind (str): ``counter`` or ``gauge``.
+        name (str): as it is scraped; Prometheus wants counters, and only them, to end in ``_total``.
         help (str): its help text.
         labels (tuple[str, ...]): beside those that SGLang gives every metric of a scheduler.
     """
 
     name: str
-    kind: str
     help: str
     labels: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """``counter`` or ``gauge``."""
+        return "counter" if self.name.endswith("_total") else "gauge"
 
 
 PAGES = Metric(
     "sglang_dsv4_pages",
-    GAUGE,
     "Pages by pool and by who holds them: nobody (free), the prefix cache alone (cached), it and running requests (shared), "
     "one running request (private).",
     ("pool", "state"),
 )
-REQUEST_SLOTS = Metric("sglang_dsv4_request_slots", GAUGE, "Places for the stream state of requests.", ("state",))
-POOL_BYTES = Metric("sglang_dsv4_pool_bytes", GAUGE, "Bytes allocated for the cache, by pool.", ("pool",))
+REQUEST_SLOTS = Metric("sglang_dsv4_request_slots", "Places for the stream state of requests.", ("state",))
+POOL_BYTES = Metric("sglang_dsv4_pool_bytes", "Bytes allocated for the cache, by pool.", ("pool",))
 TAIL_TOKENS = Metric(
     "sglang_dsv4_tail_tokens",
-    GAUGE,
     "Tokens of running requests in open blocks, which no entry holds yet, by compression ratio.",
     ("ratio",),
 )
 FLUSHES = Metric(
     "sglang_dsv4_flushes_total",
-    COUNTER,
     "Times that a step of a request closed blocks and stored their entries, by compression ratio.",
     ("ratio",),
 )
-ENTRIES = Metric(
-    "sglang_dsv4_entries_written_total", COUNTER, "Entries stored, over all layers of a compression ratio.", ("ratio",)
-)
+ENTRIES = Metric("sglang_dsv4_entries_written_total", "Entries stored, over all layers of a compression ratio.", ("ratio",))
 PREFIX_TOKENS = Metric(
-    "sglang_dsv4_prefix_tokens_total", COUNTER, "Tokens that admitted requests found in the prefix cache and did not compute."
+    "sglang_dsv4_prefix_tokens_total", "Tokens that admitted requests found in the prefix cache and did not compute."
 )
 RESTORED = Metric(
     "sglang_dsv4_boundary_states_restored_total",
-    COUNTER,
     "Times that a request went on at a page boundary from the boundary state of the page before it, by cause: a prefix hit, "
     "the next chunk of a prompt, or decoding.",
     ("cause",),
 )
 CHECKS = Metric(
-    "sglang_dsv4_integrity_checks_total",
-    COUNTER,
-    "Steps before which stored rows were compared with their checksums (--dsv4-check).",
+    "sglang_dsv4_integrity_checks_total", "Steps before which stored rows were compared with their checksums (--dsv4-check)."
 )
 FAILED_CHECKS = Metric(
-    "sglang_dsv4_integrity_check_failures_total",
-    COUNTER,
-    "Integrity checks that found a wrong row; the first one stops the server.",
+    "sglang_dsv4_integrity_check_failures_total", "Integrity checks that found a wrong row; the first one stops the server."
 )
 INFO = Metric(
-    "sglang_dsv4_info",
-    GAUGE,
-    "Always 1; the labels say what runs.",
-    ("version", "row_format", "index_format", "kernels", "attention"),
+    "sglang_dsv4_info", "Always 1; the labels say what runs.", ("version", "row_format", "index_format", "kernels", "attention")
 )
-METRICS = (
-    PAGES,
-    REQUEST_SLOTS,
-    POOL_BYTES,
-    TAIL_TOKENS,
-    FLUSHES,
-    ENTRIES,
-    PREFIX_TOKENS,
-    RESTORED,
-    CHECKS,
-    FAILED_CHECKS,
-    INFO,
-)
+BY_RATIO = (TAIL_TOKENS, FLUSHES, ENTRIES)
+METRICS = (PAGES, REQUEST_SLOTS, POOL_BYTES, *BY_RATIO, PREFIX_TOKENS, RESTORED, CHECKS, FAILED_CHECKS, INFO)
 
 
 class CacheMetrics:
@@ -129,9 +106,7 @@ class CacheMetrics:
             PAGES: [(pool, state) for pool in ("history", "window") for state in ("free", "cached", "shared", "private")],
             REQUEST_SLOTS: [("free",), ("used",)],
             POOL_BYTES: [(pool,) for pool in report["bytes_by_pool"]],
-            TAIL_TOKENS: ratios,
-            FLUSHES: ratios,
-            ENTRIES: ratios,
+            **dict.fromkeys(BY_RATIO, ratios),
             RESTORED: [(cause,) for cause in RESTORED_BY],
             INFO: [tuple(str(runs[label]) for label in INFO.labels)],
         }
@@ -147,7 +122,7 @@ class CacheMetrics:
         from prometheus_client import Counter, Gauge
 
         labels = (*self._common, *metric.labels)
-        if metric.kind == COUNTER:
+        if metric.kind == "counter":
             made = Counter(metric.name, metric.help, labels, registry=self._registry)
         else:
             made = Gauge(metric.name, metric.help, labels, registry=self._registry, multiprocess_mode="mostrecent")
