@@ -84,5 +84,7 @@ def test_a_plan_of_the_planner_is_read():
     missing = [work for work in works if work[2] != 0 or work[0] != 3]
     with pytest.raises(ValueError, match="query 3 goes on at 2560, expected 0"):
         check_stock_plan(missing, lengths.tolist(), 5003)
+    with pytest.raises(ValueError, match="query 1 goes on at 0, expected 1"):
+        check_stock_plan([*works, next(work for work in works if work[0] == 1)], lengths.tolist(), 5003)
     with pytest.raises(ValueError, match="expected 18 numbers, got 17"):
         read_stock_plan(info[:-1], ints)
