@@ -26,6 +26,7 @@ class Attention(ABC):
     """
 
     name: str
+    _plan: StepPlan  # of the step that was begun
 
     def __init__(self, cache: CompressedKVCache | ExternalKVCache, bf16_heads: int | None = None) -> None:
         self.spec = cache.spec
@@ -70,7 +71,6 @@ class Attention(ABC):
             ValueError: the step or its lengths do not fit the implementation.
         """
 
-    @abstractmethod
     def run(
         self,
         layer: LayerCache,
@@ -96,6 +96,14 @@ class Attention(ABC):
         Raises:
             ValueError: ``selected`` missing or unexpected, or a shape or dtype that does not fit.
         """
+        self._check(layer, q, selected)
+        return self._attend(layer, q, sink, selected, undo_rope)
+
+    @abstractmethod
+    def _attend(
+        self, layer: LayerCache, q: torch.Tensor, sink: torch.Tensor, selected: torch.Tensor | None, undo_rope: bool
+    ) -> torch.Tensor:
+        """`run`, of arguments that fit."""
 
     def selected_buffer(self, layer: LayerCache) -> torch.Tensor | None:
         """Where chosen rows may be written so that ``run`` need not copy them.
@@ -108,9 +116,8 @@ class Attention(ABC):
         del layer
         return None
 
-    def check(self, layer: LayerCache, plan: StepPlan, q: torch.Tensor, selected: torch.Tensor | None) -> None:
-        """Raise unless the arguments of ``run`` fit the layer and the plan."""
-        name = f"layer {layer.layer_id}"
+    def _check(self, layer: LayerCache, q: torch.Tensor, selected: torch.Tensor | None) -> None:
+        name, plan = f"layer {layer.layer_id}", self._plan
         if (self.kinds[layer.layer_id].most is not None) != (selected is not None):
             got = "none" if selected is None else "some"
             raise ValueError(f"{name}: expected selected rows exactly in CSA layers, got {got}")

@@ -25,16 +25,9 @@ class EagerAttention(Attention):
     def begin(self, plan: StepPlan, lengths: HostLengths | None = None) -> None:
         self._plan = plan
 
-    def run(
-        self,
-        layer: LayerCache,
-        q: torch.Tensor,
-        sink: torch.Tensor,
-        selected: torch.Tensor | None = None,
-        *,
-        undo_rope: bool = False,
+    def _attend(
+        self, layer: LayerCache, q: torch.Tensor, sink: torch.Tensor, selected: torch.Tensor | None, undo_rope: bool
     ) -> torch.Tensor:
-        self.check(layer, self._plan, q, selected)
         rows = self._plan.rows
         entries = rows.every_entry(layer.ratio) if layer.ratio and selected is None else selected
         indices = rows.window if entries is None else torch.cat([rows.window, entries], dim=1)  # [T, window + K]

@@ -191,16 +191,9 @@ class FlashInferAttention(Attention):
         if self.fixed is not None:
             self.workspace.seal()
 
-    def run(
-        self,
-        layer: LayerCache,
-        q: torch.Tensor,
-        sink: torch.Tensor,
-        selected: torch.Tensor | None = None,
-        *,
-        undo_rope: bool = False,
+    def _attend(
+        self, layer: LayerCache, q: torch.Tensor, sink: torch.Tensor, selected: torch.Tensor | None, undo_rope: bool
     ) -> torch.Tensor:
-        self.check(layer, self._plan, q, selected)
         q = q.contiguous()
         out = empty(tuple(q.shape), q.dtype, q.device)
         lse = empty(tuple(q.shape[:2]), torch.float32, q.device)

@@ -85,16 +85,9 @@ class FlashMLAAttention(Attention):
             if decoded is None:
                 self._meta[kind.name] = flash_mla.get_mla_metadata()[0]
 
-    def run(
-        self,
-        layer: LayerCache,
-        q: torch.Tensor,
-        sink: torch.Tensor,
-        selected: torch.Tensor | None = None,
-        *,
-        undo_rope: bool = False,
+    def _attend(
+        self, layer: LayerCache, q: torch.Tensor, sink: torch.Tensor, selected: torch.Tensor | None, undo_rope: bool
     ) -> torch.Tensor:
-        self.check(layer, self._plan, q, selected)
         if len(q) == 0:
             return empty(tuple(q.shape), q.dtype, q.device)
         kind = self.kinds[layer.layer_id]

@@ -1,6 +1,6 @@
 """What each attention needs of the device, of an installed package, and of the cache's rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import torch
@@ -15,25 +15,25 @@ class Requirements:
 
     Attributes:
         package (str): the distribution whose kernels it launches.
-        first_version (str | None): the oldest version that works; None where any does.
         capability (tuple[int, int]): CUDA compute capability of the device.
-        later_capabilities (bool): whether later ones work as well.
         row_formats (tuple[str, ...]): formats of rows that its kernels read.
         num_heads (tuple[int, ...] | range): query heads.
+        first_version (str | None): the oldest version of the package that works; None where any does.
+        and_later (bool): whether devices of later capabilities work as well.
     """
 
     package: str
-    first_version: str | None
     capability: tuple[int, int]
-    later_capabilities: bool
     row_formats: tuple[str, ...]
     num_heads: tuple[int, ...] | range
+    first_version: str | None = None
+    and_later: bool = False
 
     def why_not(self, device: Device, row_format: str, num_heads: int) -> str:
         """Why it cannot attend on a device to rows of a format; empty where it can."""
         found = device.capability
-        if found is None or found < self.capability or (found != self.capability and not self.later_capabilities):
-            later = " or later" if self.later_capabilities else ""
+        if found is None or found < self.capability or (found != self.capability and not self.and_later):
+            later = " or later" if self.and_later else ""
             return f"expected a CUDA device of SM{self.capability[0]}{self.capability[1]}{later}, got {device}"
         if row_format not in self.row_formats:
             return f"expected {' or '.join(self.row_formats)} rows, got {row_format}"
@@ -57,32 +57,14 @@ class Requirements:
         return ""
 
 
+# Earlier kernels of FlashInfer begin their sums with what was in the registers where head_dim_kpe is 0.
 FLASHINFER = Requirements(
-    package="flashinfer-python",
-    first_version="0.6.18",  # head_dim_kpe=0: earlier kernels begin their sums there, with whatever was in the registers
-    capability=(8, 0),
-    later_capabilities=True,
-    row_formats=("bf16", "fp8_584"),
-    num_heads=range(1, 129),
+    "flashinfer-python", (8, 0), ("bf16", "fp8_584"), range(1, 129), first_version="0.6.18", and_later=True
 )
-FLASHMLA = Requirements(
-    package="sgl-flash-mla",
-    first_version=None,
-    capability=(9, 0),
-    later_capabilities=False,
-    row_formats=("fp8_584",),
-    num_heads=(64, 128),
-)
+FLASHMLA = Requirements("sgl-flash-mla", (9, 0), ("fp8_584",), (64, 128))
 # FlashMLA's prefill kernel over bf16 rows, as FlashInfer's attention uses it. Packed rows have to be decoded for it first,
 # which FlashMLA's own attention does (`sglang_dsv4.attention.decoded_prefill`).
-SPARSE_PREFILL = Requirements(
-    package="sgl-flash-mla",
-    first_version=None,
-    capability=(9, 0),
-    later_capabilities=False,
-    row_formats=("bf16",),
-    num_heads=(64, 128),
-)
+SPARSE_PREFILL = replace(FLASHMLA, row_formats=("bf16",))
 
 
 @dataclass(frozen=True)
