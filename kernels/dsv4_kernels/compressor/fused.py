@@ -108,7 +108,7 @@ def first_token_of(step, row, num_tokens):
     before = tl.load(step.token_rows + row - 1, mask=(row > 0) & (row <= num_tokens), other=-1)
     first_token = row.to(tl.int32)
     if (here != row) | (before == row):
-        b_sum = tl.zeros([_SCAN], tl.int32)
+        b_sum = tl.zeros([_SCAN], tl.int32)  # [SCAN]
         for first in tl.range(0, row, _SCAN, loop_unroll_factor=1):
             o_r = first + tl.arange(0, _SCAN)
             b_sum += tl.load(step.extend_lens + o_r, mask=o_r < row, other=0).to(tl.int32)
@@ -123,10 +123,10 @@ def store_entries(
     """Norm, rotate and store the pooled rows of the blocks whose first positions are ``b_first`` ``[E]``."""
     PER_PAGE: tl.constexpr = S.page_tokens // S.ratio
     STORE: tl.constexpr = S.store
-    b_entry = b_first // S.ratio
+    b_entry = b_first // S.ratio  # [E]
     b_page = tl.load(step.history_pages + b_row * page_stride + b_entry // PER_PAGE, mask=m_e, other=0)
     b_slot = first_row + b_page * PER_PAGE + b_entry % PER_PAGE
-    p_cos_sin = comp.cos_sin + b_first.to(tl.int64) * S.rope_dim
+    p_cos_sin = comp.cos_sin + b_first.to(tl.int64) * S.rope_dim  # [E], rows of the table
     store_normed(chunks, comp.norm_weight, eps, p_cos_sin, comp.pool, b_slot, m_e, E, S.dim, S.rope_dim, S.rotate, STORE, CASTS)
 
 

@@ -23,19 +23,10 @@ from dsv4_kernels.compressor.fused import (
 from dsv4_kernels.compressor.params import CompressorParams
 from dsv4_kernels.device import EXACT, hardware_casts, zero_like
 from dsv4_kernels.flush_csa.naive import CsaFlush
+from dsv4_kernels.flush_csa.stream_rows import keep_in_boundary, keep_in_ring, load_row, load_token
 from dsv4_kernels.flush_csa.tuning import CsaTuning, csa_tuning
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.step import StepTensors, step_pointers
-
-
-@triton.jit
-def load_row(p_new, p_old, is_new, is_there, absent, o_d):
-    """A part of a row of this step's input or of the state; ``absent`` where there is none."""
-    if p_new.dtype.element_ty == tl.float32:
-        return tl.load(tl.where(is_new, p_new, p_old) + o_d, mask=is_there, other=absent)
-    b_old = tl.load(p_old + o_d, mask=is_there & (is_new == 0), other=absent)
-    b_new = tl.load(p_new + o_d, mask=is_there & is_new, other=0.0).to(tl.float32)
-    return tl.where(is_new, b_new, b_old)
 
 
 @triton.jit
@@ -84,7 +75,7 @@ def pool_old_and_new(
                 b_gate = load_row(p_new + 3 * D, p_old + 3 * D, is_new, q >= 0, 0.0, o_d)
             kv = kv + (b_kv,)
             gate = gate + (b_gate + tl.load(comp.slot_bias + j * D + o_d),)
-        chunks = chunks + (csa_pool(kv, gate)[None, :],)
+        chunks = chunks + (csa_pool(kv, gate)[None, :],)  # [1, C]
     b_one = tl.zeros([1], tl.int32)
     store_entries(chunks, step, comp, b_one + row, b_one + first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS)
 
@@ -108,14 +99,14 @@ def pool_new(
     """Pool and store ``E`` blocks all of whose rows are this step's; the loads of all are in flight together."""
     M: tl.constexpr = S.ratio
     D: tl.constexpr = S.dim
-    m_previous = (m_e & (b_position >= M))[:, None]
+    m_previous = (m_e & (b_position >= M))[:, None]  # [E, 1]
     p_input = comp.kv_score + (b_token.to(tl.int64) - (2 * M - 1)) * S.token_stride
     chunks = ()
     for c in tl.static_range(D // C):
         o_d = c * C + tl.arange(0, C)
         kv, gate = (), ()
         for j in tl.static_range(2 * M):
-            p_row = (p_input + j * S.token_stride)[:, None] + o_d[None, :]
+            p_row = (p_input + j * S.token_stride)[:, None] + o_d[None, :]  # [E, C]
             if j < M:
                 b_kv = tl.load(p_row, mask=m_previous, other=0.0)
                 b_gate = tl.load(p_row + 2 * D, mask=m_previous, other=float("-inf"))
@@ -125,37 +116,8 @@ def pool_new(
             b_bias = tl.load(comp.slot_bias + j * D + o_d)[None, :]
             kv = kv + (b_kv.to(tl.float32),)
             gate = gate + (b_gate.to(tl.float32) + b_bias,)
-        chunks = chunks + (csa_pool(kv, gate),)
+        chunks = chunks + (csa_pool(kv, gate),)  # [E, C]
     store_entries(chunks, step, comp, b_row, b_position - (M - 1), m_e, page_stride, first_row, eps, S, E, CASTS)
-
-
-@triton.jit
-def load_token(comp, token, is_there, S: tl.constexpr):
-    """A token's row in two halves ``[2*D]``: both kv streams, both gates."""
-    o_h = tl.arange(0, 2 * S.dim)
-    p_row = comp.kv_score + token.to(tl.int64) * S.token_stride + o_h
-    b_kv = tl.load(p_row, mask=is_there, other=0.0)
-    b_gate = tl.load(p_row + 2 * S.dim, mask=is_there, other=0.0)
-    return b_kv.to(tl.float32), b_gate.to(tl.float32)
-
-
-@triton.jit
-def keep_in_ring(comp, slot, position, b_kv, b_gate, S: tl.constexpr):
-    """Write a token's row, as `load_token` gives it, to its request's stream rows."""
-    o_h = tl.arange(0, 2 * S.dim)
-    p_ring = comp.state + (slot * S.ring + position % S.ring) * (4 * S.dim) + o_h
-    tl.store(p_ring, b_kv)
-    tl.store(p_ring + 2 * S.dim, b_gate)
-
-
-@triton.jit
-def keep_in_boundary(step, comp, row, position, b_kv, b_gate, page_stride, S: tl.constexpr):
-    """Write the b-stream of a token of its page's last block to the page's boundary state."""
-    o_h = tl.arange(0, 2 * S.dim)
-    page = tl.load(step.window_pages + row * page_stride + position // S.page_tokens)
-    p_kept = comp.boundary + (page * S.ratio + position % S.ratio) * (2 * S.dim) + o_h
-    tl.store(p_kept, b_kv, mask=o_h < S.dim)
-    tl.store(p_kept + S.dim, b_gate, mask=o_h < S.dim)
 
 
 @triton.jit
@@ -250,8 +212,8 @@ def csa_tokens(
     b_last = (m_t & (b_position % S.page_tokens >= S.page_tokens - M)).to(tl.int32)
     b_token = tl.max(tl.where(m_new, o_t, -1), axis=1)  # [E]
     if tl.max(b_token, axis=0) >= 0:
-        b_request = tl.max(tl.where(m_new, b_row, 0), axis=1)
-        b_closing = tl.max(tl.where(m_new, b_position, -1), axis=1)
+        b_request = tl.max(tl.where(m_new, b_row, 0), axis=1)  # [E]
+        b_closing = tl.max(tl.where(m_new, b_position, -1), axis=1)  # [E]
         pool_new(step, comp, b_request, b_closing, b_token, b_token >= 0, page_stride, first_row, eps, S, C, E, CASTS)
     if tl.max(tl.max(b_ring | b_last, axis=1), axis=0) > 0:
         for j in range(tl.minimum(num_tokens - i_g * (E * M), E * M)):

@@ -109,7 +109,7 @@ def _store_csa_entries(
     after_page = torch.nonzero((first > 0) & (first % step.page_tokens == 0)).flatten()
     page = step.window_pages[rows[after_page], first[after_page] // step.page_tokens - 1]
     kv[after_page, :ratio], gate[after_page, :ratio] = boundary[page].unbind(dim=2)
-    raw = naive_csa_pool(kv, gate + params.slot_bias, first > 0)
+    raw = naive_csa_pool(kv, gate + params.slot_bias, first > 0)  # [N, D]
     entries = finish_entries(raw, first, params)
     slots_of = step.index_slots if params.rotate else step.entry_slots
     naive_store_rows(pool, slots_of(rows, first // ratio, ratio), entries, pool_format)

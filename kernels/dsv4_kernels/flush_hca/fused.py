@@ -83,7 +83,7 @@ def hca_segment(
 
     The accumulator after a block's last token is not kept: the next token starts from an empty one.
     """
-    o_d = i_d * (S.dim // SPLIT) + tl.arange(0, S.dim // SPLIT)
+    o_d = i_d * (S.dim // SPLIT) + tl.arange(0, S.dim // SPLIT)  # [D / SPLIT]
     offset = position % S.ratio
     p_slot = comp.state + slot * (S.ring * 3 * S.dim) + o_d
     p_state = p_slot + (position + S.ring - 1) % S.ring * (3 * S.dim)
@@ -140,7 +140,7 @@ def hca_segment(
             if arrived == SPLIT - 1:
                 tl.store(work.arrived + work_row, 0)
                 p_row = work.rows + work_row * S.dim + tl.arange(0, S.dim)
-                b_whole = tl.load(p_row, cache_modifier=".cg")
+                b_whole = tl.load(p_row, cache_modifier=".cg")  # [D]
                 store_entries(
                     (b_whole[None, :],), step, comp, b_row, b_first, b_one == 0, page_stride, first_row, eps, S, 1, CASTS
                 )
@@ -220,7 +220,7 @@ def flush_hca_kernel(
         first_token = first_token_of(step, row, num_tokens)
         token = first_token
     elif not REQUESTS_ONLY:
-        o_t = (i_p - num_requests) * M + tl.arange(0, M)
+        o_t = (i_p - num_requests) * M + tl.arange(0, M)  # [M]
         b_position = tl.load(step.positions + o_t, mask=o_t < num_tokens, other=-1).to(tl.int32)
         b_row = tl.load(step.token_rows + o_t, mask=o_t < num_tokens, other=-1)
         b_row_before = tl.load(step.token_rows + o_t - 1, mask=(o_t > 0) & (o_t < num_tokens), other=-2)

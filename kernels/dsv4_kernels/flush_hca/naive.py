@@ -41,7 +41,7 @@ def naive_flush_hca(
     offset, slots = first % ratio, step.state_slots[rows]
     state = naive_hca_start(len(first_token), dim, kv_score.device)
     before = accumulators[slots, (first - 1).clamp_min(0) % ring]
-    state = torch.where((offset > 0).view(-1, 1, 1), before, state)
+    state = torch.where((offset > 0).view(-1, 1, 1), before, state)  # [N, 3, D]
     kv, gate = kv_score.float().split(dim, dim=-1)
     gate = gate + params.slot_bias[step.positions % ratio]
     is_kept = step.positions >= (step.seq_lens - ring)[step.token_rows]

@@ -31,10 +31,10 @@ def group_maxima_kernel(
     first = tl.program_id(1) * BG
     if (visible > FEWEST) & (first * GROUP < visible):
         o_g = first + tl.arange(0, BG)
-        o_s = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        o_s = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [BG, GROUP]
         p_row = p_scores + i_t * score_stride
         b_score = tl.load(p_row + o_s, mask=o_s < visible, other=float("-inf"))
-        b_best = tl.max(b_score, axis=1)
+        b_best = tl.max(b_score, axis=1)  # [BG]
         tl.store(p_maxima + i_t * maxima_stride + o_g, b_best, mask=o_g * GROUP < visible)
 
 

@@ -15,6 +15,6 @@ def naive_group_maxima(scores: torch.Tensor, num_visible: torch.Tensor, group: i
         maxima (torch.Tensor): ``[N, S / group]`` fp32. Written for groups that have a visible score.
     """
     hidden = torch.arange(scores.shape[1], device=scores.device) >= num_visible.unsqueeze(1)
-    found = scores.masked_fill(hidden, float("-inf")).unflatten(1, (-1, group))
+    found = scores.masked_fill(hidden, float("-inf")).unflatten(1, (-1, group))  # [N, groups, group]
     written = ~hidden[:, ::group]
     maxima[written] = found.amax(2)[written]

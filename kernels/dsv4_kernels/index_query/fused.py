@@ -42,9 +42,9 @@ def count_tiles(
     counted = zero_like(num_tokens)
     for first in range(0, num_units, BU):
         o_u = first + tl.arange(0, BU)
-        o_t = o_u[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+        o_t = o_u[:, None] * UNIT + tl.arange(0, UNIT)[None, :]  # [BU, UNIT]
         b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
-        b_tiles = (tl.max(b_visible, axis=1) + BS - 1) // BS
+        b_tiles = (tl.max(b_visible, axis=1) + BS - 1) // BS  # [BU]
         tl.store(p_first_tiles + 1 + o_u, counted + tl.cumsum(b_tiles, axis=0), mask=o_u < num_units)
         counted += tl.sum(b_tiles, axis=0)
 
@@ -84,14 +84,14 @@ def index_query_kernel(
         token = (first_token + i_t).to(tl.int64)
         position = tl.load(p_positions + token)
         if (position + 1) // RATIO > K:
-            o_h = tl.program_id(0) % (H // E) * E + tl.arange(0, E)
+            o_h = tl.program_id(0) % (H // E) * E + tl.arange(0, E)  # [E]
             o_d = tl.arange(0, D)[None, :]
             m_h = o_h < HEADS
             p_row = p_q + token * token_stride + o_h * head_stride
             b_q = tl.load(p_row[:, None] + o_d, mask=m_h[:, None], other=0.0).to(tl.float32)
             p_angle = p_cos_sin + (zero_like(o_h) + position) * R
-            b_cos, b_sin = load_rope(p_angle, m_h, 0, D, D, R)
-            b_q = hadamard_rows(rope_chunk(b_q, b_cos, b_sin, 0, E, D, D, R), E, D, SCALE)
+            b_cos, b_sin = load_rope(p_angle, m_h, 0, D, D, R)  # [E, D/2]
+            b_q = hadamard_rows(rope_chunk(b_q, b_cos, b_sin, 0, E, D, D, R), E, D, SCALE)  # [E, D]
             b_w = tl.load(p_weights + token * weight_stride + o_h, mask=m_h, other=0.0).to(tl.float32)
             o_n = i_t.to(tl.int64) * H + o_h
             p_row = p_query + o_n[:, None] * D + o_d

@@ -48,7 +48,7 @@ def load_keys(
     its rows, and scores of those that no token sees are not stored.
     """
     o_d = first + tl.arange(0, BK)[None, :]
-    o_r = tl.arange(0, BS) % PART
+    o_r = tl.arange(0, BS) % PART  # [BS]
     m_first = tl.arange(0, BS) < PART
     b_scale = tl.full([BS], 1.0, tl.float32)
     if FORMAT.kind == "plain":
@@ -182,12 +182,12 @@ def index_scores_kernel(
         first_tile = tl.load(p_first_tiles + unit)
         stop = tl.minimum(tl.load(p_first_tiles + unit + 1), last_tile)
         o_t = unit * UNIT + o_u
-        b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)
+        b_visible = scored_entries(p_positions, first_token + o_t, o_t < num_tokens, RATIO, K)  # [UNIT]
         b_row = tl.load(p_token_rows + first_token + o_t, mask=o_t < num_tokens, other=-1)
         o_n = unit.to(tl.int64) * (UNIT * H) + tl.arange(0, UNIT * H)
         m_n = o_n < num_tokens.to(tl.int64) * H
         b_w = tl.load(p_weights + o_n, mask=m_n, other=0.0)
-        b_q = load_query(p_query, o_n, m_n, 0, D, BK, OPERAND, CASTS)
+        b_q = load_query(p_query, o_n, m_n, 0, D, BK, OPERAND, CASTS)  # [BK, UNIT H]
         i_t = unit * UNIT
         end = tl.minimum(i_t + UNIT, num_tokens)
         while i_t < end:
@@ -204,17 +204,17 @@ def index_scores_kernel(
                 o_s = number * BS + tl.arange(0, BS)
                 slot, second = first_slots(p_table, number, most, PER_PAGE, BS, PART)
                 b_key, b_scale = load_keys(p_pool, slot, second, 0, FORMAT, BS, PART, BK, D)
-                b_dot = tl.dot(as_operand(b_key, OPERAND, CASTS), b_q, input_precision="ieee")
+                b_dot = tl.dot(as_operand(b_key, OPERAND, CASTS), b_q, input_precision="ieee")  # [BS, UNIT H]
                 # fp32 operands do not fit the registers: BK channels at a time.
                 for first in tl.static_range(BK, D, BK):
                     b_part, b_scale = load_keys(p_pool, slot, second, first, FORMAT, BS, PART, BK, D)
                     b_q_part = load_query(p_query, o_n, m_n, first, D, BK, OPERAND, CASTS)
                     b_dot = tl.dot(b_part, b_q_part, b_dot, input_precision="ieee")
-                b_score = sum_heads(b_dot, b_w, BS, UNIT, H) * b_scale[:, None]
+                b_score = sum_heads(b_dot, b_w, BS, UNIT, H) * b_scale[:, None]  # [BS, UNIT]
                 m_seen = o_s[:, None] < b_seen[None, :]
                 tl.store(p_score[None, :] + o_s[:, None], b_score, mask=m_seen)
                 b_best = tl.where(m_seen, b_score, float("-inf"))
-                b_best = tl.max(tl.reshape(b_best, [BS // GROUP, GROUP, UNIT]), axis=1)
+                b_best = tl.max(tl.reshape(b_best, [BS // GROUP, GROUP, UNIT]), axis=1)  # [BS / GROUP, UNIT]
                 o_g = number * (BS // GROUP) + tl.arange(0, BS // GROUP)
                 m_g = o_g[:, None] * GROUP < b_seen[None, :]
                 tl.store(p_maximum[None, :] + o_g[:, None], b_best, mask=m_g)

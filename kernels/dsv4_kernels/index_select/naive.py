@@ -50,7 +50,7 @@ def naive_select_entries(
         keys = naive_load_rows(index_pool, slots, key_format)
         cos_sin_rows = cos_sin[step.positions[tokens]]
         q = naive_index_query(index_q[tokens], cos_sin_rows, key_format)
-        scores = naive_index_scores(q, index_weights[tokens], keys)
+        scores = naive_index_scores(q, index_weights[tokens], keys)  # [tokens, entries]
         chosen = naive_topk_entries(scores, visible[tokens], out.shape[1])
         rows = listing.entry_slots(torch.full_like(chosen, row), chosen.clamp_min(0), ratio)
         out[tokens, : chosen.shape[1]] = rows.masked_fill(chosen < 0, -1).to(out.dtype)

@@ -55,7 +55,7 @@ def choose(b_key, m_s, K: tl.constexpr):
     b_above = (b_key > value) & m_s
     b_equal = (b_key == value) & m_s
     b_packed = (b_above.to(tl.int32) << 16) + b_equal.to(tl.int32)
-    b_before = tl.cumsum(b_packed, axis=0) - b_packed
+    b_before = tl.cumsum(b_packed, axis=0) - b_packed  # [SIZE]
     need = K - tl.sum(b_above.to(tl.int32), axis=0)
     b_equal_before = b_before & 0xFFFF
     m_chosen = b_above | (b_equal & (b_equal_before < need))
@@ -85,7 +85,7 @@ def choose_groups(p_maxima, p_groups, num_groups, K: tl.constexpr, SIZE: tl.cons
     """Choose among at most ``SIZE`` groups by their maxima."""
     o_g = tl.arange(0, SIZE)
     m_g = o_g < num_groups
-    b_best = tl.load(p_maxima + o_g, mask=m_g, other=0.0)
+    b_best = tl.load(p_maxima + o_g, mask=m_g, other=0.0)  # [SIZE]
     m_chosen, b_place = choose(order_key(b_best, m_g), m_g, K)
     store_groups(p_groups, o_g, m_chosen, b_place)
 
@@ -111,7 +111,7 @@ def choose_few(p_scores, p_pages, p_out, visible, num_window_rows, PER_PAGE: tl.
     """Choose among at most ``SIZE`` scores."""
     b_entry = tl.arange(0, SIZE)
     m_s = b_entry < visible
-    b_score = tl.load(p_scores + b_entry, mask=m_s, other=0.0)
+    b_score = tl.load(p_scores + b_entry, mask=m_s, other=0.0)  # [SIZE]
     m_chosen, b_place = choose(order_key(b_score, m_s), m_s, K)
     store_rows(p_pages, p_out, b_entry, m_chosen, b_place, num_window_rows, PER_PAGE)
 
@@ -149,7 +149,7 @@ def topk_entries_kernel(
     p_table = p_pages + tl.load(p_token_rows + token) * page_stride
     p_scores += i_t * score_stride
     if visible <= K:
-        o_k = tl.arange(0, K_BLOCK)
+        o_k = tl.arange(0, K_BLOCK)  # [K]
         b_page = tl.load(p_table + o_k // PER_PAGE, mask=o_k < visible, other=0)
         b_slot = num_window_rows + b_page * PER_PAGE + o_k % PER_PAGE
         b_slot = tl.where(o_k < visible, b_slot, -1).to(p_out.dtype.element_ty)
@@ -179,7 +179,7 @@ def topk_entries_kernel(
             store_groups(p_groups, b_group, m_chosen, b_place)
         b_entry = members(p_groups, K, SIZE, GROUP)
         m_s = b_entry < visible
-        b_score = tl.load(p_scores + b_entry, mask=m_s, other=0.0)
+        b_score = tl.load(p_scores + b_entry, mask=m_s, other=0.0)  # [SIZE]
         m_chosen, b_place = choose(order_key(b_score, m_s), m_s, K)
         store_rows(p_table, p_out, b_entry, m_chosen, b_place, num_window_rows, PER_PAGE)
 

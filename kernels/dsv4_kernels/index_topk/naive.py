@@ -18,7 +18,7 @@ def naive_topk_entries(scores: torch.Tensor, num_visible: torch.Tensor, k: int) 
     """
     num_entries = scores.shape[1]
     entry = torch.arange(num_entries, device=scores.device)
-    hidden = entry >= num_visible.unsqueeze(1)
+    hidden = entry >= num_visible.unsqueeze(1)  # [T, S]
     scores = scores.masked_fill(hidden, float("-inf"))
     # A stable descending sort keeps equal scores in index order.
     chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]

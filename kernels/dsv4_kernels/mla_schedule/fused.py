@@ -30,7 +30,7 @@ def mla_schedule_kernel(
 ):
     """Every program sees all queries, and writes the works of one lane."""
     i_l = tl.program_id(0)
-    o_t = tl.arange(0, BT)
+    o_t = tl.arange(0, BT)  # [BT]
     m_t = o_t < num_tokens
     b_position = tl.load(p_positions + o_t, mask=m_t, other=-1)
     b_length = tl.minimum(b_position + 1, WINDOW)
@@ -56,11 +56,11 @@ def mla_schedule_kernel(
     b_piece = tl.where(b_stretch, b_line, b_piece)
     b_rest = tl.where(o_t >= b_rounds * num_lanes, b_tiles, 0)
     b_room = tl.where(b_stretch, b_rest, (b_rest + b_piece - 1) // b_piece * b_piece)
-    b_begin = tl.cumsum(b_room, axis=0) - b_room
+    b_begin = tl.cumsum(b_room, axis=0) - b_room  # [BT], in tiles
     b_first = b_begin // b_piece
     b_pieces = tl.where(b_rest > 0, (b_begin + b_rest - 1) // b_piece - b_first + 1, 0)
     b_before = tl.sum(tl.minimum(tl.maximum(i_l - b_first, 0), b_pieces))  # pieces of earlier lanes
-    m_mine = (b_first <= i_l) & (i_l < b_first + b_pieces)
+    m_mine = (b_first <= i_l) & (i_l < b_first + b_pieces)  # [BT]
     b_rank = tl.cumsum(m_mine.to(tl.int32), axis=0) - 1
     b_start = tl.maximum(i_l * b_piece - b_begin, 0)
     b_end = tl.minimum((i_l + 1) * b_piece - b_begin, b_rest)

@@ -75,7 +75,7 @@ def naive_mla_schedule(
         for lane in takes
         for token, start, end, slot in lane
     ]
-    columns = torch.tensor(rows, dtype=torch.int32).view(-1, 6).T
+    columns = torch.tensor(rows, dtype=torch.int32).view(-1, 6).T  # [6, works]
     fields = ("query", "list_begin", "partial_row", "list_length", "key_begin", "key_end")
     for name, column in zip(fields, columns, strict=True):
         getattr(work, name)[: len(rows)] = column

@@ -42,9 +42,9 @@ def load_rope(p_cos_sin, m_e, FIRST: tl.constexpr, C: tl.constexpr, D: tl.conste
     """Cosines and sines ``[E, C/2]`` for the channels from ``FIRST`` on, of each row's row ``[E]`` of the table; 1 and 0 where
     nothing is rotated.
     """
-    o_pair = ((FIRST - (D - R)) // 2 + tl.arange(0, C // 2))[None, :]
+    o_pair = ((FIRST - (D - R)) // 2 + tl.arange(0, C // 2))[None, :]  # [1, C/2]
     m_pair = (o_pair >= 0) & m_e[:, None]
-    p_pair = p_cos_sin[:, None] + o_pair
+    p_pair = p_cos_sin[:, None] + o_pair  # [E, C/2]
     b_cos = tl.load(p_pair, mask=m_pair, other=1.0)
     b_sin = tl.load(p_pair + R // 2, mask=m_pair, other=0.0)
     return b_cos, b_sin
@@ -54,7 +54,7 @@ def load_rope(p_cos_sin, m_e, FIRST: tl.constexpr, C: tl.constexpr, D: tl.conste
 def rope_chunk(b_x, b_cos, b_sin, FIRST: tl.constexpr, E: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
     """Rotate what a chunk holds of the rows' last ``R`` channels in interleaved pairs, by what `load_rope` read."""
     m_pair = ((FIRST - (D - R)) // 2 + tl.arange(0, C // 2) >= 0)[None, :]
-    b_even, b_odd = tl.split(tl.reshape(b_x, [E, C // 2, 2]))
+    b_even, b_odd = tl.split(tl.reshape(b_x, [E, C // 2, 2]))  # [E, C/2]
     # Unrotated pairs are selected, not multiplied by (1, 0): that could change the sign of a zero.
     b_first = tl.where(m_pair, tl.fma(b_even, b_cos, -(b_odd * b_sin)), b_even)
     b_second = tl.where(m_pair, tl.fma(b_even, b_sin, b_odd * b_cos), b_odd)
@@ -85,9 +85,9 @@ def store_normed(
     weights = ()
     for c in tl.static_range(len(chunks)):
         weights = weights + (tl.load(p_weight + c * C + tl.arange(0, C)).to(tl.float32),)
-    b_scale = norm_scale(chunks, eps, E, D)[:, None]
+    b_scale = norm_scale(chunks, eps, E, D)[:, None]  # [E, 1]
     for c in tl.static_range(len(chunks)):
-        b_x = chunks[c] * b_scale * weights[c][None, :]
+        b_x = chunks[c] * b_scale * weights[c][None, :]  # [E, C]
         if c * C == LAST:
             b_x = rope_chunk(b_x, b_cos, b_sin, LAST, E, C, D, R)
         if ROTATE:

@@ -30,7 +30,7 @@ def page_decode_kernel(
     CASTS: tl.constexpr,
 ):
     """``BR`` rows, of which those before ``window_end`` are window rows. ``PER_PAGE``: entries of a page; 0 without any."""
-    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     m_r = o_r < num_rows
     m_window = m_r & (o_r < window_end)
     b_slot = tl.load(p_window_pages + o_r // PAGE, mask=m_window, other=0) * PAGE + o_r % PAGE

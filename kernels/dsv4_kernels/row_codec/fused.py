@@ -1,6 +1,7 @@
 """Encoding and decoding of rows inside a kernel: what `naive_store_rows` and `naive_load_rows` do, to the bit."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -22,6 +23,7 @@ class StoreFormat:
     tile: int
 
 
+@cache
 def store_format(fmt: RowFormat) -> StoreFormat:
     """Constants of ``fmt``; ``kind`` is "plain" where a row is its values in the pool's own type."""
     packed = {FP8_584_ROW: "packed_row", FP8_INDEX: "packed_index"}
@@ -75,7 +77,7 @@ def quantize_e4m3(b_x, HARDWARE_CASTS: tl.constexpr):
     b_bits = (b_amax * (1.0 / 448.0)).to(tl.int32, bitcast=True)
     b_exponent = (b_bits >> 23) - 127 + ((b_bits & 0x7FFFFF) != 0).to(tl.int32)  # ceil(log2)
     b_inverse = ((127 - b_exponent) << 23).to(tl.float32, bitcast=True)
-    b_scaled = b_x * b_inverse[:, :, None]
+    b_scaled = b_x * b_inverse[:, :, None]  # [E, tiles, tile]
     b_scaled = tl.maximum(b_scaled, -448.0, propagate_nan=tl.PropagateNan.ALL)
     b_scaled = tl.minimum(b_scaled, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return round_to_e4m3(b_scaled, HARDWARE_CASTS), b_exponent
@@ -97,7 +99,7 @@ def store_chunk(
     """Write channels ``FIRST .. FIRST+C-1`` of rows, ``[E, C]`` fp32, at rows ``b_slot`` ``[E]`` (int64), where ``m_e``."""
     o_d = (FIRST + tl.arange(0, C))[None, :]
     m_e = m_e[:, None]
-    b_slot = b_slot[:, None]
+    b_slot = b_slot[:, None]  # [E, 1]
     if FORMAT.kind == "plain":
         if p_pool.dtype.element_ty == tl.float32:
             tl.store(p_pool + b_slot * D + o_d, b_x, mask=m_e)
@@ -158,7 +160,7 @@ def decode_rows(p_pool, b_slot, m_r, p_row, FORMAT: tl.constexpr, D: tl.constexp
     b_exponent = tl.load(p_scale[:, None] + o_i[None, :], mask=m_nope, other=127)
     b_rope = tl.load(p_rope[:, None] + o_r, mask=m_r[:, None], other=0.0)
     b_factor = (b_exponent.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
-    b_x = e4m3_to_fp32(b_byte, CASTS) * b_factor[:, :, None]
+    b_x = e4m3_to_fp32(b_byte, CASTS) * b_factor[:, :, None]  # [R, TILES, tile]
     p_x = p_row[:, None, None] + o_x[None, :, :]
     tl.store(p_x, round_to_bf16(b_x, CASTS), mask=m_nope[:, :, None])
     tl.store(p_row[:, None] + FORMAT.nope_dim + o_r, b_rope, mask=m_r[:, None])

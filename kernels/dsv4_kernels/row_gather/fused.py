@@ -28,7 +28,7 @@ def row_gather_kernel(
 ):
     """``BC`` rows of one list."""
     i_t = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
     b_position = tl.load(p_positions + i_t)
     b_length = tl.minimum(b_position + 1, WINDOW)
     if RATIO > 0:

@@ -21,5 +21,5 @@ def naive_row_gather(
         rows (torch.Tensor): ``[T * W, D]``. Written at row ``t * W + c`` for every ``c < lengths[t]``; rounded to nearest even.
             An e4m3 value times a power of two is exact in bf16.
     """
-    used = torch.arange(lists.shape[1], device=lists.device) < lengths.unsqueeze(1)
+    used = torch.arange(lists.shape[1], device=lists.device) < lengths.unsqueeze(1)  # [T, W]
     rows[used.flatten()] = naive_load_rows(pool, lists[used].long(), pool_format).to(rows.dtype)

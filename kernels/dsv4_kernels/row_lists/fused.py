@@ -34,7 +34,7 @@ def row_lists_kernel(
 ):
     """``BC`` columns of one query's list. ``ENTRIES``: 0 leaves them, 1 lists every visible one, 2 the selected ones."""
     i_t = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
     b_position = tl.load(p_positions + i_t)
     b_row = tl.load(p_token_rows + i_t)
     b_window = tl.minimum(b_position + 1, WINDOW)
@@ -51,7 +51,7 @@ def row_lists_kernel(
     if ENTRIES == 2:
         b_slot = tl.load(p_selected + i_t * selected_stride + o_c, mask=m_entry, other=0)
         tl.store(p_list, b_slot.to(tl.int32), mask=m_entry)
-    o_w = o_c - b_entries
+    o_w = o_c - b_entries  # [BC], place in the window
     m_window = (o_w >= 0) & (o_w < b_window)
     if WRITE_WINDOW:
         b_reached = b_position + 1 - b_window + o_w

@@ -54,8 +54,8 @@ def sink_rope_kernel(
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)[:, None]  # [BH, 1]
     m_h = o_h < num_heads
-    o_d = tl.arange(0, D)[None, :]
-    o_r = tl.arange(0, RB)[None, :]
+    o_d = tl.arange(0, D)[None, :]  # [1, D]
+    o_r = tl.arange(0, RB)[None, :]  # [1, RB]
     m_d = m_h & (o_d < D - R)
     m_r = m_h & (o_r < R)
     # Strides are multiples of D, a constant, which lets the compiler load 16 bytes at once.
@@ -81,7 +81,7 @@ def sink_rope_kernel(
                 m_j = m_h & (i_j + j < b_count)
                 b_piece = zero_like(b_lane) + i_j + j
                 b_slot = 2 * (b_lane + b_piece) + (b_piece == 0).to(tl.int32)
-                o_row = b_slot.to(tl.int64) * num_heads + o_h
+                o_row = b_slot.to(tl.int64) * num_heads + o_h  # [BH, 1]
                 b_part = tl.load(splits.partial_lse + o_row, mask=m_j, other=float("-inf"))
                 b_new = tl.maximum(b_top, b_part)
                 b_scale = tl.exp2(b_top - b_new)
@@ -108,7 +108,7 @@ def sink_rope_kernel(
         m_p = (o_p < R // 2) & (b_position >= 0)
         b_cos = tl.load(p_cos_sin + b_position * R + o_p, mask=m_p, other=1.0)[None, :]
         b_sin = tl.load(p_cos_sin + b_position * R + R // 2 + o_p, mask=m_p, other=0.0)[None, :]
-        b_even, b_odd = tl.split(tl.reshape(b_pair, [BH, RB // 2, 2]))
+        b_even, b_odd = tl.split(tl.reshape(b_pair, [BH, RB // 2, 2]))  # [BH, RB/2]
         b_pair = tl.join(b_even * b_cos + b_odd * b_sin, b_odd * b_cos - b_even * b_sin)
         _store(p_head + (D - R) + o_r, tl.reshape(b_pair, [BH, RB]), m_r, CASTS)
     if WHOLE:

@@ -33,7 +33,7 @@ def plan_requests(given, out, p_first_tokens, num_requests, BR: tl.constexpr):
     """Lengths, state slots and first tokens of every request."""
     before = zero_like(num_requests)
     for first in range(0, num_requests, BR):
-        o_r = first + tl.arange(0, BR)
+        o_r = first + tl.arange(0, BR)  # [BR]
         m_r = o_r < num_requests
         b_new = tl.load(given.extend_lens + o_r, mask=m_r, other=0).to(tl.int32)
         b_seq = tl.load(given.seq_lens + o_r, mask=m_r, other=0).to(tl.int64)
@@ -49,13 +49,13 @@ def plan_requests(given, out, p_first_tokens, num_requests, BR: tl.constexpr):
 @triton.jit
 def plan_tokens(given, out, block, num_requests, num_tokens, BT: tl.constexpr, BR: tl.constexpr):
     """Positions and rows of ``BT`` tokens."""
-    o_t = block * BT + tl.arange(0, BT)
+    o_t = block * BT + tl.arange(0, BT)  # [BT]
     m_t = o_t < num_tokens
     b_row = tl.zeros([BT], tl.int32)
     b_first = tl.zeros([BT], tl.int32)
     before = zero_like(num_requests)
     for first in range(0, num_requests, BR):
-        o_r = first + tl.arange(0, BR)
+        o_r = first + tl.arange(0, BR)  # [BR]
         m_r = o_r < num_requests
         b_new = tl.load(given.extend_lens + o_r, mask=m_r, other=0).to(tl.int32)
         b_end = (before + tl.cumsum(b_new, axis=0))[None, :]
@@ -77,7 +77,7 @@ def plan_pages(given, out, row, block, num_pages, slot_stride, page_stride, PAGE
     used = tl.cdiv(tl.load(given.seq_lens + row), PAGE).to(tl.int32)
     used = tl.where(tl.load(given.extend_lens + row) > 0, tl.minimum(used, num_pages), 0)
     if block * BP < used:
-        o_p = block * BP + tl.arange(0, BP)
+        o_p = block * BP + tl.arange(0, BP)  # [BP]
         m_p = o_p < used
         p_slots = given.token_slots + tl.load(given.request_rows + row).to(tl.int64) * slot_stride
         b_slot = tl.load(p_slots + o_p * PAGE, mask=m_p, other=0).to(tl.int64)

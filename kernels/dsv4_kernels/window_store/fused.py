@@ -33,7 +33,7 @@ def window_store_kernel(
     CASTS: tl.constexpr,
 ):
     """``E`` tokens per program; a token of position -1 is padding."""
-    o_t = tl.program_id(0) * E + tl.arange(0, E)
+    o_t = tl.program_id(0) * E + tl.arange(0, E)  # [E]
     m_t = o_t < num_tokens
     b_position = tl.load(p_positions + o_t, mask=m_t, other=-1)
     b_row = tl.load(p_token_rows + o_t, mask=m_t, other=0)
