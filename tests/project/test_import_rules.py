@@ -171,6 +171,12 @@ def test_no_rule_is_broken(package):
     assert faults(package) == []
 
 
+def test_no_files_import_each_other_in_a_circle():
+    graph = imports_of_files(ROOT)
+    assert len(graph) > 150 and graph["sglang_dsv4.attention.choose"] > {"sglang_dsv4.attention.flashmla"}
+    assert circle(graph) == []
+
+
 def test_a_circle_is_found(tmp_path):
     """Of three files, one import in a function and one of a package; a fourth is only read by the type checker."""
     sources = {
