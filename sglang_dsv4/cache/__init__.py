@@ -4,7 +4,6 @@ from sglang_dsv4.cache.cache import CompressedKVCache
 from sglang_dsv4.cache.external import ExternalKVCache
 from sglang_dsv4.cache.layer import LayerCache
 from sglang_dsv4.cache.pages.request import Request, Snapshot
-from sglang_dsv4.cache.pages.tables import PageTables
 from sglang_dsv4.cache.persist.prune import prune_saved
 from sglang_dsv4.cache.plan import StepPlan
 from sglang_dsv4.cache.storage import Capacity
@@ -17,7 +16,6 @@ __all__ = [
     "ExternalKVCache",
     "LayerCache",
     "NormWeights",
-    "PageTables",
     "Request",
     "Snapshot",
     "StepPlan",

@@ -1,14 +1,21 @@
 """Which kernels a cache gets."""
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 
 from dsv4_kernels.device import is_interpreting
-from sglang_dsv4.cache.kernels import Kernels
 from sglang_dsv4.cache.storage import Capacity
 from sglang_dsv4.cache.torch_kernels import TorchKernels
 from sglang_dsv4.errors import UnsupportedError
 from sglang_dsv4.spec import CacheSpec
 
+if TYPE_CHECKING:
+    from sglang_dsv4.cache.triton_kernels import TritonKernels
+
+# The same methods, PyTorch anywhere and Triton on a GPU. The three parts of a layer may be written on three streams: the scratch
+# of each is used by no other.
+Kernels: TypeAlias = "TorchKernels | TritonKernels"
 KERNELS = ("auto", "torch", "triton")
 
 

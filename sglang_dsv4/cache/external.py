@@ -7,7 +7,6 @@ from sglang_dsv4.cache.choose_kernels import make_kernels
 from sglang_dsv4.cache.inspect.report import CacheReport, build_report
 from sglang_dsv4.cache.kernels import LayerMemory
 from sglang_dsv4.cache.layer import LayerCache
-from sglang_dsv4.cache.pages.tables import PageTables
 from sglang_dsv4.cache.plan import StepPlan
 from sglang_dsv4.cache.storage import CacheStorage, Capacity
 from sglang_dsv4.errors import StalePlanError
@@ -63,33 +62,8 @@ class ExternalKVCache:
         )
 
     def plan(self, step: StepTensors) -> StepPlan:
-        """The plan of a step whose tensors are filled, or will be before its layers run."""
+        """The plan of a step whose tensors are filled, or will be before its layers run; its page tables are the owner's."""
         return StepPlan(step=step, window=self.spec.window, owner=self._steps)
-
-    def plan_tables(
-        self,
-        *,
-        positions: torch.Tensor,
-        token_rows: torch.Tensor,
-        seq_lens: torch.Tensor,
-        extend_lens: torch.Tensor,
-        state_slots: torch.Tensor,
-        tables: PageTables,
-    ) -> StepPlan:
-        """`plan` of a step in its parts, of any integer dtype; `dsv4_kernels.step.StepTensors` says what they are."""
-        return self.plan(
-            StepTensors(
-                positions=positions.long(),
-                token_rows=token_rows.long(),
-                seq_lens=seq_lens.long(),
-                extend_lens=extend_lens.long(),
-                state_slots=state_slots.long(),
-                history_pages=tables.history,
-                window_pages=tables.window,
-                page_tokens=self.spec.page_tokens,
-                num_window_rows=self.storage.num_window_rows,
-            )
-        )
 
     def report(self) -> CacheReport:
         """Where the bytes are; equal to what is really allocated."""

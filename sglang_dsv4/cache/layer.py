@@ -8,7 +8,8 @@ import torch
 from dsv4_kernels.layout import RowFormat
 from dsv4_kernels.step import StepTensors
 from dsv4_kernels.streams import CSA_PARTS, HCA_PARTS
-from sglang_dsv4.cache.kernels import Kernels, LayerMemory
+from sglang_dsv4.cache.choose_kernels import Kernels
+from sglang_dsv4.cache.kernels import LayerMemory
 from sglang_dsv4.cache.plan import StepPlan
 from sglang_dsv4.cache.regions import Part
 from sglang_dsv4.cache.weights import FLOATS, CompressorWeights, NormWeights, check_eps, check_tensor

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 
 from dsv4_kernels.sparse_attention.bound import exact, worst
+from dsv4_kernels.step import StepTensors
 from sglang_dsv4.attention import EagerAttention, FixedShape, device, row_list_kinds
-from sglang_dsv4.cache import Capacity, ExternalKVCache, PageTables
+from sglang_dsv4.cache import Capacity, ExternalKVCache
 from sglang_dsv4.check.attention_work import AttentionCase, AttentionWork, fill
 from sglang_dsv4.errors import UnsupportedError
 from tests.attention import flashinfer_model
@@ -132,13 +133,18 @@ def check_all_kinds_share_a_workspace():
     table = torch.arange(8).view(2, 4)
     attention = FLASHINFER.FlashInferAttention(cache, 4, fixed=FixedShape(3, 1024))
     for positions in ([5, 700, -1], [900, 255, 3]):
-        plan = cache.plan_tables(
-            positions=torch.tensor(positions),
-            token_rows=torch.tensor([0, 1, 0]),
-            seq_lens=torch.tensor([901, 701]),
-            extend_lens=torch.tensor([2, 1]),
-            state_slots=torch.tensor([0, 1]),
-            tables=PageTables(history=table, window=table),
+        plan = cache.plan(
+            StepTensors(
+                positions=torch.tensor(positions),
+                token_rows=torch.tensor([0, 1, 0]),
+                seq_lens=torch.tensor([901, 701]),
+                extend_lens=torch.tensor([2, 1]),
+                state_slots=torch.tensor([0, 1]),
+                history_pages=table,
+                window_pages=table,
+                page_tokens=cache.spec.page_tokens,
+                num_window_rows=cache.storage.num_window_rows,
+            )
         )
         attention.begin(plan)
         eager = EagerAttention(cache)

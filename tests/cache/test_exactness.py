@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalKVCache, PageTables
+from dsv4_kernels.step import StepTensors
+from sglang_dsv4.cache import Capacity, CompressedKVCache, ExternalKVCache
 from sglang_dsv4.cache.regions import Kind
 from tests.cache.driver import FORMATS, append_all, feed, make_spec, random_sequence, reachable_bytes, table_bytes
 
@@ -107,13 +108,18 @@ def test_after_a_prefix_hit(case, seed):
 
     def run(inputs, slot, begin, end, table):
         history = torch.tensor([table])
-        plan = cache.plan_tables(
-            positions=torch.arange(begin, end),
-            token_rows=torch.zeros(end - begin, dtype=torch.int64),
-            seq_lens=torch.tensor([end]),
-            extend_lens=torch.tensor([end - begin]),
-            state_slots=torch.tensor([slot]),
-            tables=PageTables(history, history),
+        plan = cache.plan(
+            StepTensors(
+                positions=torch.arange(begin, end),
+                token_rows=torch.zeros(end - begin, dtype=torch.int64),
+                seq_lens=torch.tensor([end]),
+                extend_lens=torch.tensor([end - begin]),
+                state_slots=torch.tensor([slot]),
+                history_pages=history,
+                window_pages=history,
+                page_tokens=cache.spec.page_tokens,
+                num_window_rows=cache.storage.num_window_rows,
+            )
         )
         append_all(cache, plan, [(inputs, begin, end)])
 
@@ -140,13 +146,18 @@ def test_without_boundary_state_the_first_entry_after_a_hit_is_wrong(case):
 
     def run(slot, begin, end):
         table = torch.tensor([[0, 1, 2, 3]])
-        plan = cache.plan_tables(
-            positions=torch.arange(begin, end),
-            token_rows=torch.zeros(end - begin, dtype=torch.int64),
-            seq_lens=torch.tensor([end]),
-            extend_lens=torch.tensor([end - begin]),
-            state_slots=torch.tensor([slot]),
-            tables=PageTables(table, table),
+        plan = cache.plan(
+            StepTensors(
+                positions=torch.arange(begin, end),
+                token_rows=torch.zeros(end - begin, dtype=torch.int64),
+                seq_lens=torch.tensor([end]),
+                extend_lens=torch.tensor([end - begin]),
+                state_slots=torch.tensor([slot]),
+                history_pages=table,
+                window_pages=table,
+                page_tokens=cache.spec.page_tokens,
+                num_window_rows=cache.storage.num_window_rows,
+            )
         )
         append_all(cache, plan, [(sequence, begin, end)])
 

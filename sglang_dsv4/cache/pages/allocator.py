@@ -58,15 +58,11 @@ class PageAllocator:
     """The cache's own owner: free lists of history pages, window pages and state slots."""
 
     def __init__(self, capacity: Capacity, table: RegionTable) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._table = table
         self.history = FreeList("history pages", capacity.history_pages)
         self.window = FreeList("window pages", capacity.window_pages)
         self.slots = FreeList("state slots", capacity.state_slots)
-
-    @property
-    def capacity(self) -> Capacity:
-        return self._capacity
 
     def pool(self, owner: Owner) -> FreeList:
         """The free list of a kind of page, or of state slots."""
