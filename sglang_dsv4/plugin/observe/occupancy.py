@@ -19,15 +19,11 @@ def pool_usage(scheduler: Any, page_tokens: int) -> dict[str, dict[str, int]]:
     """
     stats = scheduler.pool_stats_observer.get_pool_stats()
     slots = scheduler.req_to_token_pool
+    free = slots.available_size()
     return {
         "history_pages": _pages(stats.full_available_size, stats.full_evictable_size, stats.full_num_used, page_tokens),
         "window_pages": _pages(stats.swa_available_size, stats.swa_evictable_size, stats.swa_num_used, page_tokens),
-        "request_slots": {
-            "total": slots.size,
-            "free": slots.available_size(),
-            "cached": 0,
-            "used": slots.size - slots.available_size(),
-        },
+        "request_slots": {"total": slots.size, "free": free, "cached": 0, "used": slots.size - free},
     }
 
 
@@ -42,9 +38,5 @@ def process_bytes(device: torch.device) -> dict[str, int]:
 def _pages(free: int, cached: int, used: int, page_tokens: int) -> dict[str, int]:
     """Tokens as pages; what is used is rounded away from 0."""
     in_use = -(-abs(used) // page_tokens) * (1 if used >= 0 else -1)
-    return {
-        "total": (free + cached + used) // page_tokens,
-        "free": free // page_tokens,
-        "cached": cached // page_tokens,
-        "used": in_use,
-    }
+    sizes = {"total": free + cached + used, "free": free, "cached": cached}
+    return {**{name: size // page_tokens for name, size in sizes.items()}, "used": in_use}

@@ -87,10 +87,5 @@ def shape_of(spec: CacheSpec, model_config: Any, state_slots: int, device: str) 
         state_slots (int): requests, and one that pads batches.
         device (str): where the pool will be.
     """
-    return PoolShape(
-        spec=spec,
-        max_seq_len=model_config.context_len,
-        state_slots=state_slots,
-        index_heads=model_config.hf_config.index_n_heads,
-        on_gpu=torch.device(device).type == "cuda",
-    )
+    heads = model_config.hf_config.index_n_heads
+    return PoolShape(spec, model_config.context_len, state_slots, heads, on_gpu=torch.device(device).type == "cuda")
