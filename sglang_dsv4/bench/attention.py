@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -30,27 +29,25 @@ _FLASHINFER = "sglang_dsv4.attention.flashinfer"
 PEERS = (_FLASHINFER, peer_flashmla.MODULE)
 
 
+def decode(kind: str, context: int, heads: int, topk: int, batch: int) -> AttentionCase:
+    """One new token of each request."""
+    return AttentionCase(kind, (context - 1,) * batch, (1,) * batch, heads, topk)
+
+
 def cases(quick: bool) -> list[tuple[AttentionCase, str]]:
     """What is measured: a case and a row format."""
 
-    def decode(kind: str, context: int, heads: int, topk: int, batch: int) -> AttentionCase:
-        return AttentionCase(kind, (context - 1,) * batch, (1,) * batch, heads, topk)
-
-    def decodes(kind: str, context: int, heads: int, topk: int = 512, formats: str = "bf16") -> list[tuple[AttentionCase, str]]:
+    def decodes(*table: tuple[str, int, int, int, str]) -> list[tuple[AttentionCase, str]]:
         batches = (8, 128) if quick else BATCHES
-        return [(decode(kind, context, heads, topk, batch), name) for batch in batches for name in formats.split()]
+        return [(decode(*row, batch), name) for *row, formats in table for batch in batches for name in formats.split()]
 
+    lengths = (2048,) if quick else (512, 2048, 8192, 16384)
     found = [
-        *decodes("csa", 8192, 64, formats="bf16 fp8_584"),
-        *decodes("window", 8192, 64),
-        *decodes("hca", 131072, 64, formats="bf16 fp8_584"),
-        *(
-            (AttentionCase(kind, (0,), (tokens,)), "bf16")
-            for tokens in ((2048,) if quick else (512, 2048, 8192, 16384))
-            for kind in RATIOS
+        *decodes(
+            ("csa", 8192, 64, 512, "bf16 fp8_584"), ("window", 8192, 64, 512, "bf16"), ("hca", 131072, 64, 512, "bf16 fp8_584")
         ),
-        *decodes("csa", 8192, 128, 1024),
-        *decodes("hca", 8192, 64),
+        *((AttentionCase(kind, (0,), (tokens,)), "bf16") for tokens in lengths for kind in RATIOS),
+        *decodes(("csa", 8192, 128, 1024, "bf16"), ("hca", 8192, 64, 512, "bf16")),
     ]
     if quick:
         return found
@@ -62,9 +59,7 @@ def cases(quick: bool) -> list[tuple[AttentionCase, str]]:
         *((decode("hca", 1 << 20, 64, 512, batch), "bf16") for batch in (1, 8, 64)),
         (AttentionCase("hca", (1 << 20,), (1024,)), "bf16"),
         *((AttentionCase("csa", (32768,), (2048,)), row_format) for row_format in ("bf16", "fp8_584")),
-        *decodes("window", 8192, 128),
-        *decodes("hca", 131072, 128),
-        *decodes("csa", 8192, 64, 1024),
+        *decodes(("window", 8192, 128, 512, "bf16"), ("hca", 131072, 128, 512, "bf16"), ("csa", 8192, 64, 1024, "bf16")),
     ]
 
 
@@ -222,4 +217,5 @@ def attend(case: AttentionCase, row_format: str, device: torch.device) -> Iterat
 
 def jobs(quick: bool, device: torch.device) -> Iterator[Named]:
     """All cases."""
-    yield from starmap(lambda case, fmt: (f"{case.name} {fmt}", partial(attend, case, fmt, device)), cases(quick))
+    for case, row_format in cases(quick):
+        yield f"{case.name} {row_format}", partial(attend, case, row_format, device)

@@ -118,7 +118,7 @@ def make_flush_work(
 
     Args:
         case (Case): the step.
-        layer (str): ``"csa"`` (both compressors), ``"csa-main"``, ``"csa-index"`` or ``"hca"``.
+        layer (str): ``"csa"`` (both compressors), ``"csa-main"`` or ``"hca"``.
         row_format (str): of `ROW_FORMATS`; index keys take the matching one.
         dtype (torch.dtype): of the new tokens' rows.
         step (StepTensors): of `make_step`.
@@ -147,7 +147,7 @@ def make_flush_work(
             boundary = random_rows((num_pages, ratio, 2, dim), torch.float32, device)
         return CsaFlush(kv_score, streams, boundary, zero_pool(fmt, first + step.num_window_rows // ratio, device), fmt, params)
 
-    names = {"csa": ("main", "index"), "csa-index": ("index",)}.get(layer, ("main",))
+    names = ("main", "index") if layer == "csa" else ("main",)
     return FlushWork(step, ratio, {n: part(HEAD_DIM if n == "main" else INDEX_DIM, formats[n]) for n in names})
 
 
