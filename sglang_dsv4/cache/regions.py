@@ -1,7 +1,7 @@
 """The one table of what a layer holds, and of what a sequence needs of it.
 
 A `Region` is one kind of row of one layer: where its rows lie, and which of them the next token of a sequence reads. Storage,
-report, copy-on-write, undo, save and load, checksums and integrity iterate over the table; none of them knows a kind by name.
+report, copy-on-write, undo, save and load, checksums and integrity iterate over the table; none of them has a rule of its own.
 A new kind of row is one `Kind`, one entry of `layer_regions` and its rule in `Region.written` and `Region.reads`.
 
 Rows of a region are numbered within the sequence by an *index*: a position for window rows, stream rows and accumulators, an
@@ -90,7 +90,7 @@ class Region:
 
     @property
     def places(self) -> tuple[Kind, int]:
-        """Regions in which equal indices have equal row numbers have this in common."""
+        """Regions with equal places number their rows alike: in one sequence, an index has the same row number in all of them."""
         return self.kind, self.ratio
 
     def written(self, seq_len: int) -> int:
@@ -107,7 +107,7 @@ class Region:
     def reads(self, seq_len: int) -> range:
         """Indices that the tokens after the first ``seq_len`` read, or that later state is completed from.
 
-        A query attends to the ``window - 1`` rows before its own, and to every closed block's entry [spec: WIN, CSA, HCA]. The
+        A query attends to the ``window - 1`` rows before its own, and to every closed block's entry [ATTN-27]. The
         block that is open is pooled from its own stream rows and the b-stream of the block before it [CSA-9..12]; where that
         one ended a page, its b-stream comes from the page's boundary rows and nothing from the ring. An open HCA block goes on
         from the accumulator of its last token [HCA-20..23].
@@ -179,16 +179,11 @@ class SequenceBatch:
 
         Rows of a page stay, and another sequence with these tokens may read them; of a ring only what the sequence needs.
         """
-        new = [
-            range(region.written(begin), region.written(length)) for begin, length in zip(begins, self.seq_lens, strict=True)
-        ]
-        ranges: list[Ranges] = [(written,) for written in new]
-        if region.owner is Owner.STATE_SLOT:
-            needs = (region.needed(*lengths) for lengths in zip(self.seq_lens, self.min_lens, strict=True))
-            ranges = [
-                _union(range(max(r.start, written.start), r.stop) for r in need)
-                for need, written in zip(needs, new, strict=True)
-            ]
+        ranges = []
+        for begin, seq_len, min_len in zip(begins, self.seq_lens, self.min_lens, strict=True):
+            new = range(region.written(begin), region.written(seq_len))
+            there = region.needed(seq_len, min_len) if region.owner is Owner.STATE_SLOT else (new,)
+            ranges.append(_union(range(max(r.start, new.start), r.stop) for r in there))
         return region.rows_of(self, ranges)
 
 

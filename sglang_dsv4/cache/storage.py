@@ -6,7 +6,7 @@ import torch
 
 from dsv4_kernels.memory import empty
 from dsv4_kernels.norm_rope import RopeSpec, rope_table
-from dsv4_kernels.row_codec import naive_copy_rows, naive_load_rows, naive_put_row_bytes, naive_row_bytes
+from dsv4_kernels.row_codec import naive_load_rows, naive_put_row_bytes, naive_row_bytes
 from sglang_dsv4.cache.regions import Kind, Owner, Part, Region, RegionTable
 from sglang_dsv4.spec import CacheSpec
 
@@ -90,10 +90,7 @@ class StoredRegion:
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> int:
         """Copy rows within the region; returns how many bytes."""
-        if self.region.row_format is None:
-            self.write(targets, self.read(sources))
-        else:
-            naive_copy_rows(self.tensor, self.first_row + sources, self.first_row + targets, self.region.row_format)
+        self.write(targets, self.read(sources))
         return len(sources) * self.region.row_bytes
 
     @staticmethod

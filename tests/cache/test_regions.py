@@ -178,6 +178,7 @@ def test_a_fork_keeps_what_a_roll_back_behind_it_reads():
     twin = cache.fork(request)
     text.append(cache, twin, tokens, words(1, 5))
     cache.truncate(twin, 446)
+    assert reachable_bytes(cache, twin) == text.expected(cache, tokens[:446])
     both = text.append(cache, twin, tokens[:446], words(9, 6))
     assert reachable_bytes(cache, twin) == text.expected(cache, both)
 

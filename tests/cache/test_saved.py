@@ -206,7 +206,7 @@ DAMAGES = {
         lambda p: edit(p, state=json.loads(p.read_text())["history"][0]),
         "tensor layer.1.entry.main: expected none, got",
     ),
-    "missing page": (lambda p: blobs(p.parent)[1].unlink(), "page missing: expected"),
+    "missing page": (lambda p: blobs(p.parent)[1].unlink(), "expected a page, found no such file"),
     "cut page": (lambda p: blobs(p.parent)[1].write_bytes(blobs(p.parent)[1].read_bytes()[:50]), "is damaged"),
     "flipped bit": (lambda p: flip(blobs(p.parent)[2], -3), "is damaged: tensor layer"),
     "flipped header": (lambda p: flip(blobs(p.parent)[2], 20), "is damaged"),

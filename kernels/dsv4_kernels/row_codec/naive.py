@@ -100,21 +100,6 @@ def naive_load_rows(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> 
     return data.view(torch.float8_e4m3fn).float() * scale
 
 
-def naive_copy_rows(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, fmt: RowFormat) -> None:
-    """Copy stored rows, byte for byte.
-
-    Args:
-        pool (torch.Tensor): as in `naive_store_rows`. Written at ``targets``.
-        sources (torch.Tensor): ``[N]`` int64 row numbers.
-        targets (torch.Tensor): ``[N]`` int64 row numbers, distinct, none of them a source.
-        fmt (RowFormat): the pool's format.
-    """
-    if fmt.group_rows == 1:
-        pool[targets] = pool[sources]
-    else:
-        _store_grouped(pool, targets, *_load_grouped(pool, sources, fmt), fmt)
-
-
 def naive_row_bytes(pool: torch.Tensor, slots: torch.Tensor, fmt: RowFormat) -> torch.Tensor:
     """Stored rows as bytes: ``[N, fmt.row_bytes]`` uint8, data, then scales."""
     if fmt.group_rows == 1:

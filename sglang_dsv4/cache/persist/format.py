@@ -146,8 +146,6 @@ class BlobReader:
         target = self._path.parent / BLOB_FOLDER / f"{name}.safetensors"
         try:
             stored = read_file(target)
-        except FileNotFoundError as error:
-            raise SavedFileError(f"{self._path}: page missing: expected {target}") from error
         except OSError as error:
             raise SavedFileError(f"{self._path}: {target}: expected a page, {error}") from error
         if hashlib.sha256(stored).hexdigest() != name:

@@ -57,8 +57,6 @@ class Manifest:
         """
         try:
             content = read_file(path)
-        except FileNotFoundError as error:
-            raise SavedFileError(f"{path}: expected a saved sequence, found no such file") from error
         except OSError as error:
             raise SavedFileError(f"{path}: expected a saved sequence, {error}") from error
         found = cls.parse(path, content)
@@ -87,7 +85,7 @@ class Manifest:
                 "another version of sglang-dsv4 wrote it"
             )
         if checksum != expected:
-            raise SavedFileError(f"{path}: damaged, its checksum does not match what was expected")
+            raise SavedFileError(f"{path}: damaged, its checksum does not match")
         for name, (kind, fits) in _FIELDS.items():
             if name not in body:
                 raise SavedFileError(f"{path}: expected a field {name!r}, found none")
@@ -104,10 +102,11 @@ def read_file(path: Path) -> bytes:
     """A file's bytes. A pipe in its place is not waited for.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: it is missing, is no regular file, or cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(f"found {'a folder' if path.is_dir() else 'no regular file'}")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+        raise OSError(f"found {kind}")
     return path.read_bytes()
 
 
