@@ -96,7 +96,7 @@ def load_spec(checkpoint: str | Path, **options: Any) -> CacheSpec:
     """
     if not isinstance(checkpoint, (str, Path)):
         raise TypeError(f"checkpoint: expected a folder or a name, got {checkpoint!r}")
-    path, name = Path(checkpoint).expanduser(), str(checkpoint)
+    path, name = Path(checkpoint), str(checkpoint)
     if not path.exists() and (name.count("/") != 1 or name.startswith((".", "~", os.sep))):
         raise UnsupportedError(
             f"{name}: expected a folder with a config.json, or a name such as owner/model; found no such folder"

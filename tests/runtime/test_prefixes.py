@@ -153,3 +153,7 @@ def test_the_tree_finds_every_beginning_and_keeps_no_empty_node():
     for entry in reversed(entries):
         tree.remove(entry)
     assert next(tree.path([1, 2, 3, 4])).is_empty()
+    deep = Entry(tree.grow([1] * 12), None, None, None)  # nothing is kept of the two prefixes that lead to it
+    tree.add(deep)
+    tree.remove(deep)
+    assert next(tree.path([1])).is_empty()
