@@ -10,7 +10,7 @@ from sglang_dsv4.cache.pages.requests import Requests
 from sglang_dsv4.cache.pages.tables import NULL_PAGE
 from sglang_dsv4.cache.persist.format import BlobReader, BlobWriter
 from sglang_dsv4.cache.persist.manifest import Manifest, is_text_by_name
-from sglang_dsv4.cache.persist.rows import Tensors, Transfer, shapes_of
+from sglang_dsv4.cache.persist.rows import Transfer, shapes_of
 from sglang_dsv4.cache.regions import Owner, RegionTable
 from sglang_dsv4.errors import SavedFileError
 from sglang_dsv4.spec import CacheSpec
@@ -53,15 +53,13 @@ def load_request(spec: CacheSpec, requests: Requests, transfer: Transfer, path: 
     table, seq_len, min_len = RegionTable(spec), manifest.seq_len, manifest.min_len
     _check_lengths(manifest, spec, table, path)
     reader = BlobReader(path, manifest)
-
-    def read(name: str, owner: Owner, page: int = 0) -> Tensors:
-        return reader.read(name, shapes_of(table, owner, seq_len, min_len, page))
-
-    pieces = [(Owner.HISTORY_PAGE, index, read(name, Owner.HISTORY_PAGE, index)) for index, name in enumerate(manifest.history)]
-    pieces += [
-        (Owner.WINDOW_PAGE, index, read(name, Owner.WINDOW_PAGE, index)) for index, name in enumerate(manifest.window) if name
+    names = {Owner.HISTORY_PAGE: manifest.history, Owner.WINDOW_PAGE: manifest.window, Owner.STATE_SLOT: [manifest.state]}
+    pieces = [
+        (owner, page, reader.read(name, shapes_of(table, owner, seq_len, min_len, page)))
+        for owner, blobs in names.items()
+        for page, name in enumerate(blobs)
+        if name
     ]
-    pieces.append((Owner.STATE_SLOT, 0, read(manifest.state, Owner.STATE_SLOT)))
     request = requests.adopt(seq_len, min_len)
     finished = False
     try:
