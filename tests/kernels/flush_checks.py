@@ -38,19 +38,22 @@ def _kept_accumulators(world, accumulators):
     return kept
 
 
-def faults_against_naive(world, schedule, *, before=(), wrong=0.0, **options):
+def faults_against_naive(world, schedule, *, before=(), hit=False, wrong=0.0, **options):
     """Run a schedule by the kernel and by the reference; what differs by more than rounding, by name.
 
     Args:
         world: of fp32 rows.
         schedule: steps; they get some padding tokens and requests.
         before: steps that the reference runs for both.
+        hit: the request starts at a page after a prefix hit, so its stream rows are not those of the steps before.
         wrong: added to one channel of the reference's inputs.
         options: of the kernel's launcher.
     """
     theirs = world.fresh_state()
     for items in before:
         world.run_naive(theirs, *world.step(items))
+    if hit:
+        theirs |= {name: torch.full_like(theirs[name], float("nan")) for name in theirs if name.endswith("streams")}
     ours = {name: tensor.clone() for name, tensor in theirs.items()}
     for number, items in enumerate(schedule):
         step, given = world.step(items, pad_tokens=number % 3, pad_requests=number % 2)

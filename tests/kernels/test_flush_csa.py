@@ -34,6 +34,9 @@ def check_small(device="cpu"):
     ):
         found = faults_against_naive(world, schedule, before=before)
         assert not found, (schedule, found)
+    for schedule in ([[(0, 128, 1)], [(0, 129, 3)]], [[(0, 128, 5)]]):
+        found = faults_against_naive(world, schedule, before=[[(0, 0, 128)]], hit=True)
+        assert not found, (schedule, found)
     found = faults_against_naive(world, [[(1, 6, 2)]], before=before, wrong=2.0**-7)
     assert len(found) >= 3, f"a wrong gate was not seen: {found}"
 
