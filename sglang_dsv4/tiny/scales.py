@@ -24,6 +24,6 @@ class Scales:
 
 
 # `sharp` is for arithmetic in fp32: attention is selective, and one wrong entry shows. In bf16 it multiplies rounding, too:
-# with fp8 rows, log-probabilities move by 0.3 as a rule, and next to no token is certain. `calm` is for servers that
+# with fp8 rows, log-probabilities typically move by 0.3, and hardly any token is certain. `calm` is for servers that
 # compute in bf16: a seventh of that, while a wrong page still moves them by twenty times as much as rounding does.
 SCALES = {"sharp": Scales(1.5, 2.5, 3.0, 2.0, 0.1), "calm": Scales(0.8, 0.8, 1.0, 3.5, 0.03)}

@@ -48,6 +48,13 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "build").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    arguments = [*COMPARE, "--ways", "foo", "--json", str(tmp_path / "x.json"), "--build-dir", str(tmp_path / "build")]
+    assert main(arguments) == 1
+    assert "expected a file in a folder that exists and can be written to" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_result_may_go_into_the_build_folder_that_is_yet_to_be_made(tmp_path, capsys):
     build = tmp_path / "build"
     arguments = ["--build-dir", str(build), "--json", str(build / "x.json"), "--ways", "foo"]

@@ -62,7 +62,7 @@ class Result:
 
 
 def find_exact(result: Result, runs: Runs, checkpoint: Path, count: int, device: str, say: Say) -> Spread:
-    """How far the reference is from exact arithmetic, from so many answers; and the judged backend, for comparison.
+    """How far the reference is from exact arithmetic, over ``count`` answers; and the judged backend, for comparison.
 
     Raises:
         ValueError: the reference's answers are not those of the checkpoint.
