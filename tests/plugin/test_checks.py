@@ -210,3 +210,14 @@ def test_the_digest_of_a_prefix_hit_is_that_of_a_cold_run(tmp_path):
     server.pool.cache.storage.layers[1].pool[row][7] += 1.0
     server.backend.checks.after(plan, lengths, ["r3"])
     assert digests["r3"][0] == 400 and digests["r3"] != cold
+
+
+def test_digests_of_the_last_requests_are_kept(tmp_path, monkeypatch):
+    from sglang_dsv4.plugin.observe import checks
+
+    monkeypatch.setattr(checks, "DIGESTS_KEPT", 2)
+    server, sequence = begin("step", tmp_path, length=8)
+    for slot in (2, 3):
+        server.assign(slot, [slot + 8])
+        server.step([(slot, sequence, 0, 8)])
+    assert list(server.backend.checks.digests) == ["r2", "r3"]

@@ -224,6 +224,10 @@ def test_what_a_step_and_an_idle_moment_change():
     }
     scheduler.stats.full_available_size += 512
     scheduler.stats.full_num_used -= 512
+    scheduler.is_fully_idle = lambda: False  # a prompt waits for its next chunk
+    before_idle(scheduler)
+    assert {key[0] for key, value in scraped(registry).items() if value != after[key]} == {"sglang_dsv4_pages"}
+    scheduler.is_fully_idle = lambda: True
     before_idle(scheduler)
     idle = scraped(registry)
     assert {key for key in idle if idle[key] != after[key]} == {
