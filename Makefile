@@ -6,7 +6,7 @@ ARGS ?=
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: help env demo stress test test-long test-soak lint docs stress-cache clean
+.PHONY: help env demo stress test test-long test-soak mutations lint docs stress-cache clean
 
 help:
 	@echo 'make demo    serve a tiny DeepSeek-V4 with SGLang and this cache on the CPU, and check every token'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test    lint, types and all tests but the long ones; ARGS="-k name" goes to pytest'
 	@echo 'make test-long      the tests that take minutes: kernels interpreted and compiled for SM80 to SM120, long walks, faults, slow starts'
 	@echo 'make test-soak      the longest: a server killed ten times in a row, `compare` and `bench serve` with servers of their own'
+	@echo 'make mutations  plant about 150 known faults, one at a time, and see a test of `make test` fail for each; ARGS=regions takes some'
 	@echo 'make stress-cache   over 20,000 random operations on the cache, checked after each'
 	@echo 'make docs    the documentation, as pages in build/docs; a dead link fails'
 	@echo 'make lint    ruff and mypy'
@@ -46,6 +47,10 @@ test-long: env
 
 test-soak: env
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak $(ARGS)
+
+# An hour for all of them: each runs the tests that notice it.
+mutations: env
+	.venv/bin/python tools/mutations.py $(ARGS)
 
 # Tables and picture in docs/ are written by docs/generate.py; the tests fail where they are out of date.
 docs: env

@@ -76,8 +76,8 @@ def test_values_are_those_of_the_torch_operations():
             assert pools[0][1].pages.history == pools[1][1].pages.history
             rows = history[entries // per_page] * per_page + entries % per_page
             rows = rows + pools[0][0].storage.num_window_rows
-            found = naive_load_rows(ours.storage.pool, rows, spec.rows)
-            expected = naive_load_rows(theirs.storage.pool, rows, spec.rows)
+            found = naive_load_rows(ours.pool, rows, spec.rows)
+            expected = naive_load_rows(theirs.pool, rows, spec.rows)
             bound = 2.0**-15 * expected.abs().amax(1, keepdim=True)
             assert ((found - expected).abs() <= bound).all()
             assert ((found - expected.roll(1, 0)).abs() > bound).any(), "another entry would pass"
