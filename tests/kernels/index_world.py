@@ -19,7 +19,7 @@ NOWHERE = 1 << 40
 REQUESTS = ((300, 1), (700, 5), (0, 3), (60, 9), (90, 0), (511, 1), (64, 20))
 K, HEADS = 16, 4
 # For a short run: a decode step, an extension over two ends of blocks, requests that see few entries or none.
-FEW = ((300, 1), (90, 9), (40, 2), (0, 3))
+FEW = ((300, 1), (66, 20), (40, 2), (0, 3))
 # Rows of `hard_scores`, and scores of each.
 HARD, LENGTH = 12, 704
 
