@@ -1,6 +1,7 @@
 """Make the CPU environment `.venv` of this checkout, or do nothing where it is already the one that is asked for.
 
-Run by `make env`. Needs nothing but Python's standard library. Where packages come from is pip's own configuration
+Run by `make env`. A version of SGLang as argument makes `.venv-<version>` as well: a layer over `.venv` that holds what differs.
+Needs nothing but Python's standard library. Where packages come from is pip's own configuration
 (`PIP_INDEX_URL`, `PIP_EXTRA_INDEX_URL`, pip.conf); the versions are in `constraints/`.
 """
 
@@ -25,6 +26,9 @@ STAMP = VENV / "stamp.json"
 LOG = VENV / "install.log"
 CONSTRAINTS = ROOT / "constraints"
 SHIMS = ROOT / "cpu-shims"
+
+# The SGLang of `.venv`; a file of `constraints/` has what goes with each version.
+DEFAULT = "0.5.17"
 
 PYTHONS = ((3, 11), (3, 12))
 # The finished environment takes 2.3 GB; pip unpacks and caches beside it.
@@ -121,11 +125,16 @@ def installed() -> int:
     return sum(1 for _ in VENV.glob("lib/python*/site-packages/*.dist-info"))
 
 
+def pins_of(version: str) -> Path:
+    """The file of what goes with one version of SGLang."""
+    return CONSTRAINTS / f"sglang-{version}.txt"
+
+
 def steps() -> list[list[str]]:
     """The arguments of each `pip install`, in order."""
     return [
-        ["-c", f"{CONSTRAINTS}/cpu.txt", "-r", f"{CONSTRAINTS}/requirements-cpu.txt"],
-        ["--no-deps", "-r", f"{CONSTRAINTS}/sglang-cpu.txt"],
+        ["-c", f"{CONSTRAINTS}/cpu.txt", "-c", str(pins_of(DEFAULT)), "-r", f"{CONSTRAINTS}/requirements-cpu.txt"],
+        ["--no-deps", "-r", str(pins_of(DEFAULT))],
         ["--no-deps", "--no-build-isolation", "--force-reinstall", str(SHIMS)],
         ["--no-deps", "--no-build-isolation", "-e", str(ROOT)],
     ]
@@ -218,7 +227,7 @@ def make_env() -> None:
             print(f"Making the environment {VENV}: one to two minutes and 2.3 GB, once.", flush=True)
             make_venv()
         STAMP.write_text("{}", encoding="utf-8")
-        pins = [CONSTRAINTS / "cpu.txt", CONSTRAINTS / "sglang-cpu.txt"]
+        pins = [CONSTRAINTS / "cpu.txt", pins_of(DEFAULT)]
         num_packages = sum(path.read_text(encoding="utf-8").count("==") for path in pins) + 2
         progress = Progress(2 * num_packages)
         collected = 0
@@ -233,10 +242,39 @@ def make_env() -> None:
         print(f"The environment is ready: {time.monotonic() - progress.start:.0f} s.", flush=True)
 
 
+def make_layer(version: str) -> None:
+    """Bring `.venv-<version>` to what `wanted` says: its own packages first on the path, then those of `.venv`.
+
+    The path to `.venv` is written last, so that pip has seen nothing of it and takes nothing there for its own.
+    """
+    if not pins_of(version).is_file():
+        known = sorted(path.stem.removeprefix("sglang-") for path in CONSTRAINTS.glob("sglang-*.txt"))
+        raise EnvError(f"SGLANG={version}: expected one of {', '.join(known)}")
+    layer = ROOT / f".venv-{version}"
+    stamp = layer / "stamp.json"
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == wanted():
+        return
+    print(f"Making the environment {layer}, over {VENV.name}: about half a minute.", flush=True)
+    shutil.rmtree(layer, ignore_errors=True)
+    pip = [str(PYTHON), "-I", "-m", "pip", "--python", str(layer / "bin" / "python"), "install", "--no-input", "--quiet"]
+    for command in (
+        [str(PYTHON), "-I", "-m", "venv", "--without-pip", str(layer)],
+        [*pip, "--disable-pip-version-check", "--no-deps", "-r", str(pins_of(version))],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EnvError(explain(done.stdout + done.stderr))
+    (base,), (site,) = (folder.glob("lib/python*/site-packages") for folder in (VENV, layer))
+    (site / "base.pth").write_text(f"import site; site.addsitedir({str(base)!r})\n", encoding="utf-8")
+    stamp.write_text(json.dumps(wanted()), encoding="utf-8")
+
+
 def main() -> int:
     """Make the environment; the exit status."""
     try:
         make_env()
+        if sys.argv[1:] not in ([], [DEFAULT]):
+            make_layer(sys.argv[1])
     except EnvError as error:
         print(f"make env: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ SPEC = TinySpec()
 # Loads a checkpoint with SGLang's own loader, without a server, and saves what the model holds. In a process of its own,
 # since SGLang's settings and process groups are global.
 LOAD = """
-import json, logging, sys
+import inspect, json, logging, sys
 import torch
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 checkpoint, out = sys.argv[1:]
@@ -32,7 +32,7 @@ init_distributed_environment(
     backend="gloo", world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{out}/group"
 )
 initialize_model_parallel()
-initialize_dp_attention(args, config)
+initialize_dp_attention(*(args, config)[-len(inspect.signature(initialize_dp_attention).parameters):])
 warnings = []
 class Keep(logging.Handler):
     def emit(self, record):

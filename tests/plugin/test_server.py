@@ -17,6 +17,7 @@ from sglang_dsv4.cache.sizing import ServerSize, size_of
 from sglang_dsv4.check.bound import comparison_bound
 from sglang_dsv4.check.oracle import Oracle
 from sglang_dsv4.check.server import active_line
+from sglang_dsv4.plugin.install import versions
 from sglang_dsv4.spec import CacheSpec
 from tests.plugin.serving import NEW_TOKENS, generate, post, prompt, read, request_body, serving
 
@@ -248,16 +249,18 @@ def test_the_server_proves_that_our_cache_runs(server, tiny):
 
 
 def test_metrics_move_by_what_the_schedule_says(server):
-    """Two layers of ratio 4, two of 128; a prompt of 515 tokens in chunks of 512, then nine steps that decode: eight for the
-    tokens of the answer, and one because SGLang's overlapped scheduler notices its end a step late."""
+    """Two layers of ratio 4, two of 128; a prompt of 515 tokens in chunks of 512, then eight steps that decode for the tokens of
+    the answer, and in SGLang's older version one more, because its overlapped scheduler notices the end a step late."""
+    late = versions.installed() is versions.SERVED[0]
     empty_cache(server)
     input_ids, start = prompt(515, salt=21), metrics_of(server)
     generate(server, input_ids)
-    # 524 tokens are stored: 131 blocks of 4, closed by the first chunk and after 516, 520 and 524 tokens, and 4 of 128.
+    # 523 tokens are stored, or 524: 130 blocks of 4, closed by the first chunk and after 516 and 520 tokens, or one more, and 4
+    # of 128.
     assert moved(server, start) == {
-        ("sglang_dsv4_entries_written_total", "4"): 2 * 131,
+        ("sglang_dsv4_entries_written_total", "4"): 2 * (130 + late),
         ("sglang_dsv4_entries_written_total", "128"): 2 * 4,
-        ("sglang_dsv4_flushes_total", "4"): 4,
+        ("sglang_dsv4_flushes_total", "4"): 3 + late,
         ("sglang_dsv4_flushes_total", "128"): 1,
         ("sglang_dsv4_boundary_states_restored_total", "chunk"): 1,
         ("sglang_dsv4_integrity_checks_total",): 1,
@@ -265,8 +268,8 @@ def test_metrics_move_by_what_the_schedule_says(server):
     cold = metrics_of(server)
     generate(server, input_ids)
     assert moved(server, cold) == {
-        ("sglang_dsv4_entries_written_total", "4"): 2 * 3,
-        ("sglang_dsv4_flushes_total", "4"): 3,
+        ("sglang_dsv4_entries_written_total", "4"): 2 * (2 + late),
+        ("sglang_dsv4_flushes_total", "4"): 2 + late,
         ("sglang_dsv4_prefix_tokens_total",): 512,
         ("sglang_dsv4_boundary_states_restored_total", "prefix_hit"): 1,
         ("sglang_dsv4_integrity_checks_total",): 1,

@@ -38,6 +38,7 @@ def make_ready(tool: ModuleType) -> None:
 
 def test_a_ready_environment_is_left_alone(tool, monkeypatch):
     make_ready(tool)
+    monkeypatch.setattr(sys, "argv", ["make_env.py"])
     monkeypatch.setattr(tool, "pip_install", None)
     assert tool.main() == 0
 
@@ -67,6 +68,32 @@ def test_a_wrong_python_is_named(tool, monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", Version(3, 9, 0))
     assert tool.main() == 1
     assert "needs Python 3.11 or 3.12, and" in capsys.readouterr().err
+
+
+def test_a_version_that_has_no_pins_is_named(tool, monkeypatch, capsys):
+    make_ready(tool)
+    for version in ("0.5.17", "0.5.23"):
+        tool.pins_of(version).touch()
+    tool.STAMP.write_text(json.dumps(tool.wanted()), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["make_env.py", "0.5.20"])
+    assert tool.main() == 1
+    assert "SGLANG=0.5.20: expected one of 0.5.17, 0.5.23" in capsys.readouterr().err
+
+
+def test_a_ready_layer_is_left_alone(tool, monkeypatch):
+    tool.pins_of("0.5.23").touch()
+    make_ready(tool)
+    monkeypatch.setattr(sys, "argv", ["make_env.py", "0.5.23"])
+    layer = tool.ROOT / ".venv-0.5.23"
+    layer.mkdir()
+    (layer / "stamp.json").write_text(json.dumps(tool.wanted()), encoding="utf-8")
+    monkeypatch.setattr(tool.subprocess, "run", None)
+    assert tool.main() == 0
+    # The twin: pins that have changed, and it would be made again.
+    tool.pins_of("0.5.23").write_text("sglang==0.5.23\n", encoding="utf-8")
+    tool.STAMP.write_text(json.dumps(tool.wanted()), encoding="utf-8")
+    with pytest.raises(TypeError):
+        tool.main()
 
 
 def test_a_full_disk_is_named(tool, monkeypatch, capsys):

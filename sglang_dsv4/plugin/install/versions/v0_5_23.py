@@ -143,6 +143,7 @@ V0_5_23 = SGLangVersion(
         Refusal("--enable-unified-cache-external-linker", "boundary state is not copied to another store yet"),
         Refusal("--enable-encoder-swa-bounded-replay", "window rows are stored in pages, and not computed again"),
         Refusal("--enable-decoder-swa-bounded-replay", "window rows are stored in pages, and not computed again"),
+        Refusal("--enable-mixed-chunk", "no step that mixes prompts and decodes was seen with this version yet"),
         Refusal("--enable-pd-role-switch", "every server prefills and decodes"),
         Refusal("--enable-nvidia-megakernel", "it replaces the layers that call the cache"),
         Refusal("--enable-amd-monokernel", "it replaces the layers that call the cache"),
