@@ -232,7 +232,12 @@ class FlashInferAttention(Attention):
         self, kind: ListKind, chunk: Chunk, pool: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> None:
         """FlashInfer's launch alone: no sink, rotated, and with our schedule pieces apart."""
-        rows = pool.view(-1, 1, 512) if not self._packed else self._decoded(kind, chunk, pool)
+        if self._packed:  # the chunk's listed rows as bf16, in list order
+            rows = self.workspace.buffer("decoded", chunk.lists.numel() * 512, _DTYPE)
+            row_gather(pool, self.spec.rows, chunk.lists, kind, self._step(chunk.tokens).positions, rows.view(-1, 512))
+        else:
+            rows = pool
+        rows = rows.view(-1, 1, 512)
         if isinstance(chunk.schedule, _StockSchedule):
             chunk.schedule.run(q, rows, out, lse)
             return
@@ -258,13 +263,6 @@ class FlashInferAttention(Attention):
             1.0,
             None,
         )
-
-    def _decoded(self, kind: ListKind, chunk: Chunk, pool: torch.Tensor) -> torch.Tensor:
-        """The chunk's listed rows as bf16, in list order."""
-        count = chunk.lists.numel()
-        rows = self.workspace.buffer("decoded", count * 512, _DTYPE)
-        row_gather(pool, self.spec.rows, chunk.lists, kind, self._step(chunk.tokens).positions, rows.view(-1, 512))
-        return rows.view(-1, 1, 512)
 
     def _step(self, part: slice) -> StepTensors:
         step = self._plan.step
